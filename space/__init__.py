@@ -1,0 +1,43 @@
+"""What can be built and what it costs: architectures, their graph, exact counts. Integers only, no torch."""
+
+from .architecture import Architecture, Layer, Run
+from .band import Band
+from .cost import CostTable
+from .errors import (
+    ArchitectureError,
+    BrokenDataError,
+    BudgetError,
+    DataError,
+    ModelError,
+    PoolshareError,
+    RunError,
+    SpaceError,
+    TrainingError,
+)
+from .operators import OPERATORS, Operator
+from .prefix_tree import Forecast, PrefixTree, forecast, forecast_space
+from .search_space import SearchSpace
+
+__all__ = [
+    "OPERATORS",
+    "Architecture",
+    "ArchitectureError",
+    "Band",
+    "BrokenDataError",
+    "BudgetError",
+    "CostTable",
+    "DataError",
+    "Forecast",
+    "Layer",
+    "ModelError",
+    "Operator",
+    "PoolshareError",
+    "PrefixTree",
+    "Run",
+    "RunError",
+    "SearchSpace",
+    "SpaceError",
+    "TrainingError",
+    "forecast",
+    "forecast_space",
+]

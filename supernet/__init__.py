@@ -1,0 +1,17 @@
+"""One set of weights that runs every architecture, on timm. Importing it registers poolshare's models with timm."""
+
+from .digits import digits_vit
+from .measure import count_macs, measure_latency, measure_macs, measure_parameters
+from .model import SuperNet
+from .subnet import Subnet, poolshare_vit
+
+__all__ = [
+    "Subnet",
+    "SuperNet",
+    "count_macs",
+    "digits_vit",
+    "measure_latency",
+    "measure_macs",
+    "measure_parameters",
+    "poolshare_vit",
+]

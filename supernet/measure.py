@@ -1,0 +1,169 @@
+"""What an edge, and what a whole model, costs: multiply-adds counted by fvcore, parameters, milliseconds.
+
+fvcore calls one multiply-add a flop; here it is a MAC. Counting is exact and additive, so the table of edges gives
+to the integer what fvcore counts on the exported model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from poolshare.space import CostTable, ModelError
+
+from .block import run_block
+from .model import SuperNet
+from .pooling import pool
+
+# Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
+FREE_OPERATORS = frozenset().union(
+    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean"),  # one operation per element
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout"),  # functions of elements
+    ("max", "argmax", "adaptive_max_pool2d", "eq"),  # comparisons
+    ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack"),  # moves
+    ("fill_", "zeros", "zeros_like", "ones", "ones_like", "arange"),  # constants
+)
+
+
+def measure_macs(supernet: SuperNet) -> CostTable:
+    """MACs of every kind of edge, per image. Raises ModelError for an operator that can be neither counted nor free."""
+    return _measure(supernet, "macs", count_macs)
+
+
+def measure_parameters(supernet: SuperNet) -> CostTable:
+    """Parameters of every kind of edge; their sum is the size of the exported model."""
+
+    def count(part: nn.Module, _: tuple[torch.Tensor, ...]) -> int:
+        return part.parameter_count()  # type: ignore[operator]
+
+    return _measure(supernet, "parameters", count)
+
+
+def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
+    """MACs of one forward of `model` on `inputs`, fused attention included.
+
+    Raises ModelError for an operator that fvcore does not count and that is not among FREE_OPERATORS.
+    """
+    with warnings.catch_warnings():
+        # fvcore still uses torch.jit's tracer, which newer torch calls deprecated; the counts are unaffected.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
+
+        was_training = model.training
+        model.eval()
+        try:
+            analysis = FlopCountAnalysis(model, inputs)
+            analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+            total = analysis.total()
+            uncounted = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - FREE_OPERATORS
+        finally:
+            model.train(was_training)
+    if uncounted:
+        raise ModelError(
+            f"fvcore cannot count {', '.join(sorted(uncounted))} in {type(model).__name__}, so its MACs are not exact; "
+            "write it with matmul or convolutions, or name it in FREE_OPERATORS if it multiplies nothing"
+        )
+    if total != int(total):
+        raise ModelError(f"fvcore counts {total} MACs in {type(model).__name__}, which is no whole number")
+    return int(total)
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Fused attention: QKᵀ and the map times V, each B·heads·N·N·head_dim."""
+    *batch_and_heads, queries, width = inputs[0].type().sizes()
+    keys = inputs[1].type().sizes()[-2]
+    return 2 * torch.Size(batch_and_heads).numel() * queries * keys * width
+
+
+class _Part(nn.Module):
+    """One kind of edge as a module that fvcore can trace."""
+
+    def __init__(self, run: Callable[..., torch.Tensor], parameters: int, *modules: nn.Module):
+        super().__init__()
+        self.run, self.parameter_total = run, parameters
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.run(*inputs)
+
+    def parameter_count(self) -> int:
+        return self.parameter_total
+
+
+def _measure(
+    supernet: SuperNet, quantity: str, count: Callable[[nn.Module, tuple[torch.Tensor, ...]], int]
+) -> CostTable:
+    """Measure each kind of edge of the supernet's space once."""
+    space, prefix, block = supernet.space, supernet.num_prefix_tokens, supernet.blocks[0]
+    reference = next(supernet.parameters())
+    attention = block.attn
+    block_size = _size(block)
+    query_key_size = _size(attention.q_norm) + _size(attention.k_norm)
+    query_key_size += sum(p.numel() // 3 * 2 for p in attention.qkv.parameters())
+    head_size = sum(
+        _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, supernet.head) if part
+    )
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype)
+
+    def tokens(patches: int) -> torch.Tensor:
+        return zeros(prefix + patches, supernet.embed_dim)
+
+    def shared_map(patches: int) -> torch.Tensor:
+        return zeros(attention.num_heads, prefix + patches, prefix + patches)
+
+    own = _Part(lambda x: run_block(block, x)[0], block_size, block)
+    shared = _Part(lambda x, m: run_block(block, x, m)[0], block_size - query_key_size, block)
+    embed = _Part(supernet.embed, _size(supernet) - len(supernet.blocks) * block_size - head_size, supernet)
+    classify = _Part(supernet.classify, head_size, supernet)
+    with torch.no_grad():
+        return CostTable(
+            quantity,
+            source=count(embed, (zeros(supernet.patch_embed.proj.in_channels, *supernet.patch_embed.img_size),)),
+            own={level: count(own, (tokens(level),)) for level in space.levels},
+            shared={level: count(shared, (tokens(level), shared_map(level))) for level in space.levels},
+            pool={
+                (operator, before, after): count(
+                    _Part(lambda x, operator=operator, after=after: pool(x, operator, after, prefix), 0),
+                    (tokens(before),),
+                )
+                for operator, before, after in space.reductions
+            },
+            sink={level: count(classify, (tokens(level),)) for level in space.levels},
+        )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def measure_latency(model: nn.Module, images: torch.Tensor, repeats: int = 11) -> float:
+    """Median wall-clock milliseconds of one forward on this batch, after a warm-up. The model's device must hold it."""
+
+    def forward() -> float:
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        start = time.perf_counter()
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return (time.perf_counter() - start) * 1e3
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            forward()
+            forward()
+            return statistics.median(forward() for _ in range(repeats))
+    finally:
+        model.train(was_training)

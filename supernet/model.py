@@ -1,0 +1,146 @@
+"""SuperNet: one timm ViT whose weights run every architecture of a space; the forward walks their prefix tree."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
+
+from .block import run_block
+from .pooling import pool
+
+
+def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A timm ViT that poolshare can search. Raises ModelError where timm does not know it or a part is unsupported."""
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
+        raise ModelError(f"timm knows no model {name!r}{hint}")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ModelError(f"model {name!r} does not take these options: {error}") from None
+    reason = unsupported_part(model)
+    if reason:
+        raise ModelError(f"model {name!r} cannot be searched: {reason}")
+    return model
+
+
+def unsupported_part(model: Any) -> str | None:
+    """Why poolshare cannot run this model faithfully, or None where it can."""
+    if type(model) is not VisionTransformer:
+        return f"it is a {type(model).__name__}; only timm's plain VisionTransformer is supported"
+    for part in model.blocks:
+        if type(part) is not Block:
+            return f"its blocks are {type(part).__name__}; only sequential pre-norm Blocks are supported"
+        if type(part.attn) is not Attention:
+            return f"its attention is {type(part.attn).__name__}; only timm's standard Attention is supported"
+    if model.dynamic_img_size:
+        return "dynamic_img_size lets the token count vary from image to image; leave it off"
+    if not isinstance(model.patch_drop, nn.Identity):
+        return "patch dropout changes the token count in training; set patch_drop_rate=0"
+    if len(set(model.patch_embed.grid_size)) != 1:
+        return f"its patch grid is {model.patch_embed.grid_size}; only square images are supported"
+    return None
+
+
+class SuperNet(VisionTransformer):
+    """A timm VisionTransformer that also takes architectures; made by `from_timm`.
+
+    Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
+    prefixes, always on the explicit attention path. Weights and their names are exactly the base model's, so any of
+    its checkpoints is a warm start, and the architecture "all tokens, no sharing" computes what timm computes with
+    fused attention off, bit for bit.
+    """
+
+    space: SearchSpace
+    base: tuple[str, dict[str, Any]]  # timm name and options from which the base model can be made again
+
+    @classmethod
+    def from_timm(cls, name: str, space: SearchSpace, pretrained: bool = False, **options: Any) -> SuperNet:
+        """Build the supernet of `space` over timm's model `name`.
+
+        options: passed to `timm.create_model` (num_classes, img_size, in_chans, …).
+        Raises ModelError for a model that is unknown or unsupported, SpaceError where the space does not fit it.
+        """
+        model = create_base(name, pretrained, **options)
+        check_fit(name, model, space)
+        model.__class__ = cls  # an own class over timm's own module: no weight is renamed, no method is lost
+        model.space, model.base = space, (name, options)
+        return model  # type: ignore[return-value]
+
+    def forward(self, images: torch.Tensor, architectures: Sequence[Architecture] | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Logits of all architectures: (B, channels, H, W) → (architectures, B, classes).
+
+        Equal, bit for bit on CPU, to running them one by one. Without architectures: timm's own forward, (B, classes).
+        Raises ArchitectureError for an architecture outside the space.
+        """
+        if architectures is None:
+            return super().forward(images)
+        if not architectures:
+            return images.new_empty(0, len(images), self.num_classes)
+        logits: list[torch.Tensor | None] = [None] * len(architectures)
+        for positions, output in self.leaves(images, architectures):
+            for position in positions:
+                logits[position] = output
+        return torch.stack(logits)  # type: ignore[arg-type]  # every architecture ends at a leaf
+
+    def leaves(
+        self, images: torch.Tensor, architectures: Sequence[Architecture]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Depth-first over the prefix tree: (positions of an architecture in the sequence, its logits (B, classes)).
+
+        Holds activations of one path only, so memory does not grow with the number of architectures.
+        """
+        for architecture in architectures:
+            self.space.check(architecture)
+        return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
+        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+
+    def classify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Everything after the last block: (B, prefix + P, C) → (B, classes)."""
+        return self.forward_head(self.norm(tokens))
+
+    def _walk(
+        self, tree: PrefixTree, index: int, tokens: torch.Tensor, last_map: torch.Tensor | None
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        if tree.ends:
+            yield tree.ends, self.classify(tokens)
+        for layer, child in tree.children.items():
+            after, used_map = self.run_layer(index, layer, tokens, last_map)
+            needed = any(later.shared for later in child.children)
+            yield from self._walk(child, index + 1, after, used_map if needed else None)
+
+    def run_layer(
+        self, index: int, layer: Layer, tokens: torch.Tensor, last_map: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One edge of the graph: pooling where there is any, then block `index`. Returns its tokens and map."""
+        if layer.operator is not None:
+            tokens = pool(tokens, layer.operator, layer.tokens, self.num_prefix_tokens)
+        return run_block(self.blocks[index], tokens, last_map if layer.shared else None)
+
+
+def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:
+    """Raise SpaceError where depth, token count or CLS of the space are not the model's."""
+    if space.depth != len(model.blocks):
+        raise SpaceError(f"the space has depth {space.depth}, but {name} has {len(model.blocks)} blocks")
+    if space.levels[0] != model.patch_embed.num_patches:
+        raise SpaceError(
+            f"the levels begin with {space.levels[0]} patch tokens, but {name} at {model.patch_embed.img_size} has "
+            f"{model.patch_embed.num_patches}; begin with that, or choose another image size"
+        )
+    if space.has_cls is not None and space.has_cls != model.has_class_token:
+        raise SpaceError(
+            f"the space says has_cls={space.has_cls}, but {name} has {'a' if model.has_class_token else 'no'} CLS token"
+        )

@@ -1,0 +1,191 @@
+"""Subnet: one architecture as a stand-alone timm model with only the weights it needs; registered "poolshare_vit"."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._pretrained import filter_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
+
+from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
+
+from .block import SharedAttention, run_block
+from .model import SuperNet, check_fit, create_base
+from .pooling import pool
+
+default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
+
+
+class Subnet(VisionTransformer):
+    """A timm VisionTransformer with the pooling and sharing of one architecture.
+
+    Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, tokens are pooled between blocks, and
+    a block runs timm's own (fused) attention wherever no later block needs its map. Made by `from_supernet`, or by
+    `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported folder.
+    """
+
+    architecture: Architecture
+
+    @classmethod
+    def from_supernet(cls, supernet: SuperNet, architecture: Architecture) -> Subnet:
+        """The architecture with the supernet's weights, on its device and in its mode.
+
+        Gives the logits of `supernet(images, [architecture])[0]`: bit for bit in float32 on CPU with fused attention
+        off, to float tolerance with it on. Raises ArchitectureError for an architecture outside the space.
+        """
+        supernet.space.check(architecture)
+        base, options = supernet.base
+        model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+        model.load_state_dict(checkpoint_filter_fn(supernet.state_dict(), model))
+        return model.to(next(supernet.parameters()).device).train(supernet.training)
+
+    @classmethod
+    def from_base(cls, base: str, architecture: str, **options: Any) -> Subnet:
+        """The architecture over timm's model `base`, freshly initialised.
+
+        Raises ArchitectureError, ModelError or SpaceError where text, base model and options do not go together.
+        """
+        parsed = Architecture.parse(architecture)
+        model: Any = create_base(base, **options)
+        check_fit(base, model, _smallest_space(parsed))
+        for block, layer in zip(model.blocks, parsed.layers, strict=True):
+            if layer.shared:
+                block.attn = SharedAttention(block.attn)
+        model.__class__ = cls
+        model.architecture = parsed
+        sides = [isqrt(layer.tokens) for layer in parsed.layers]
+        for info, side in zip(model.feature_info, sides, strict=True):
+            info["reduction"] = info["reduction"] * sides[0] / side
+        return model
+
+    def forward_features(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
+        if attn_mask is not None or is_causal:
+            raise ModelError("a pooled model takes no attention mask: its token count changes from block to block")
+        *_, tokens = self._block_outputs(x)
+        return self.norm(tokens)
+
+    def _block_outputs(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens after each block, each (B, prefix + P of that block, C)."""
+        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        outputs = []
+        layers = self.architecture.layers
+        last_map: torch.Tensor | None = None
+        block: Any
+        for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            if layer.operator is not None:
+                tokens = pool(tokens, layer.operator, layer.tokens, self.num_prefix_tokens)
+            if layer.shared:
+                tokens, _ = run_block(block, tokens, last_map)
+            elif index + 1 < len(layers) and layers[index + 1].shared:
+                tokens, last_map = run_block(block, tokens)
+            else:
+                tokens = block(tokens)  # nobody needs its map: timm's own forward, fused where timm fuses
+            outputs.append(tokens)
+        return outputs
+
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Tokens after chosen blocks, as timm gives them; see `VisionTransformer.forward_intermediates`.
+
+        "NCHW" maps shrink with the token count. Raises ModelError for NCHW after an operator that gave up the grid,
+        and for an unknown format; "NLC" always works. `stop_early` is accepted and saves nothing.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        if output_fmt == "NCHW":
+            self._check_grid(max(taken))
+        tokens = self._block_outputs(x)
+        chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in taken]
+        prefix = [features[:, : self.num_prefix_tokens] for features in chosen]
+        maps = [features[:, self.num_prefix_tokens :] for features in chosen]
+        if output_fmt == "NCHW":
+            maps = [m.transpose(1, 2).unflatten(2, (isqrt(m.shape[1]),) * 2).contiguous() for m in maps]
+        intermediates = (
+            list(zip(maps, prefix, strict=True)) if return_prefix_tokens and self.num_prefix_tokens else maps
+        )
+        return intermediates if intermediates_only else (self.norm(tokens[-1]), intermediates)
+
+    def _check_grid(self, last: int) -> None:
+        for index, layer in enumerate(self.architecture.layers[: last + 1]):
+            if layer.operator is not None and not OPERATORS[layer.operator].keeps_grid:
+                raise ModelError(
+                    f"after layer {index} ({layer.operator}) the tokens form no grid, so there is no NCHW map of "
+                    f"layer {last}; ask for output_fmt='NLC' or for layers before {index}"
+                )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Not supported: raises ModelError when enabled."""
+        if enable:
+            raise ModelError("gradient checkpointing is not supported: shared maps cross block borders")
+
+    def set_input_size(self, *args: Any, **options: Any) -> None:
+        """Not supported: raises ModelError, as the architecture's token counts belong to one image size."""
+        raise ModelError(f"'{self.architecture}' belongs to one image size; search again for another")
+
+
+def _smallest_space(architecture: Architecture) -> SearchSpace:
+    """A space that holds this architecture, whose construction checks operators and reductions."""
+    levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
+    operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
+    longest = max(run.length for run in architecture.runs)
+    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), longest)
+    space.check(architecture)
+    return space
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Weights of the base model, of a supernet or of this subnet → what this subnet holds."""
+    shared = [i for i, layer in enumerate(model.architecture.layers) if layer.shared]
+    filtered = dict(state_dict)
+    for index in shared:
+        prefix = f"blocks.{index}.attn."
+        for kind in ("weight", "bias"):
+            full = filtered.pop(f"{prefix}qkv.{kind}", None)
+            if full is not None:
+                filtered[f"{prefix}v.{kind}"] = full[-model.blocks[index].attn.attn_dim :]
+        for name in [name for name in filtered if name.startswith((f"{prefix}q_norm.", f"{prefix}k_norm."))]:
+            del filtered[name]
+    return filtered
+
+
+def _without_source(base: str) -> dict[str, Any]:
+    """timm's configuration of the base model, without where its own weights come from."""
+    config = timm.get_pretrained_cfg(base)
+    return filter_pretrained_cfg(config.to_dict() if config else {}, remove_source=True, remove_null=True)
+
+
+@register_model
+def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = "", **options: Any) -> Subnet:
+    """A searched architecture over a timm ViT: base="deit_tiny_patch16_224", architecture="196*2 196 100@max2d*9"."""
+    if not base or not architecture:
+        raise SpaceError(
+            'poolshare_vit needs base= (a timm ViT) and architecture= (such as "196*2 196 100@max2d*9"); '
+            'an exported folder holds both: timm.create_model("local-dir:FOLDER", pretrained=True)'
+        )
+    if not options.get("pretrained_cfg"):
+        # Input size, statistics and number of classes are the base model's, whose weights this is not.
+        options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}
+    return build_model_with_cfg(
+        lambda **settings: Subnet.from_base(base, architecture, **settings),
+        "poolshare_vit",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **options,
+    )
