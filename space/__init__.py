@@ -2,7 +2,7 @@
 
 from .architecture import Architecture, Layer, Run
 from .band import Band
-from .cost import CostTable
+from .cost import CostTable, parse_budget
 from .errors import (
     ArchitectureError,
     BrokenDataError,
@@ -40,4 +40,5 @@ __all__ = [
     "TrainingError",
     "forecast",
     "forecast_space",
+    "parse_budget",
 ]

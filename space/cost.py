@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .architecture import Architecture, Layer
-from .errors import SpaceError
+from .errors import BudgetError, SpaceError
 
 _UNITS = {"macs": "MACs", "parameters": "parameters", "nanoseconds": "ns"}
 
@@ -96,3 +97,20 @@ class CostTable:
             return cls(str(value["quantity"]), int(value["source"]), own, shared, pool, sink)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
+
+
+def parse_budget(text: str, dense: int) -> int:
+    """A MAC budget in words: "60%" of the dense model's, "0.7G", "350M" or a plain number of MACs per image.
+
+    Raises BudgetError for anything else.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|[kMG]?)", text.strip())
+    if match is None:
+        hint = "; latency budgets are not supported yet" if text.strip().endswith("ms") else ""
+        raise BudgetError(f"budget {text!r} is not understood; write 60% (of the dense MACs), 0.7G or 350M{hint}")
+    number, unit = float(match[1]), match[2]
+    if not unit and number < 1000:
+        raise BudgetError(
+            f"budget {text!r} has no unit; write {match[1]}% (of the dense MACs), {match[1]}G or {match[1]}M"
+        )
+    return int(number * {"%": dense / 100, "": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit])

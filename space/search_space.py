@@ -102,6 +102,18 @@ class SearchSpace:
                     edges[Layer(self.levels[level], name)] = Node(level, 1, node.grid and operator.keeps_grid)
         return edges
 
+    def choices(self, node: Node | None) -> dict[Layer, Node]:
+        """The layers that may come next at a node (None: before the first), in rank order, and where each leads."""
+        return self._edges[node]
+
+    def follow(self, node: Node | None, layers: tuple[Layer, ...]) -> Node | None:
+        """Where these layers lead from a node; None where they are not all edges."""
+        for layer in layers:
+            node = self._edges[node].get(layer)
+            if node is None:
+                return None
+        return node
+
     @cached_property
     def _completions(self) -> list[dict[Node | None, int]]:
         """[layers still to come][node] -> number of ways to go on to the end."""
@@ -249,7 +261,7 @@ class SearchSpace:
         cuts = list(range(1, self.depth))
         rng.shuffle(cuts)
         for cut in cuts:
-            node = self._follow(None, first.layers[:cut])
+            node = self.follow(None, first.layers[:cut])
             assert node is not None
             wanted = second.layers[cut]
             joins = [layer for layer in self._edges[node] if layer.tokens == wanted.tokens]
@@ -259,14 +271,6 @@ class SearchSpace:
                     return Architecture(layers)
         return self.mutate(first, rng)
 
-    def _follow(self, node: Node | None, layers: tuple[Layer, ...]) -> Node | None:
-        """Where these layers lead from a node; None where they are not all edges."""
-        for layer in layers:
-            node = self._edges[node].get(layer)
-            if node is None:
-                return None
-        return node
-
     def _detours(self, architecture: Architecture, start: int, stop: int) -> Iterator[Architecture]:
         """All other paths that leave this one at layer `start` and follow it again from layer `stop` on."""
         head, tail = architecture.layers[:start], architecture.layers[stop:]
@@ -275,12 +279,12 @@ class SearchSpace:
             if len(middle) < stop - start:
                 for edge, after in self._edges[node].items():
                     yield from walk(after, (*middle, edge))
-            elif self._follow(node, tail) is not None or not tail:
+            elif self.follow(node, tail) is not None or not tail:
                 layers = head + middle + tail
                 if layers != architecture.layers:
                     yield Architecture(layers)
 
-        return walk(self._follow(None, head), ())
+        return walk(self.follow(None, head), ())
 
     # Costs
 

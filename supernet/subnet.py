@@ -30,6 +30,7 @@ class Subnet(VisionTransformer):
     """
 
     architecture: Architecture
+    base: tuple[str, dict[str, Any]]  # timm name and options of the ViT it was made from
 
     @classmethod
     def from_supernet(cls, supernet: SuperNet, architecture: Architecture) -> Subnet:
@@ -57,7 +58,7 @@ class Subnet(VisionTransformer):
             if layer.shared:
                 block.attn = SharedAttention(block.attn)
         model.__class__ = cls
-        model.architecture = parsed
+        model.architecture, model.base = parsed, (base, options)
         sides = [isqrt(layer.tokens) for layer in parsed.layers]
         for info, side in zip(model.feature_info, sides, strict=True):
             info["reduction"] = info["reduction"] * sides[0] / side

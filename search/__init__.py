@@ -1,0 +1,1 @@
+"""Which architectures to look at, and what to tell the user."""

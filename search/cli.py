@@ -1,0 +1,421 @@
+"""The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from poolshare.space.errors import ModelError, PoolshareError, SpaceError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .run import RunFolder
+
+app = typer.Typer(
+    name="poolshare",
+    help="Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention.",
+    epilog="Begin with:  poolshare search --data digits --out runs/digits",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Budget = Annotated[
+    str | None, typer.Option(help="MACs per image: 60% (of the dense model's), 0.7G, 350M.", metavar="BUDGET")
+]
+Levels = Annotated[
+    str | None, typer.Option(help="Patch-token counts, falling, e.g. 196,100,49. Default: by model.", metavar="N,N,…")
+]
+Operators = Annotated[
+    str | None, typer.Option(help="Pooling operators to choose from, e.g. max2d,avg2d.", metavar="NAME,…")
+]
+MaxRun = Annotated[
+    int | None, typer.Option(help="How many layers in a row may use one attention map, at most (1: no sharing).")
+]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option(help="Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"),
+]
+ImgSize = Annotated[int | None, typer.Option(help="Side of the square input image in pixels. Default: the model's.")]
+DataName = Annotated[
+    str,
+    typer.Option(
+        "--data", help="digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
+    ),
+]
+DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
+Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+Amp = Annotated[str, typer.Option(help="none or bf16 (automatic mixed precision in training).")]
+Seed = Annotated[int, typer.Option(min=0, help="What all random choices are keyed by.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"poolshare {version('poolshare')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention."""
+
+
+@app.command(epilog="Example:  poolshare space --model vit_tiny_patch16_224 --budget 60%")
+def space(
+    model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "vit_tiny_patch16_224",
+    levels: Levels = None,
+    operators: Operators = None,
+    max_run: MaxRun = None,
+    budget: Budget = None,
+    img_size: ImgSize = None,
+    model_args: ModelArgs = None,
+    as_json: Json = False,
+) -> None:
+    """Size of a search space, its range of costs, how many fit a budget, the price of scoring all. No training."""
+    from poolshare.space import forecast_space, parse_budget
+    from poolshare.supernet import measure_macs, measure_parameters
+
+    from .job import make_supernet, model_options
+
+    config = _config(
+        data="",
+        model=model,
+        levels=_integers("--levels", levels),
+        operators=_words(operators),
+        max_run=max_run,
+        budget=budget,
+        img_size=img_size,
+        model_args=_settings(model_args),
+    )
+    net = make_supernet(config, model_options(config))
+    graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
+    cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
+    limit = None if budget is None else parse_budget(budget, macs.total(dense))
+    result: dict[str, Any] = {
+        "model": model,
+        **graph.to_json(),
+        "size": graph.size,
+        "dense_macs": macs.total(dense),
+        "dense_parameters": parameters.total(dense),
+        "cheapest": str(cheapest),
+        "cheapest_macs": macs.total(cheapest),
+        "cheapest_parameters": parameters.total(cheapest),
+        "within_budget": graph.within(macs, None, limit).size,
+        "budget_macs": limit,
+        "scoring_all_macs_per_image": whole.cost,
+        "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
+        "scoring_all_share_of_one_by_one": round(whole.share, 4),
+    }
+    if as_json:
+        return _print_json(result)
+    out = Console(highlight=False)
+    out.print(
+        f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
+        f"operators {', '.join(graph.operators)}, at most {graph.max_run} layers on one attention map"
+    )
+    out.print(f"architectures    {graph.size:,}")
+    out.print(
+        f"dense            {macs.format(result['dense_macs'])} per image, {result['dense_parameters']:,} parameters"
+    )
+    out.print(
+        f"cheapest         {macs.format(result['cheapest_macs'])} ({result['cheapest_macs'] / result['dense_macs']:.1%}), "
+        f"{result['cheapest_parameters']:,} parameters: {cheapest}"
+    )
+    if limit is not None:
+        out.print(f"within {budget:<9} {result['within_budget']:,} architectures cost at most {macs.format(limit)}")
+    out.print(
+        f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
+        f"{whole.share:.1%} of one by one"
+    )
+
+
+@app.command(
+    epilog="Examples:  poolshare search --data digits --out runs/digits    "
+    "poolshare search --data photos/ --model vit_tiny_patch16_224 --pretrained --budget 60% --out runs/photos"
+)
+def search(
+    data: DataName,
+    out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
+    model: Annotated[str | None, typer.Option(help="A timm Vision Transformer. Default: vit_tiny_patch16_224.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
+    budget: Budget = None,
+    levels: Levels = None,
+    operators: Operators = None,
+    max_run: MaxRun = None,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="auto, exhaustive, evolution, random, nsga2 or tpe. auto scores the whole space where affordable."
+        ),
+    ] = "auto",
+    trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, or 10 with --pretrained.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of one training step. Default: 64.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: 2e-3, or 3e-4 with --pretrained.")
+    ] = None,
+    img_size: ImgSize = None,
+    model_args: ModelArgs = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    amp: Amp = "none",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the supernet, score architectures, report the frontier. The same command continues an interrupted run."""
+    config = _config(
+        data=data, data_dir=data_dir, download=download, model=model, model_args=_settings(model_args),
+        pretrained=pretrained, img_size=img_size, levels=_integers("--levels", levels), operators=_words(operators),
+        max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
+        amp=amp, workers=workers, seed=seed, device=device,
+    )  # fmt: skip
+    from .job import search as run_search
+
+    folder = run_search(config, out, _progress_console(quiet))
+    if as_json:
+        return _print_json(_outcome(folder))
+    _show(folder)
+
+
+@app.command(epilog="Example:  poolshare pareto runs/digits --budget 60%")
+def pareto(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """The frontier of a run: table and plot; pareto.csv, pareto.png and report.html lie in the run folder."""
+    from .run import RunFolder
+
+    folder = RunFolder.open(run)
+    if as_json:
+        return _print_json(_outcome(folder, budget))
+    _show(folder, budget)
+
+
+@app.command(
+    epilog="Examples:  poolshare export runs/digits --budget 60% --out exports/digits    "
+    'poolshare export runs/digits --architecture "64*2 36@max2d*3 16@max2d*3" --out exports/mine'
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
+    architecture: Annotated[str | None, typer.Option(help="This architecture, scored or not.", metavar="TEXT")] = None,
+    pick: Annotated[
+        str, typer.Option(help="From the frontier: knee, accuracy, or budget (the best within --budget).")
+    ] = "knee",
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """Take one architecture home as a folder that timm loads: by budget, by text, or the frontier's knee."""
+    from poolshare.space import Architecture
+
+    from .run import RunFolder
+
+    folder = RunFolder.open(run)
+    if architecture is not None:
+        chosen = Architecture.parse(architecture)
+    else:
+        chosen = Architecture.parse(
+            _pick(folder, "budget" if budget and pick == "knee" else pick, budget)["architecture"]
+        )
+    from .export import export_architecture
+
+    facts = export_architecture(folder, chosen, out)
+    if as_json:
+        return _print_json({"out": str(out), "architecture": str(chosen), **facts})
+    console = Console(highlight=False)
+    console.print(f"{out}: {chosen}", markup=False)
+    console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
+    console.print(
+        f"next: poolshare retrain {shlex.quote(str(out))} --data {shlex.quote(str(facts['data']))}", markup=False
+    )
+
+
+@app.command(epilog="Example:  poolshare retrain exports/digits --data digits")
+def retrain(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: DataName = "",
+    out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of one training step. Default: 64.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by situation.")] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    amp: Amp = "none",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an exported model on all training images, report its test accuracy, keep it in a new folder."""
+    from .retrain import retrain as run_retrain
+
+    target = out or exported.with_name(f"{exported.name}-retrained")
+    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
+    facts = run_retrain(
+        exported, target, data=data or None, data_dir=data_dir, download=download, from_scratch=from_scratch, seed=seed,
+        recipe_changes=changes, workers=workers, device=device, console=_progress_console(quiet),
+    )  # fmt: skip
+    if as_json:
+        return _print_json({"out": str(target), **facts})
+    Console(highlight=False).print(
+        f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
+        f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
+        markup=False,
+    )
+
+
+@app.command(epilog="Example:  poolshare evaluate exports/digits --data digits")
+def evaluate(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: DataName = "",
+    data_dir: DataDir = None,
+    workers: Workers = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Test accuracy and speed of an exported model."""
+    from .retrain import evaluate as run_evaluate
+
+    result = run_evaluate(
+        exported, data=data or None, data_dir=data_dir, workers=workers, device=device, console=_progress_console(quiet)
+    )
+    if as_json:
+        return _print_json(result)
+    console = Console(highlight=False)
+    low, high = result["interval"]
+    console.print(
+        f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
+    )
+    console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
+    for batch, latency in result["latency_ms"].items():
+        console.print(
+            f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {result['device']}"
+        )
+
+
+def _outcome(folder: RunFolder, budget: str | None = None) -> dict[str, Any]:
+    """A run in JSON: its summary, and its frontier."""
+    return {"run": str(folder.path), **folder.read_summary(), "frontier": _frontier(folder, budget).to_dict("records")}
+
+
+def _frontier(folder: RunFolder, budget: str | None) -> pd.DataFrame:
+    """The frontier within the run's own budget, or within another."""
+    from poolshare.space import parse_budget
+
+    from .pareto import frontier
+
+    summary = folder.read_summary()
+    limit = summary["budget_macs"] if budget is None else parse_budget(budget, summary["dense"]["macs"])
+    return frontier(folder.read_candidates(), budget=limit)
+
+
+def _pick(folder: RunFolder, how: str, budget: str | None) -> pd.Series:
+    from poolshare.space import parse_budget
+
+    from .pareto import pick
+
+    limit = None if budget is None else parse_budget(budget, folder.read_summary()["dense"]["macs"])
+    return pick(_frontier(folder, None), how, limit)
+
+
+def _show(folder: RunFolder, budget: str | None = None) -> None:
+    """Frontier, plot, where the report is, and what to do next."""
+    from dataclasses import replace
+
+    from .report import load_report, terminal_plot, terminal_table
+
+    report = load_report(folder)
+    if budget is not None:
+        from poolshare.space import parse_budget
+
+        limit = parse_budget(budget, report.dense["macs"])
+        report = replace(report, frontier=_frontier(folder, budget), budget=limit)
+    console = Console(highlight=False)
+    console.print(terminal_table(report, limit=20))
+    print(terminal_plot(report, colour=console.is_terminal))
+    run = shlex.quote(str(folder.path))
+    share = report.frontier["macs"].min() / report.dense["macs"]
+    wish = "--budget 60%" if budget is None and share <= 0.6 else "--pick knee"
+    console.print(f"report: {folder.report}", markup=False, soft_wrap=True)
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export", markup=False, soft_wrap=True)
+
+
+def _config(**values: Any) -> Any:
+    from .run import checked_config
+
+    return checked_config(**values)
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _integers(option: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise SpaceError(f"{option} {text!r} is no list of whole numbers; write for example 196,100,49") from None
+
+
+def _settings(text: str | None) -> dict[str, Any]:
+    """ "depth=6,patch_size=4" → {"depth": 6, "patch_size": 4}; values are JSON where they can be, else text."""
+    settings: dict[str, Any] = {}
+    for part in text.split(",") if text else []:
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ModelError(f"--model-args {part!r} is not KEY=VALUE; write for example depth=6,patch_size=4")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value.strip()
+    return settings
+
+
+def _progress_console(quiet: bool) -> Console:
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def main() -> None:
+    """Entry point: exit status 0 (fine), 1 (failed), 2 (wrong use)."""
+    try:
+        app()
+    except PoolshareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last epoch or generation", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,333 @@
+"""The main job: open the data, train the supernet, search it, report; each step continues what is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import timm
+import torch
+from rich.console import Console
+from timm.data import resolve_data_config
+
+from poolshare.space import (
+    Architecture,
+    Band,
+    CostTable,
+    ModelError,
+    RunError,
+    forecast,
+    forecast_space,
+    parse_budget,
+)
+from poolshare.space.presets import space_for
+from poolshare.supernet import SuperNet, measure_macs, measure_parameters
+from poolshare.supernet.checkpoint import load_tensors, save_tensors
+from poolshare.supernet.data import Data, open_data
+from poolshare.supernet.model import create_base
+from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_epoch, train_supernet
+
+from .evaluate import count_correct
+from .pareto import frontier
+from .progress import progress_bar
+from .report import figure_png, load_report, write_html
+from .run import FORMAT, RunFolder, SearchConfig, versions, write_csv, write_json
+from .study import Task, run_study, score_everything
+
+# "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
+# spends on the candidates it happens to try (ALGORITHMS: 3,350).
+EXHAUSTIVE_PRICE = 3000
+SCORING_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration brought to life: data, supernet (untrained or pretrained) and exact costs."""
+
+    config: SearchConfig
+    data: Data
+    supernet: SuperNet
+    macs: CostTable
+    parameters: CostTable
+    allowed: Band  # the architectures within the budget
+
+    @property
+    def dense(self) -> Architecture:
+        """All tokens, no sharing: the base model."""
+        return self.supernet.space[0]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to train the supernet."""
+        config = self.config
+        return Recipe(
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=0.75 if config.pretrained else None,
+            amp=config.amp,
+        )
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether the whole space will be scored."""
+        if self.config.sampler != "auto":
+            return self.config.sampler == "exhaustive"
+        whole = forecast_space(self.supernet.space, self.macs)
+        return whole.cost <= EXHAUSTIVE_PRICE * whole.one_by_one / whole.architectures
+
+
+def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = None) -> Job:
+    """Open data and model of a configuration and measure all costs; nothing is trained or written.
+
+    Raises the PoolshareError of whatever does not fit.
+    """
+    data_config = input_config(config.model, config.img_size, config.model_args)
+    data = open_data(
+        config.data,
+        data_dir=config.data_dir,
+        download=config.download,
+        search_fraction=config.search_fraction,
+        seed=config.seed,
+        progress=progress,
+        **opening_options(data_config),
+    )
+    torch.manual_seed(config.seed)
+    options = model_options(config) | {"num_classes": len(data.classes)}
+    supernet = make_supernet(config, options)
+    macs = measure_macs(supernet)
+    dense = macs.total(supernet.space[0])
+    limit = None if config.budget is None else parse_budget(config.budget, dense)
+    allowed = supernet.space.within(macs, None, limit)
+    return Job(config, data, supernet.to(pick_device(config.device)), macs, measure_parameters(supernet), allowed)
+
+
+def model_options(config: SearchConfig) -> dict[str, Any]:
+    """What timm.create_model is given beside the name."""
+    return dict(config.model_args) | ({} if config.img_size is None else {"img_size": config.img_size})
+
+
+def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
+    """The supernet of a configuration; its space is the model's preset, changed by what the configuration names."""
+    base = create_base(config.model, **options)  # for its depth and token count
+    space = space_for(
+        config.model, len(base.blocks), base.patch_embed.num_patches, config.levels, config.operators, config.max_run
+    )
+    return SuperNet.from_timm(config.model, space, config.pretrained, **options)
+
+
+def input_config(model: str, img_size: int | None, model_args: dict[str, Any]) -> dict[str, Any]:
+    """timm's input_size, mean, std, interpolation and crop_pct for a model, at the image size at hand."""
+    known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if known is None:
+        create_base(model)  # raises ModelError with what is wrong
+    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
+    channels = model_args.get("in_chans", config["input_size"][0])
+    height, width = (img_size, img_size) if img_size else config["input_size"][1:]
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    return {"input_size": (channels, height, width)} | {key: config[key] for key in keys}
+
+
+def opening_options(data_config: dict[str, Any]) -> dict[str, Any]:
+    """The same as arguments of `open_data`."""
+    channels, height, width = data_config["input_size"]
+    rest = {key: data_config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return {"img_size": (height, width), "in_chans": channels} | rest
+
+
+def pick_device(name: str | None) -> torch.device:
+    """A usable device; "auto" or None: the GPU where there is one. Raises ModelError for one that is not there."""
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def search(config: SearchConfig, out: str | Path, console: Console | None = None) -> RunFolder:
+    """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
+
+    console: where forecast and progress go; None: nowhere. Raises a PoolshareError for whatever the user can mend.
+    """
+    console = console or Console(quiet=True)
+    job = prepare(config, None)
+    folder = RunFolder.create(out, config)
+    with folder.locked():
+        for note in job.data.notes:
+            console.print(note, markup=False)
+        _announce(job, folder, console)
+        seconds = {"training": _train(job, folder, console)}
+        candidates, seconds["scoring"] = _score(job, folder, console)
+        _conclude(job, folder, candidates, seconds)
+    return folder
+
+
+def _announce(job: Job, folder: RunFolder, console: Console) -> None:
+    """What will be done and about how long it takes, from a few timed steps."""
+    space, recipe = job.supernet.space, job.recipe
+    whole = forecast_space(space, job.macs)
+    console.print(
+        f"{job.config.model} on {job.config.data}: {space.size:,} architectures, "
+        f"{job.macs.format(job.macs.total(space.cheapest(job.macs)))} to {job.macs.format(job.macs.total(job.dense))} "
+        f"per image; {job.allowed.size:,} within the budget",
+        highlight=False,
+    )
+    step, scoring = calibrate(job)
+    epochs = recipe.epochs - _epochs_trained(folder)
+    training = step * epochs * steps_per_epoch(job.data, recipe)
+    console.print(
+        f"training the supernet: {epochs} epochs, about {_minutes(training)}"
+        if epochs > 0
+        else f"the supernet has been trained for its {recipe.epochs} epochs"
+    )
+    images = len(job.data.split("search"))
+    if job.exhaustive:
+        console.print(
+            f"scoring all of them on {images:,} images: the price of "
+            f"{whole.cost / (whole.one_by_one / whole.architectures):,.0f} single evaluations "
+            f"({whole.share:.1%} of one by one), about {_minutes(scoring * whole.cost * images)}"
+        )
+    else:
+        mean = whole.one_by_one / whole.architectures
+        console.print(
+            f"scoring {job.config.trials:,} of them on {images:,} images: at most "
+            f"{_minutes(scoring * mean * images * job.config.trials)}, less by what they share"
+        )
+
+
+def calibrate(job: Job) -> tuple[float, float]:
+    """Seconds of one training step, and of one MAC in scoring, from a few small trial runs; changes no weight."""
+    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed)
+    device = next(job.supernet.parameters()).device
+    images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size)))
+    whole = len(images)
+    images, labels = images[:32].to(device), labels[:32].to(device)
+    times = []
+    for step in range(4):
+        start = time.perf_counter()
+        sandwich_loss(job.supernet.train(), images, labels, sandwich.at(step)).backward()
+        times.append(time.perf_counter() - start)
+    job.supernet.zero_grad(set_to_none=True)
+    population = [architecture for step in range(8) for architecture in sandwich.at(step)]
+    start = time.perf_counter()
+    count_correct(job.supernet, population, [(images, labels)])
+    per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
+    return sum(times[1:]) / len(times[1:]) * whole / len(images), per_mac
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _epochs_trained(folder: RunFolder) -> int:
+    for path in (folder.supernet, folder.training):
+        if path.exists():
+            return int(load_tensors(path)[1]["epochs"])
+    return 0
+
+
+def _train(job: Job, folder: RunFolder, console: Console) -> float:
+    """Train what is missing; returns the seconds spent."""
+    start, recipe = time.monotonic(), job.recipe
+    trained = _epochs_trained(folder)
+    if trained > recipe.epochs:
+        raise RunError(
+            f"{folder.path} was trained for {trained} epochs already; ask for --epochs {trained} or more, "
+            "or search into a new folder"
+        )
+    if folder.supernet.exists() and trained == recipe.epochs:
+        tensors, _ = load_tensors(folder.supernet)
+        load_weights(job.supernet, tensors, folder.supernet)
+        return 0.0
+    if folder.candidates.exists():  # scored with weights that now change
+        folder.candidates.rename(folder.path / f"candidates-{trained}-epochs.csv")
+    total = recipe.epochs * steps_per_epoch(job.data, recipe)
+    with progress_bar(console, "training the supernet", total) as advance:
+        train_supernet(
+            job.supernet,
+            job.data,
+            job.macs,
+            recipe,
+            seed=job.config.seed,
+            workers=job.config.workers,
+            state=folder.training,
+            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+        )
+    save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
+    return time.monotonic() - start
+
+
+def load_weights(supernet: SuperNet, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        supernet.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"{path} does not fit {supernet.base[0]}: {str(error).splitlines()[-1].strip()}") from None
+    supernet.eval()
+
+
+def _score(job: Job, folder: RunFolder, console: Console) -> tuple[pd.DataFrame, float]:
+    """Score the whole space or search it; returns the candidates frame and the seconds spent."""
+    start, config = time.monotonic(), job.config
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=config.workers)
+    task = Task(
+        job.supernet.space,
+        job.macs,
+        job.parameters,
+        job.allowed,
+        lambda architectures, progress: count_correct(job.supernet, architectures, batches, progress),
+    )
+    if job.exhaustive:
+        with progress_bar(console, "scoring the whole space", 1.0) as advance:
+            frame = score_everything(task, folder, advance)
+    else:
+        sampler = "evolution" if config.sampler == "auto" else config.sampler
+        with progress_bar(console, f"searching ({sampler})", config.trials) as advance:
+            name = f"{sampler} after {config.epochs} epochs"
+            frame = run_study(task, folder, sampler, config.trials, config.seed, name, advance)
+    return frame, time.monotonic() - start
+
+
+def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: dict[str, float]) -> None:
+    """Frontier, summary, page and picture."""
+    limit = None if job.config.budget is None else job.allowed.high
+    write_csv(folder.pareto, frontier(candidates, budget=limit))
+    dense = candidates[candidates["architecture"] == str(job.dense)]
+    if dense.empty:
+        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+        [correct], total = count_correct(job.supernet, [job.dense], batches)
+        top1 = 100 * correct / total
+    else:
+        top1 = float(dense["top1"].iloc[0])
+    earlier = folder.read_summary()["seconds"] if folder.summary.exists() else {}
+    write_json(
+        folder.summary,
+        {
+            "format": FORMAT,
+            "dense": {
+                "architecture": str(job.dense),
+                "top1": top1,
+                "macs": job.macs.total(job.dense),
+                "parameters": job.parameters.total(job.dense),
+            },
+            "budget_macs": limit,
+            "classes": list(job.data.classes),
+            "certified": len(candidates) == job.supernet.space.size,
+            "space": job.supernet.space.to_json(),
+            "space_size": job.supernet.space.size,
+            "seconds": {name: round(earlier.get(name, 0) + spent, 1) for name, spent in seconds.items()},
+            "versions": versions(),
+        },
+    )
+    report = load_report(folder)
+    write_html(report, folder.report)
+    figure_png(report, folder.figure)

@@ -1,0 +1,136 @@
+"""The frontier of a set of scored candidates.
+
+A candidates frame has one row per scored architecture and these columns: `architecture` (canonical text),
+`top1` (percent on the search-validation images), `correct` and `total` (images), `macs` (per image),
+`parameters` and `generation`. Every function here is pure: frames go in, new frames and numbers come out.
+`cost` names the column to be kept small.
+"""
+
+from statistics import NormalDist
+from typing import Any
+
+import moocore
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from poolshare.space.errors import BudgetError, RunError
+
+PICKS = ("knee", "budget", "accuracy")
+
+
+def frontier(candidates: pd.DataFrame, cost: str = "macs", budget: float | None = None) -> pd.DataFrame:
+    """The rows that no other row beats (more `top1`, less `cost`), by rising cost; of equals the first stands.
+
+    With a `budget`, in the unit of the cost column, dearer rows are left out first. Raises BudgetError where
+    every candidate is dearer. No candidates have an empty frontier.
+    """
+    return _non_dominated(_within(candidates, cost, budget), cost)
+
+
+def hypervolume(candidates: pd.DataFrame, reference: tuple[float, float], cost: str = "macs") -> float:
+    """The share, 0 to 1, of the rectangle between `reference` and the ideal that the candidates dominate.
+
+    The reference is a (top1 in percent, cost) pair, usually the worst of each on the true frontier; the ideal
+    is 100 percent at no cost. Candidates that are not better than the reference in both add nothing. Dividing
+    by the rectangle makes the number free of units, so runs with different costs can stand in one table.
+    """
+    worst_top1, worst_cost = reference
+    if not (worst_top1 < 100 and worst_cost > 0):
+        raise RunError(
+            f"the hypervolume's reference is ({worst_top1}, {worst_cost}); "
+            "it needs a top-1 below 100 percent and a cost above 0"
+        )
+    if candidates.empty:
+        return 0.0
+    top1, costs = _points(candidates, cost).T
+    losses = np.column_stack([(100 - top1) / (100 - worst_top1), costs / worst_cost])  # (candidates, 2)
+    return float(moocore.hypervolume(losses, ref=(1.0, 1.0)))
+
+
+def pick(frontier: pd.DataFrame, how: str, budget: float | None = None, cost: str = "macs") -> pd.Series:
+    """One row of the frontier; a `budget` limits the choice for every `how`, and "budget" requires it.
+
+    - "knee": the point farthest above the chord between the frontier's ends, both axes scaled to 0..1;
+    - "budget": the most accurate within the budget;
+    - "accuracy": the most accurate; of equals, here and above, the cheapest.
+
+    Raises RunError for an empty frontier or an unknown `how`, BudgetError where nothing fits.
+    """
+    if how not in PICKS:
+        raise RunError(f"cannot pick by {how!r}; choose one of {', '.join(PICKS)}")
+    if how == "budget" and budget is None:
+        raise RunError("picking by 'budget' needs a budget; give one, or pick by 'knee' or 'accuracy'")
+    if frontier.empty:
+        raise RunError("the frontier is empty: no candidate has been scored yet, so search first")
+    choices = _non_dominated(_within(frontier, cost, budget), cost)
+    if how == "knee":
+        return choices.iloc[_knee(choices[cost].to_numpy(float), choices["top1"].to_numpy(float))]
+    return choices.iloc[-1]  # on a frontier the dearest is the most accurate
+
+
+def binomial_interval(correct: ArrayLike, total: ArrayLike, confidence: float = 0.95) -> tuple[Any, Any]:
+    """Wilson's interval for `correct` out of `total` images: (low, high) in percent, in the inputs' shape.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    Unlike the normal approximation it stays inside 0..100 and keeps a width when every image is right.
+    """
+    hits, images = np.broadcast_arrays(np.asarray(correct, float), np.asarray(total, float))
+    if not (np.all(images > 0) and np.all(hits >= 0) and np.all(hits <= images)):
+        raise RunError(f"{correct!r} correct of {total!r} images; need 0 <= correct <= total and total > 0")
+    if not 0 < confidence < 1:
+        raise RunError(f"the confidence is {confidence}; it must lie between 0 and 1, for instance 0.95")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = hits / images
+    centre = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    reach = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    # At the ends the formula is exactly 0 or 1; rounding would leave 1e-17 beside it.
+    low = np.where(hits == 0, 0.0, 100 * (centre - reach))
+    high = np.where(hits == images, 100.0, 100 * (centre + reach))
+    return low[()], high[()]
+
+
+def _points(candidates: pd.DataFrame, cost: str) -> np.ndarray:
+    """(candidates, 2) array of top1 and cost, all finite."""
+    missing = [column for column in ("top1", cost) if column not in candidates]
+    if missing:
+        present = ", ".join(candidates.columns)
+        raise RunError(f"the candidates have no column {missing[0]!r}; they have {present}")
+    points = candidates[["top1", cost]].to_numpy(float)
+    broken = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if broken.size:
+        raise RunError(
+            f"candidate row {broken[0]} has top1 {points[broken[0], 0]} and {cost} {points[broken[0], 1]}; "
+            "both must be finite, so score it again or leave it out"
+        )
+    return points
+
+
+def _within(candidates: pd.DataFrame, cost: str, budget: float | None) -> pd.DataFrame:
+    costs = _points(candidates, cost)[:, 1]
+    if budget is None or candidates.empty:
+        return candidates
+    fits = costs <= budget
+    if not fits.any():
+        cheapest = candidates.iloc[int(costs.argmin())]
+        raise BudgetError(
+            f"no candidate stays within {budget:,.0f} {cost}; the cheapest, {cheapest['architecture']}, "
+            f"needs {cheapest[cost]:,.0f}, so ask for at least that"
+        )
+    return candidates[fits]
+
+
+def _non_dominated(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
+    if candidates.empty:
+        return candidates.reset_index(drop=True)
+    # keep_weakly=False keeps the first of equal points and no other.
+    best = moocore.is_nondominated(_points(candidates, cost), maximise=[True, False], keep_weakly=False)
+    return candidates[best].sort_values(cost, ignore_index=True)
+
+
+def _knee(costs: np.ndarray, top1: np.ndarray) -> int:
+    """Position of the knee of a frontier sorted by rising cost; its ends lie on the chord, at height 0."""
+    if len(costs) < 3:
+        return 0
+    heights = (top1 - top1[0]) / (top1[-1] - top1[0]) - (costs - costs[0]) / (costs[-1] - costs[0])
+    return int(heights.argmax())

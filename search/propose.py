@@ -1,0 +1,162 @@
+"""Who comes next: proposers are plain functions; Optuna's samplers see architectures through a total encoding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+
+from poolshare.space import Architecture, Band, CostTable, Layer, SearchSpace
+
+_TRIES = 50  # for a proposal that is new and within the budget, before drawing one
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An architecture with its accuracy on search-validation (percent) and its cost."""
+
+    architecture: Architecture
+    top1: float
+    cost: int
+
+
+Proposer = Callable[[Band, CostTable, Sequence[Scored], str, int], list[Architecture]]
+
+
+def random_draws(allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int) -> list[Architecture]:
+    """`count` uniform draws from the allowed architectures, new ones as long as there are any left."""
+    seen = {candidate.architecture for candidate in scored}
+    return _fill([], seen, allowed, key, count)
+
+
+def evolution(
+    allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int, bands: int = 10, elite: int = 3
+) -> list[Architecture]:
+    """Offspring of the best architectures of every cost band, so that the whole frontier is worked on.
+
+    allowed: the budget. scored: everything scored so far. key: what the randomness is keyed by; equal keys and
+    equal records give equal proposals. The first generation is drawn band by band, with the cheapest architecture
+    and, where the budget allows, the dense one.
+    """
+    seen = {candidate.architecture for candidate in scored}
+    low, high = allowed.low, allowed.high
+    pool = _elites(allowed, [candidate for candidate in scored if candidate.cost <= high], bands, elite)
+    proposals: list[Architecture] = []
+    for index in range(count):
+        rng = random.Random(f"{key} {index}")
+        if not pool:
+            founders = (allowed.space.cheapest(costs), allowed.space[0])
+            child = founders[index] if index < 2 and founders[index] in allowed else None
+            target = low + (high - low) * (index % bands + 1) // bands
+            child = child or allowed.space.within(costs, None, max(low, target)).sample(rng)
+        else:
+            child = _offspring(allowed, pool, seen, rng)
+        if child is not None and child in allowed and child not in seen:
+            proposals.append(child)
+            seen.add(child)
+    return _fill(proposals, seen, allowed, key, count)
+
+
+def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> list[list[Scored]]:
+    """The best of each cost band, cheapest band first; empty bands are left out."""
+    width = max(1, allowed.high - allowed.low + 1)
+    members: dict[int, list[Scored]] = {}
+    for candidate in scored:
+        members.setdefault((candidate.cost - allowed.low) * bands // width, []).append(candidate)
+    best = lambda group: sorted(group, key=lambda c: (-c.top1, c.cost, str(c.architecture)))[:elite]  # noqa: E731
+    return [best(members[band]) for band in sorted(members)]
+
+
+def _offspring(
+    allowed: Band, pool: list[list[Scored]], seen: set[Architecture], rng: random.Random
+) -> Architecture | None:
+    for _ in range(_TRIES):
+        band = rng.randrange(len(pool))
+        parent = rng.choice(pool[band]).architecture
+        if rng.random() < 0.5:
+            mate = rng.choice(pool[min(max(band + rng.randint(-1, 1), 0), len(pool) - 1)]).architecture
+            child = allowed.space.crossover(parent, mate, rng)
+        else:
+            child = allowed.space.mutate(parent, rng)
+        if child not in seen and child in allowed:
+            return child
+    return None
+
+
+def _fill(
+    proposals: list[Architecture], seen: set[Architecture], allowed: Band, key: str, count: int
+) -> list[Architecture]:
+    """Add uniform draws up to `count`, new ones where a bounded number of tries finds them."""
+    proposals, seen = list(proposals), set(seen) | set(proposals)
+    for index in range(count - len(proposals)):
+        rng = random.Random(f"{key} draw {index}")
+        draws = (allowed.sample(rng) for _ in range(_TRIES))
+        draw = next((draw for draw in draws if draw not in seen), None)
+        if draw is not None:
+            proposals.append(draw)
+            seen.add(draw)
+    return proposals
+
+
+# The total encoding: flat, static parameters of which every combination is exactly one architecture.
+
+
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """One level, one share bit and (with several operators) one operator for every layer but the first."""
+    found: dict[str, BaseDistribution] = {}
+    for index in range(1, space.depth):
+        if len(space.levels) > 1:
+            found[f"level_{index}"] = IntDistribution(0, len(space.levels) - 1)
+        if space.max_run > 1:
+            found[f"share_{index}"] = IntDistribution(0, 1)
+        if len(space.operators) > 1:
+            found[f"operator_{index}"] = CategoricalDistribution(space.operators)
+    return found
+
+
+def decode(params: dict[str, Any], space: SearchSpace) -> Architecture:
+    """Any combination of parameters → one architecture of the space.
+
+    The level is the lower of its own and the previous layer's; the share bit counts where sharing is legal; the
+    operator counts where tokens are dropped, and where it cannot make that drop the next of the space's operators
+    that can does; where none can, the tokens stay.
+    """
+    layers: list[Layer] = [Layer(space.levels[0])]
+    node = space.follow(None, (layers[0],))
+    for index in range(1, space.depth):
+        options = space.choices(node)
+        tokens = min(space.levels[params.get(f"level_{index}", 0)], layers[-1].tokens)
+        layer = Layer(layers[-1].tokens)
+        if tokens < layers[-1].tokens:
+            first = space.operators.index(params.get(f"operator_{index}", space.operators[0]))
+            wanted = [Layer(tokens, name) for name in space.operators[first:] + space.operators[:first]]
+            layer = next((candidate for candidate in wanted if candidate in options), layer)
+        elif params.get(f"share_{index}", 0) and Layer(tokens, None, True) in options:
+            layer = Layer(tokens, None, True)
+        layers.append(layer)
+        node = space.follow(node, (layer,))
+    return Architecture(tuple(layers))
+
+
+def encode(architecture: Architecture, space: SearchSpace) -> dict[str, Any]:
+    """The plainest parameters that decode to this architecture."""
+    params: dict[str, Any] = {}
+    for index, layer in enumerate(architecture.layers[1:], start=1):
+        params[f"level_{index}"] = space.levels.index(layer.tokens)
+        params[f"share_{index}"] = int(layer.shared)
+        params[f"operator_{index}"] = layer.operator or (space.operators[0] if space.operators else None)
+    return {name: params[name] for name in distributions(space)}
+
+
+PROPOSERS: dict[str, Proposer] = {"evolution": evolution, "random": random_draws}
+
+
+def optuna_sampler(name: str, seed: int, population: int) -> BaseSampler:
+    """Optuna's NSGA-II or multivariate TPE."""
+    if name == "nsga2":
+        return NSGAIISampler(population_size=population, seed=seed)
+    return TPESampler(multivariate=True, constant_liar=True, seed=seed)

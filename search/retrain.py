@@ -1,0 +1,168 @@
+"""An exported model trained further, or measured as it is; the only readers of the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from torch import nn
+
+from poolshare.space import DataError
+from poolshare.supernet import count_macs, measure_latency
+from poolshare.supernet.data import Data, open_data
+from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+
+from .export import Exported, check_new, load_export, save_export
+from .job import opening_options, pick_device
+from .pareto import binomial_interval
+from .progress import progress_bar
+
+EVALUATION_BATCH = 256
+LATENCY_BATCHES = (1, 64)
+
+
+def retrain(
+    exported: str | Path,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    download: bool = False,
+    from_scratch: bool = False,
+    seed: int = 0,
+    recipe_changes: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
+
+    data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
+    Returns what the new folder's architecture.json says. An interrupted call continues from its last epoch.
+    Raises RunError where `out` exists, DataError where the data has other classes than the model.
+    """
+    out, console = Path(out), console or Console(quiet=True)
+    check_new(out)
+    source = load_export(exported)
+    opened = _open(source, data, data_dir, download)
+    recipe = _recipe(source, from_scratch, recipe_changes or {})
+    torch.manual_seed(seed)
+    model: Any = source.model
+    if from_scratch:
+        base, options = model.base
+        fresh = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
+        fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
+        model = fresh
+    model = model.to(pick_device(device))
+    state = out.with_name(f".{out.name}.training.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
+    with progress_bar(console, "retraining", total) as advance:
+        train_model(
+            model,
+            opened,
+            recipe,
+            seed=seed,
+            workers=workers,
+            state=state,
+            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+        )
+    correct, images = accuracy(model, opened, workers)
+    start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
+    facts = {key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")}
+    facts |= {
+        "data": opened.name,
+        "data_dir": data_dir if data else source.facts.get("data_dir"),
+        "test_top1": 100 * correct / images,
+        "test_correct": correct,
+        "test_total": images,
+        "recipe": recipe.model_dump(),
+        "from_scratch": from_scratch,
+        "retrain_seed": seed,
+        "weights": f"{start}, retrained for {recipe.epochs} epochs on {opened.name}",
+    }
+    save_export(out, model.cpu(), opened.classes, source.data_config, facts)
+    state.unlink(missing_ok=True)
+    return facts
+
+
+def evaluate(
+    exported: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model."""
+    source = load_export(exported)
+    opened = _open(source, data, data_dir, False)
+    place = pick_device(device)
+    inputs = torch.zeros(1, *source.data_config["input_size"])
+    macs = count_macs(source.model, (inputs,))
+    model = source.model.to(place)
+    correct, images = accuracy(model, opened, workers, console)
+    low, high = binomial_interval(correct, images)
+    return {
+        "model": str(source.path),
+        "architecture": str(model.architecture),
+        "top1": 100 * correct / images,
+        "interval": [float(low), float(high)],
+        "correct": correct,
+        "total": images,
+        "macs": macs,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": str(place),
+        "latency_ms": {
+            batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
+            for batch in LATENCY_BATCHES
+        },
+    }
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | None = None) -> tuple[int, int]:
+    """Correctly classified test images, and how many there are."""
+    model.eval()
+    device = next(model.parameters()).device
+    batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
+    correct = images = 0
+    with progress_bar(console or Console(quiet=True), "testing", len(batches)) as advance:
+        for index, (inputs, labels) in enumerate(batches, start=1):
+            correct += int((model(inputs.to(device)).argmax(dim=-1) == labels.to(device)).sum())
+            images += len(labels)
+            advance(index)
+    return correct, images
+
+
+def _open(source: Exported, data: str | None, data_dir: str | None, download: bool) -> Data:
+    """The data set, in the model's input format. Raises DataError where its classes are not the model's."""
+    name = data or source.facts["data"]
+    opened = open_data(
+        name,
+        data_dir=data_dir if data else data_dir or source.facts.get("data_dir"),
+        download=download,
+        seed=source.facts["seed"],  # where test images had to be set aside, the search has not seen them
+        **opening_options(source.data_config),
+    )
+    if list(opened.classes) != source.facts["classes"]:
+        raise DataError(
+            f"{name} has the classes {', '.join(opened.classes[:5])}…, but {source.path} was made for "
+            f"{', '.join(source.facts['classes'][:5])}…; use the data it was searched on"
+        )
+    return opened
+
+
+def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) -> Recipe:
+    warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
+    situation: dict[str, Any] = {
+        "epochs": 30 if from_scratch else 15,
+        "lr": 2e-3 if from_scratch else 3e-4 if warm_vit else 1e-3,
+        "layer_decay": 0.75 if warm_vit else None,
+    }
+    return Recipe(**(situation | {name: value for name, value in changes.items() if value is not None}))

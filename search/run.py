@@ -1,0 +1,211 @@
+"""The run folder: the interface between the verbs. Configuration, lock, and the files of one search."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from poolshare.space import RunError
+from poolshare.space.files import write_whole
+
+FORMAT = 1
+MAY_DIFFER = ("trials", "epochs", "workers", "device")  # between two calls on one run folder
+CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
+
+
+class SearchConfig(BaseModel):
+    """Everything a search depends on. What is not given, or None, is decided by the situation or the base model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    data: str
+    data_dir: str | None = None
+    download: bool = False
+    search_fraction: float = Field(0.2, gt=0, lt=1)  # of the training images, to score architectures on
+    model: str
+    model_args: dict[str, Any] = {}
+    pretrained: bool = False
+    img_size: int | None = Field(None, ge=1)
+    levels: tuple[int, ...] | None = None
+    operators: tuple[str, ...] | None = None
+    max_run: int | None = Field(None, ge=1)
+    budget: str | None = None
+    sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = "auto"
+    trials: int = Field(1000, ge=1)
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    amp: Literal["none", "bf16"] = "none"
+    workers: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decide(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in values.items() if value is not None}
+        warm = bool(given.get("pretrained"))
+        decided = {
+            "model": "digits_vit" if given.get("data") == "digits" else "vit_tiny_patch16_224",
+            "epochs": 10 if warm else 30,
+            "lr": 3e-4 if warm else 2e-3,
+        }
+        return decided | given
+
+
+class RunFolder:
+    """A folder with the files of one search; made by `create`, found by `open`."""
+
+    def __init__(self, path: Path, config: SearchConfig):
+        self.path, self.config = path, config
+        self.training = path / "training.safetensors"  # weights and optimiser after the last epoch
+        self.supernet = path / "supernet.safetensors"  # trained weights
+        self.journal = path / "study.journal"
+        self.candidates = path / "candidates.csv"
+        self.pareto = path / "pareto.csv"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+        self.figure = path / "pareto.png"
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in `path`. Raises RunError where there is none, or one that cannot be read."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise RunError(
+                f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
+            )
+        try:
+            content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            found = content["format"]
+            config = SearchConfig(**content["search"]) if found == FORMAT else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = _first_problem(error) if isinstance(error, ValidationError) else repr(error)
+            raise RunError(
+                f"{path / 'config.json'} is damaged or not ours ({what}); restore it, or search into a new folder"
+            ) from None
+        if config is None:
+            raise RunError(
+                f"{path} has format version {found!r}, this poolshare reads {FORMAT}; use the version that wrote it"
+            )
+        return cls(path, config)
+
+    @classmethod
+    def create(cls, path: str | Path, config: SearchConfig) -> RunFolder:
+        """A new run folder, or the existing one to be continued with this configuration.
+
+        Raises RunError, before anything is written, for a folder with other contents and for a configuration that
+        differs in more than MAY_DIFFER, naming each difference.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; --out needs a folder, new or of an earlier run")
+        if (path / "config.json").exists():
+            earlier = cls.open(path).config
+            changed = [
+                f"{name}: {getattr(earlier, name)!r} there, {getattr(config, name)!r} now"
+                for name in SearchConfig.model_fields
+                if name not in MAY_DIFFER and getattr(earlier, name) != getattr(config, name)
+            ]
+            if changed:
+                raise RunError(
+                    f"{path} was begun with another configuration ({'; '.join(changed)}); repeat that one to "
+                    f"continue it (only {', '.join(MAY_DIFFER)} may differ), or search into a new folder"
+                )
+        elif path.is_dir() and any(path.iterdir()):
+            raise RunError(f"{path} holds other files and no config.json; search into a new or an empty folder")
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, config)
+        write_json(path / "config.json", {"format": FORMAT, "search": config.model_dump(mode="json")})
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process. Raises RunError, naming the owner, where another one holds it."""
+        import fcntl
+
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
+            except OSError:
+                file.seek(0)
+                raise RunError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}; wait, or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def read_candidates(self) -> pd.DataFrame:
+        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""
+        if not self.candidates.exists():
+            raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
+        try:
+            frame = pd.read_csv(self.candidates)
+            if tuple(frame.columns) != CANDIDATES or frame.isna().any(axis=None):
+                raise ValueError(f"columns are {', '.join(frame.columns)}, or a value is missing")
+            return frame.astype({"architecture": str, "top1": float} | dict.fromkeys(CANDIDATES[2:], int))
+        except (ValueError, OSError) as error:
+            raise RunError(f"{self.candidates} is damaged ({error}); delete it to score again") from None
+
+    def write_candidates(self, frame: pd.DataFrame) -> None:
+        """Replace candidates.csv."""
+        write_csv(self.candidates, frame[list(CANDIDATES)])
+
+    def read_summary(self) -> dict[str, Any]:
+        """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            if summary["format"] != FORMAT:
+                raise ValueError(f"format {summary['format']!r}")
+            return summary
+        except FileNotFoundError:
+            raise RunError(
+                f"the search in {self.path} has not finished; run the same `poolshare search` again"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.summary} is damaged ({error!r}); run the same `poolshare search` again") from None
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on beside the configuration."""
+    names = ("poolshare", "torch", "timm", "optuna", "fvcore")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table, whole or not at all."""
+    write_whole(path, lambda temporary: frame.to_csv(temporary, index=False))
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))} = {problem.get('input')!r}: {problem['msg']}"
+
+
+def checked_config(**values: Any) -> SearchConfig:
+    """A SearchConfig. Raises RunError (wrong use) naming the option and what it may be."""
+    try:
+        return SearchConfig(**values)
+    except ValidationError as error:
+        wrong = RunError(_first_problem(error))
+        wrong.exit_status = 2
+        raise wrong from None
