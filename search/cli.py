@@ -170,7 +170,9 @@ def search(
     epochs: Annotated[
         int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, or 10 with --pretrained.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of one training step. Default: 64.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate. Default: 2e-3, or 3e-4 with --pretrained.")
     ] = None,
@@ -261,7 +263,9 @@ def retrain(
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
     epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images of one training step. Default: 64.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of one training step. Default: as in the search.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by situation.")] = None,
     data_dir: DataDir = None,
     download: Download = False,

@@ -53,6 +53,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "data": config.data,
         "data_dir": config.data_dir,
         "seed": config.seed,
+        "batch_size": config.batch_size,
         "pretrained": folder.config.pretrained,
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }

@@ -161,6 +161,7 @@ def _open(source: Exported, data: str | None, data_dir: str | None, download: bo
 def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) -> Recipe:
     warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
     situation: dict[str, Any] = {
+        "batch_size": source.facts["batch_size"],
         "epochs": 30 if from_scratch else 15,
         "lr": 2e-3 if from_scratch else 3e-4 if warm_vit else 1e-3,
         "layer_decay": 0.75 if warm_vit else None,

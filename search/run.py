@@ -43,7 +43,7 @@ class SearchConfig(BaseModel):
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = "auto"
     trials: int = Field(1000, ge=1)
     epochs: int = Field(ge=0)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     amp: Literal["none", "bf16"] = "none"
@@ -55,9 +55,10 @@ class SearchConfig(BaseModel):
     @classmethod
     def _decide(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in values.items() if value is not None}
-        warm = bool(given.get("pretrained"))
+        warm, digits = bool(given.get("pretrained")), given.get("data") == "digits"
         decided = {
-            "model": "digits_vit" if given.get("data") == "digits" else "vit_tiny_patch16_224",
+            "model": "digits_vit" if digits else "vit_tiny_patch16_224",
+            "batch_size": 32 if digits else 64,  # so few images need the steps
             "epochs": 10 if warm else 30,
             "lr": 3e-4 if warm else 2e-3,
         }

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from .errors import ArchitectureError
 
-MAX_DEPTH = 1000  # far above any ViT; a text such as "196*999999999" must not fill the memory
+MAX_DEPTH = 200  # far above any ViT; a text such as "196*999999999" must not fill the memory
 
+_OPERATOR = re.compile("[a-z][a-z0-9_]*")
 _RUN = re.compile(
-    r"(?P<tokens>[1-9][0-9]{0,8})(?:@(?P<operator>[a-z][a-z0-9_]*))?(?:\*(?P<length>[1-9][0-9]{0,8}))?",
-    re.ASCII,
+    rf"(?P<tokens>[1-9][0-9]{{0,8}})(?:@(?P<operator>{_OPERATOR.pattern}))?(?:\*(?P<length>[1-9][0-9]{{0,8}}))?"
 )
 
 
@@ -54,10 +54,20 @@ class Architecture:
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ArchitectureError("an architecture needs at least one layer, for example '196*2 100@max2d'")
+        if type(self.layers) is not tuple or not self.layers:
+            raise ArchitectureError(
+                f"the layers are {self.layers!r:.80}; an architecture is a tuple of at least one Layer, "
+                "for example that of Architecture.parse('196*2 100@max2d')"
+            )
+        if len(self.layers) > MAX_DEPTH:
+            raise ArchitectureError(f"{len(self.layers)} layers are more than the {MAX_DEPTH} that any ViT has")
         previous: Layer | None = None
         for index, layer in enumerate(self.layers):
+            if not _well_formed(layer):
+                raise ArchitectureError(
+                    f"layer {index} is {layer!r:.120}; expected Layer(tokens, operator, shared) with tokens a positive "
+                    "whole number below 10^9, an operator's name or None, and True or False"
+                )
             problem = _contradiction(previous, layer)
             if problem:
                 raise ArchitectureError(f"layer {index} ({Run(layer.tokens, layer.operator, 1)}): {problem}")
@@ -85,6 +95,9 @@ class Architecture:
     @classmethod
     def from_runs(cls, runs: list[Run] | tuple[Run, ...]) -> Architecture:
         """The architecture whose `runs` these are."""
+        for run in runs:
+            if run.length < 1:
+                raise ArchitectureError(f"{run!r} has length {run.length}; an owner alone is a run of length 1")
         depth = sum(run.length for run in runs)
         if depth > MAX_DEPTH:
             raise ArchitectureError(f"{depth:,} layers are more than the {MAX_DEPTH} that any ViT has")
@@ -139,6 +152,17 @@ class Architecture:
                 raise ArchitectureError(f"run {position} of the JSON: {run.operator!r:.40} is no operator name")
             runs.append(run)
         return cls.from_runs(runs)
+
+
+def _well_formed(layer: object) -> bool:
+    """Whether this is a Layer whose parts the canonical text can hold."""
+    return (
+        isinstance(layer, Layer)
+        and type(layer.tokens) is int
+        and 0 < layer.tokens < 10**9
+        and type(layer.shared) is bool
+        and (layer.operator is None or (type(layer.operator) is str and bool(_OPERATOR.fullmatch(layer.operator))))
+    )
 
 
 def _contradiction(previous: Layer | None, layer: Layer) -> str | None:

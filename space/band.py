@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
+from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from .architecture import Architecture, Layer
@@ -63,16 +64,27 @@ def _cumulative(ways: dict[int, int]) -> tuple[list[int], list[int]]:
 
 @lru_cache(maxsize=8)
 def _counts(space: SearchSpace, costs: CostTable) -> _Counts:
-    unit = 1
-    while True:
+    for power in range(22):  # 8**21 is 2**63: any unit that could matter
         try:
-            return _Counts(space, costs, unit)
+            return _Counts(space, costs, 8**power)
         except OverflowError:
-            unit *= 8
+            continue
+    raise BudgetError(
+        f"this space has more than {MAX_ENTRIES:,} nodes, too many to count costs; use fewer levels or a smaller max_run"
+    )
+
+
+def _rounded(name: str, limit: float, rounding: Callable[[float], int]) -> int:
+    try:
+        return rounding(limit)
+    except (TypeError, ValueError, OverflowError):
+        raise BudgetError(f"{name} is {limit!r}; a limit is a number of the cost's units, or None") from None
 
 
 class Band:
     """The architectures of `space` that cost from `low` to `high`, both included; None leaves a side open.
+
+    Costs are whole numbers, so a broken limit (0.6 of a model's) is rounded into the band.
 
     The number and the draws are exact, found by counting paths with the cost in the state. Where a space has too
     many different costs for that (`exact` is then False), counting goes by coarser units over a slightly wider band
@@ -81,16 +93,16 @@ class Band:
     Raises BudgetError, naming the reachable range or the nearest costs, where no architecture qualifies.
     """
 
-    def __init__(self, space: SearchSpace, costs: CostTable, low: int | None = None, high: int | None = None):
+    def __init__(self, space: SearchSpace, costs: CostTable, low: float | None = None, high: float | None = None):
         self.space, self.costs = space, costs
         cheapest, dearest = costs.total(space.cheapest(costs)), costs.total(space.dearest(costs))
-        self.low = cheapest if low is None else low
-        self.high = dearest if high is None else high
+        self._reach = (
+            f"this space reaches from {costs.format(cheapest)} ({cheapest:,}) to {costs.format(dearest)} ({dearest:,})"
+        )
+        self.low = cheapest if low is None else _rounded("low", low, ceil)
+        self.high = dearest if high is None else _rounded("high", high, floor)
         if self.low > dearest or self.high < cheapest or self.low > self.high:
-            raise BudgetError(
-                f"no architecture costs {self._wanted()}: this space reaches from "
-                f"{costs.format(cheapest)} ({cheapest:,}) to {costs.format(dearest)} ({dearest:,})"
-            )
+            raise BudgetError(f"no architecture costs {self._wanted()}: {self._reach}")
         self._counts = _counts(space, costs)
         unit = self._counts.unit
         rounding = 0 if unit == 1 else space.depth + 2  # each floor on the path loses less than one unit
@@ -107,9 +119,11 @@ class Band:
         return f"from {self.costs.format(self.low)} ({self.low:,}) to {self.costs.format(self.high)} ({self.high:,})"
 
     def _nearest(self) -> str:
+        if not self.exact:
+            return self._reach
         sums = self._counts.ways[self.space.depth][None][0]
         position = bisect_left(sums, self._low)
-        near = [(s * self._counts.unit) + self.costs.source for s in sums[max(0, position - 1) : position + 1]]
+        near = [total + self.costs.source for total in sums[max(0, position - 1) : position + 1]]
         return "the nearest that exist cost " + " and ".join(f"{total:,}" for total in near)
 
     def _ways(self, low: int, high: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from .architecture import Architecture, Layer
@@ -29,7 +30,7 @@ class CostTable:
     _edges: dict[tuple[Layer | None, Layer], int] = field(default_factory=dict, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        return hash((self.quantity, self.source, tuple(self.own.items()), tuple(self.shared.items())))
+        return hash((self.quantity, self.source, frozenset(self.own.items()), frozenset(self.shared.items())))
 
     def edge(self, previous: Layer | None, layer: Layer) -> int:
         """Cost of one layer with the pooling before it. Raises SpaceError for a kind that was not measured."""
@@ -88,15 +89,23 @@ class CostTable:
         """Read what `to_json` gave. Raises SpaceError where it is anything else."""
         try:
             own, shared, sink = (
-                {int(tokens): int(cost) for tokens, cost in value[name].items()} for name in ("own", "shared", "sink")
+                {int(tokens): _count(cost) for tokens, cost in value[name].items()} for name in ("own", "shared", "sink")
             )
             pool = {}
             for kind, cost in value["pool"].items():
                 operator, before, after = kind.split()
-                pool[operator, int(before), int(after)] = int(cost)
-            return cls(str(value["quantity"]), int(value["source"]), own, shared, pool, sink)
+                pool[operator, int(before), int(after)] = _count(cost)
+            if not isinstance(value["quantity"], str):
+                raise TypeError(f"quantity is {value['quantity']!r}, not a name such as 'macs'")
+            return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
+    return value
 
 
 def parse_budget(text: str, dense: int) -> int:
@@ -108,9 +117,9 @@ def parse_budget(text: str, dense: int) -> int:
     if match is None:
         hint = "; latency budgets are not supported yet" if text.strip().endswith("ms") else ""
         raise BudgetError(f"budget {text!r} is not understood; write 60% (of the dense MACs), 0.7G or 350M{hint}")
-    number, unit = float(match[1]), match[2]
+    number, unit = Fraction(match[1]), match[2]
     if not unit and number < 1000:
         raise BudgetError(
             f"budget {text!r} has no unit; write {match[1]}% (of the dense MACs), {match[1]}G or {match[1]}M"
         )
-    return int(number * {"%": dense / 100, "": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit])
+    return int(number * {"%": Fraction(dense, 100), "": 1, "k": 10**3, "M": 10**6, "G": 10**9}[unit])

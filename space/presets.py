@@ -39,11 +39,11 @@ def space_for(
     operators: tuple[str, ...] | None = None,
     max_run: int | None = None,
 ) -> SearchSpace:
-    """The preset of a timm model where it fits depth and patch tokens, else a derived space; given parts stand.
+    """The preset of a timm model where it fits the patch tokens, else a derived space; given parts stand.
 
     Raises SpaceError where the parts make no space.
     """
     preset = PRESETS.get(model.split(".")[0])
-    if preset is None or (preset.depth, preset.levels[0]) != (depth, tokens):
+    if preset is None or preset.levels[0] != tokens:  # unknown, or at another image size
         preset = SearchSpace(depth, levels or default_levels(tokens), operators or ("max2d",))
     return SearchSpace(depth, levels or preset.levels, operators or preset.operators, max_run or preset.max_run)

@@ -45,12 +45,10 @@ class SearchSpace:
     has_cls: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("levels", "operators"):
+        for name, example in (("levels", (196, 100, 49)), ("operators", ("max2d",))):
             value = getattr(self, name)
-            if isinstance(value, str):
-                raise SpaceError(
-                    f"{name} is a tuple such as {('max2d',) if name == 'operators' else (196, 100, 49)}, not {value!r}"
-                )
+            if not isinstance(value, (tuple, list)):
+                raise SpaceError(f"{name} is a tuple such as {example}, not {value!r}")
             object.__setattr__(self, name, tuple(value))
         for name in ("depth", "max_run"):
             value = getattr(self, name)
@@ -63,16 +61,19 @@ class SearchSpace:
                 f"levels are {self.levels!r}; they must fall strictly, beginning with the model's own count"
             )
         for operator in self.operators:
-            if operator not in OPERATORS:
+            if not isinstance(operator, str) or operator not in OPERATORS:
                 raise SpaceError(f"operator {operator!r} is unknown; known are {', '.join(OPERATORS)}")
         if len(set(self.operators)) != len(self.operators):
             raise SpaceError(f"operators are {self.operators!r}; name each one once")
+        if self.has_cls not in (True, False, None):
+            raise SpaceError(f"has_cls is {self.has_cls!r}; it must be True, False or None (as the model has it)")
         reachable = {node.level for node in self._edges if node is not None}
         for index, level in enumerate(self.levels):
             if index not in reachable:
+                odd = next((count for count in (level, self.levels[0]) if not is_square(count)), None)
                 raise SpaceError(
                     f"level {level} cannot be reached from {self.levels[:index]} by {self.operators or 'no operator'}"
-                    + ("" if is_square(level) else f"; {level} is not a square grid, which 2-D pooling needs")
+                    + ("" if odd is None else f"; {odd} is not a square grid, which 2-D pooling needs")
                 )
 
     # The graph
@@ -144,6 +145,8 @@ class SearchSpace:
 
     def check(self, architecture: Architecture) -> Architecture:
         """The architecture itself. Raises ArchitectureError with layer and reason where the space does not hold it."""
+        if not isinstance(architecture, Architecture):
+            raise ArchitectureError(f"{architecture!r:.80} is no Architecture; Architecture.parse reads the text of one")
         misfit = self._first_misfit(architecture.layers)
         if misfit is None:
             return architecture
@@ -242,6 +245,8 @@ class SearchSpace:
         Raises SpaceError where the space has no other architecture.
         """
         self.check(architecture)
+        if self.size == 1:
+            raise SpaceError(f"'{architecture}' is the only architecture of this space; there is nothing to search")
         for window in range(min(rng.randint(1, 3), self.depth), self.depth + 1):
             starts = list(range(self.depth - window + 1))
             rng.shuffle(starts)
@@ -249,7 +254,7 @@ class SearchSpace:
                 detours = list(self._detours(architecture, start, start + window))
                 if detours:
                     return rng.choice(detours)
-        raise SpaceError(f"'{architecture}' is the only architecture of this space; there is nothing to search")
+        raise AssertionError("two paths of one graph leave each other and meet again")
 
     def crossover(self, first: Architecture, second: Architecture, rng: random.Random) -> Architecture:
         """The beginning of one parent and the end of the other, spliced at a random layer where that is legal.
@@ -288,7 +293,7 @@ class SearchSpace:
 
     # Costs
 
-    def within(self, costs: CostTable, low: int | None = None, high: int | None = None) -> Band:
+    def within(self, costs: CostTable, low: float | None = None, high: float | None = None) -> Band:
         """The architectures that cost from `low` to `high` (both included; None: open), to count and draw from.
 
         Raises BudgetError, naming the reachable range, where there are none.

@@ -508,7 +508,7 @@ def _open_timm(
                 dataset.reader[0]  # an image column that is missing shows only here
                 return dataset.reader, list(dataset.reader.dataset[label_key])
             labels = getattr(dataset, "targets", None)
-            if labels is None or np.ndim(labels[0]) != np.ndim(dataset[0][1]):  # QMNIST keeps 8, but gives 1
+            if labels is None or np.ndim(labels[0]) != np.ndim(dataset[0][1]):  # QMNIST's are 8 to an image
                 labels = [dataset[index][1] for index in range(len(dataset))]
             return dataset, labels
         except AssertionError as error:
@@ -554,11 +554,10 @@ class _Images:
     name: str
 
     def __call__(self, index: int) -> Image.Image:
-        item = self.items[index][0]
-        if isinstance(item, Image.Image):
-            return item
+        item = None
         try:
-            with Image.open(item) as image:
+            item = self.items[index][0]
+            with item if isinstance(item, Image.Image) else Image.open(item) as image:
                 image.load()
         except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)

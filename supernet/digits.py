@@ -35,7 +35,7 @@ class OverlappingPatchEmbed(PatchEmbed):
 
 @register_model
 def digits_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """64 tokens, width 64, depth 8, 4 heads, mean-of-tokens head; for 8×8 grey pictures."""
+    """64 tokens, width 64, depth 8, 4 heads, MLP ratio 2, mean-of-tokens head; for 8×8 grey pictures."""
     settings: dict[str, Any] = {
         "img_size": 8,
         "patch_size": 1,
@@ -43,6 +43,7 @@ def digits_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
         "embed_dim": 64,
         "depth": 8,
         "num_heads": 4,
+        "mlp_ratio": 2.0,
         "class_token": False,
         "global_pool": "avg",
         "embed_layer": OverlappingPatchEmbed,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .pooling import pool
 FREE_OPERATORS = frozenset().union(
     ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean"),  # one operation per element
     ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout"),  # functions of elements
-    ("max", "argmax", "adaptive_max_pool2d", "eq"),  # comparisons
+    ("max", "amax", "argmax", "adaptive_max_pool2d", "eq"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack"),  # moves
     ("fill_", "zeros", "zeros_like", "ones", "ones_like", "arange"),  # constants
 )
@@ -56,16 +57,12 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        was_training = model.training
-        model.eval()
-        try:
+        with _evaluating(model):
             analysis = FlopCountAnalysis(model, inputs)
             analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             total = analysis.total()
             uncounted = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - FREE_OPERATORS
-        finally:
-            model.train(was_training)
     if uncounted:
         raise ModelError(
             f"fvcore cannot count {', '.join(sorted(uncounted))} in {type(model).__name__}, so its MACs are not exact; "
@@ -128,7 +125,7 @@ def _measure(
     with torch.no_grad():
         return CostTable(
             quantity,
-            source=count(embed, (zeros(supernet.patch_embed.proj.in_channels, *supernet.patch_embed.img_size),)),
+            source=count(embed, (zeros(supernet.in_chans, *supernet.patch_embed.img_size),)),
             own={level: count(own, (tokens(level),)) for level in space.levels},
             shared={level: count(shared, (tokens(level), shared_map(level))) for level in space.levels},
             pool={
@@ -158,12 +155,19 @@ def measure_latency(model: nn.Module, images: torch.Tensor, repeats: int = 11) -
             torch.cuda.synchronize(images.device)
         return (time.perf_counter() - start) * 1e3
 
-    was_training = model.training
+    with _evaluating(model), torch.inference_mode():
+        forward()
+        forward()
+        return statistics.median(forward() for _ in range(repeats))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            forward()
-            forward()
-            return statistics.median(forward() for _ in range(repeats))
+        yield
     finally:
-        model.train(was_training)
+        for module, mode in training:
+            module.training = mode

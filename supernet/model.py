@@ -26,8 +26,8 @@ def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTr
         raise ModelError(f"timm knows no model {name!r}{hint}")
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise ModelError(f"model {name!r} does not take these options: {error}") from None
+    except (TypeError, AssertionError, RuntimeError) as error:  # what timm raises for options and tags it cannot use
+        raise ModelError(f"timm cannot make model {name!r} with options {options}: {error}") from None
     reason = unsupported_part(model)
     if reason:
         raise ModelError(f"model {name!r} cannot be searched: {reason}")
@@ -92,6 +92,14 @@ class SuperNet(VisionTransformer):
             for position in positions:
                 logits[position] = output
         return torch.stack(logits)  # type: ignore[arg-type]  # every architecture ends at a leaf
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head, as timm's; exported models get it too."""
+        super().reset_classifier(num_classes, global_pool)
+        changed: dict[str, Any] = {"num_classes": num_classes}
+        if global_pool is not None:  # timm leaves the norms where they are
+            changed |= {"global_pool": global_pool, "fc_norm": not isinstance(self.fc_norm, nn.Identity)}
+        self.base = self.base[0], self.base[1] | changed
 
     def leaves(
         self, images: torch.Tensor, architectures: Sequence[Architecture]

@@ -34,7 +34,7 @@ class Subnet(VisionTransformer):
 
     @classmethod
     def from_supernet(cls, supernet: SuperNet, architecture: Architecture) -> Subnet:
-        """The architecture with the supernet's weights, on its device and in its mode.
+        """The architecture with the supernet's weights, on its device, in its precision and its mode.
 
         Gives the logits of `supernet(images, [architecture])[0]`: bit for bit in float32 on CPU with fused attention
         off, to float tolerance with it on. Raises ArchitectureError for an architecture outside the space.
@@ -42,8 +42,10 @@ class Subnet(VisionTransformer):
         supernet.space.check(architecture)
         base, options = supernet.base
         model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+        reference = next(supernet.parameters())
+        model.to(reference.device, reference.dtype)
         model.load_state_dict(checkpoint_filter_fn(supernet.state_dict(), model))
-        return model.to(next(supernet.parameters()).device).train(supernet.training)
+        return model.train(supernet.training)
 
     @classmethod
     def from_base(cls, base: str, architecture: str, **options: Any) -> Subnet:
@@ -68,19 +70,18 @@ class Subnet(VisionTransformer):
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
-        if attn_mask is not None or is_causal:
-            raise ModelError("a pooled model takes no attention mask: its token count changes from block to block")
-        *_, tokens = self._block_outputs(x)
+        _refuse_masks(attn_mask, is_causal)
+        *_, tokens = self._block_outputs(x, len(self.blocks))
         return self.norm(tokens)
 
-    def _block_outputs(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens after each block, each (B, prefix + P of that block, C)."""
+    def _block_outputs(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Tokens after each of the first `count` blocks, each (B, prefix + P of that block, C)."""
         tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
         outputs = []
-        layers = self.architecture.layers
+        layers = self.architecture.layers[:count]
         last_map: torch.Tensor | None = None
         block: Any
-        for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+        for index, (block, layer) in enumerate(zip(self.blocks[:count], layers, strict=True)):
             if layer.operator is not None:
                 tokens = pool(tokens, layer.operator, layer.tokens, self.num_prefix_tokens)
             if layer.shared:
@@ -101,26 +102,35 @@ class Subnet(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """Tokens after chosen blocks, as timm gives them; see `VisionTransformer.forward_intermediates`.
 
         "NCHW" maps shrink with the token count. Raises ModelError for NCHW after an operator that gave up the grid,
-        and for an unknown format; "NLC" always works. `stop_early` is accepted and saves nothing.
+        for an unknown format and for a mask; "NLC" always works.
         """
+        _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
-        taken, _ = feature_take_indices(len(self.blocks), indices)
+        taken, last = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCHW":
-            self._check_grid(max(taken))
-        tokens = self._block_outputs(x)
-        chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in taken]
+            self._check_grid(last)
+        tokens = self._block_outputs(x, last + 1 if stop_early else len(self.blocks))
+        chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in sorted(set(taken))]
         prefix = [features[:, : self.num_prefix_tokens] for features in chosen]
         maps = [features[:, self.num_prefix_tokens :] for features in chosen]
         if output_fmt == "NCHW":
             maps = [m.transpose(1, 2).unflatten(2, (isqrt(m.shape[1]),) * 2).contiguous() for m in maps]
-        intermediates = (
-            list(zip(maps, prefix, strict=True)) if return_prefix_tokens and self.num_prefix_tokens else maps
-        )
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens
+        if output_dict:
+            return {
+                "image_intermediates": maps,
+                **({"image_intermediates_prefix": prefix} if with_prefix else {}),
+                **({} if intermediates_only else {"image_features": self.norm(tokens[-1])}),
+            }
+        intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
         return intermediates if intermediates_only else (self.norm(tokens[-1]), intermediates)
 
     def _check_grid(self, last: int) -> None:
@@ -131,6 +141,14 @@ class Subnet(VisionTransformer):
                     f"layer {last}; ask for output_fmt='NLC' or for layers before {index}"
                 )
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last chosen one, as timm does; the architecture becomes that much shorter."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.architecture = Architecture(self.architecture.layers[: len(self.blocks)])
+        return taken
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Not supported: raises ModelError when enabled."""
         if enable:
@@ -139,6 +157,11 @@ class Subnet(VisionTransformer):
     def set_input_size(self, *args: Any, **options: Any) -> None:
         """Not supported: raises ModelError, as the architecture's token counts belong to one image size."""
         raise ModelError(f"'{self.architecture}' belongs to one image size; search again for another")
+
+
+def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ModelError("a pooled model takes no attention mask: its token count changes from block to block")
 
 
 def _smallest_space(architecture: Architecture) -> SearchSpace:
@@ -188,5 +211,6 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
         "poolshare_vit",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
         **options,
     )

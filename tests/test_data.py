@@ -335,13 +335,15 @@ def test_the_key_sets_all_three_generators():
 
 
 def test_the_global_generators_are_left_alone(data):
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    def states():
+        numpy_state: Any = np.random.get_state()  # noqa: NPY002
+        return random.getstate(), numpy_state[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
     gather(data.train_loader(0, 32))
     gather(data.train_loader(0, 32, workers=1))
     gather(data.eval_loader("search", 32))
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    assert before == after
+    assert states() == before
 
 
 def test_evaluation_is_in_order_whole_and_kept(data, monkeypatch):

@@ -1,0 +1,185 @@
+"""What the engine costs: ratios of interleaved medians, against one-by-one scoring and against timm's own step.
+
+    python results/bench/bench.py            # some 10 minutes on 2 cores; writes results/bench/bench.json
+
+Every pair that is compared runs in turn within one process, A B A B …, so that a machine whose speed drifts
+disturbs both alike; the ratio is that of the medians. Quote the ratios: seconds belong to one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import set_fused_attn
+
+from poolshare.search.run import versions
+from poolshare.space import forecast
+from poolshare.space.presets import PRESETS
+from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
+from poolshare.supernet.train import Sandwich, sandwich_loss
+
+MODEL = "vit_tiny_patch16_224"
+
+
+def interleaved(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
+    """Median seconds of each, after one warm-up, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def scoring(net: SuperNet, costs: Any, count: int, images: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """`count` uniform draws in one walk over their prefix tree, against one forward each."""
+    population = [net.space.sample(random.Random(f"bench {index}")) for index in range(count)]
+    results: dict[str, torch.Tensor] = {}
+
+    def tree() -> None:
+        results["tree"] = net(images, population)
+
+    def one_by_one() -> None:
+        results["one_by_one"] = torch.stack([net(images, [architecture])[0] for architecture in population])
+
+    with torch.inference_mode():
+        seconds = interleaved(repeats, tree=tree, one_by_one=one_by_one)
+    counted = 1 / forecast(population, costs).share
+    gain = seconds["one_by_one"] / seconds["tree"]
+    return {
+        "architectures": count,
+        "batch": len(images),
+        "counted_gain": round(counted, 3),
+        "measured_gain": round(gain, 3),
+        "measured_over_counted": round(gain / counted, 3),
+        "logits_equal_bit_for_bit": torch.equal(results["tree"], results["one_by_one"]),
+    }
+
+
+def training_step(net: SuperNet, costs: Any, batch: int, repeats: int) -> dict[str, Any]:
+    """A supernet step on the dense architecture against timm's step, and a sandwich step against its counted MACs."""
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
+    models = {}
+    for name, fused in (("timm_unfused", False), ("timm_fused", True)):
+        set_fused_attn(fused)
+        models[name] = timm.create_model(MODEL, num_classes=10).train()
+    set_fused_attn(True)
+    net.train()
+    sandwich = Sandwich(net.space, costs, seed=0)
+    draws = iter(range(10_000))
+    shares: list[float] = []
+
+    def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        return run
+
+    def sandwich_step() -> torch.Tensor:
+        architectures = sandwich.at(next(draws))
+        shares.append(forecast(architectures, costs).cost / costs.total(net.space[0]))
+        return sandwich_loss(net, images, labels, architectures)
+
+    seconds = interleaved(
+        repeats,
+        supernet=step(net, lambda: F.cross_entropy(net(images, [net.space[0]])[0], labels)),
+        timm_unfused=step(models["timm_unfused"], lambda: F.cross_entropy(models["timm_unfused"](images), labels)),
+        timm_fused=step(models["timm_fused"], lambda: F.cross_entropy(models["timm_fused"](images), labels)),
+        sandwich=step(net, sandwich_step),
+    )
+    net.eval()
+    dense_steps = statistics.median(shares[1:])
+    return {
+        "batch": batch,
+        "supernet_over_timm_unfused": round(seconds["supernet"] / seconds["timm_unfused"], 3),
+        "supernet_over_timm_fused": round(seconds["supernet"] / seconds["timm_fused"], 3),
+        "sandwich_of_four_in_dense_steps": round(seconds["sandwich"] / seconds["supernet"], 3),
+        "sandwich_of_four_counted": round(dense_steps, 3),
+    }
+
+
+def arithmetic(net: SuperNet, costs: Any) -> dict[str, Any]:
+    """Cost look-ups and band draws per second, and how far look-ups are from fvcore."""
+    space = net.space
+    population = [space.sample(random.Random(index)) for index in range(2000)]
+    for architecture in population:
+        costs.total(architecture)
+    start = time.perf_counter()
+    for _ in range(20):
+        for architecture in population:
+            costs.total(architecture)
+    lookups = 20 * len(population) / (time.perf_counter() - start)
+
+    middle = 600_000_000
+    start = time.perf_counter()
+    band = space.within(costs, int(middle * 0.996), int(middle * 1.004))
+    building = time.perf_counter() - start
+    rng = random.Random(0)
+    start = time.perf_counter()
+    for _ in range(20_000):
+        band.sample(rng)
+    draws = 20_000 / (time.perf_counter() - start)
+
+    image = torch.zeros(1, 3, 224, 224)
+    errors = [abs(count_macs(Subnet.from_supernet(net, a), (image,)) - costs.total(a)) for a in population[:10]]
+    return {
+        "cost_lookups_per_second": round(lookups),
+        "band": f"{band.low:,} to {band.high:,} MACs (0.8 %)",
+        "band_size": band.size,
+        "band_building_seconds": round(building, 4),
+        "band_draws_per_second": round(draws),
+        "largest_difference_from_fvcore_macs": max(errors),
+    }
+
+
+def main() -> None:
+    """Run all, print and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("bench.json"))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10).eval()
+    costs = measure_macs(net)
+    figures: dict[str, Any] = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "model": MODEL,
+        "space_size": net.space.size,
+    }
+    steps = {
+        "arithmetic": lambda: arithmetic(net, costs),
+        "scoring_50": lambda: scoring(net, costs, 50, torch.randn(4, 3, 224, 224), options.repeats),
+        "scoring_500": lambda: scoring(net, costs, 500, torch.randn(2, 3, 224, 224), max(3, options.repeats // 2)),
+        "training_step": lambda: training_step(net, costs, 8, 2 * options.repeats),
+    }
+    for name, run in steps.items():
+        figures[name] = run()
+        print(name, json.dumps(figures[name], indent=2), flush=True)
+        options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The verbs from end to end on real digits: search → pareto → export → retrain → evaluate, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from poolshare.search import cli
+from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.space import Architecture, RunError
+from poolshare.supernet import SuperNet
+from poolshare.supernet.checkpoint import load_tensors
+
+SMALL = [
+    "--data",
+    "digits",
+    "--model-args",
+    "depth=3,embed_dim=16,num_heads=2",
+    "--batch-size",
+    "128",
+    "--device",
+    "cpu",
+]
+
+
+def poolshare(*words, monkeypatch, capsys):
+    """Run a verb in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["poolshare", *map(str, words)])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def verb(monkeypatch, capsys):
+    return lambda *words: poolshare(*words, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished search over digits with a small model."""
+    folder = tmp_path_factory.mktemp("main") / "run"
+    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", "search", *SMALL]
+    finished = subprocess.run(
+        [*command, "--epochs", "2", "--out", str(folder)], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return folder, finished
+
+
+def test_search_announces_its_time_shows_progress_and_ends_with_frontier_report_and_export_command(run):
+    folder, finished = run
+    assert "training the supernet: 2 epochs, about" in finished.stderr
+    assert "scoring all of them on 251 images" in finished.stderr
+    assert "training the supernet: 100%" in finished.stderr
+    assert f"report: {folder}/report.html" in finished.stdout
+    assert f"export: poolshare export {folder}" in finished.stdout
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json", "supernet.safetensors", "training.safetensors", "candidates.csv", "pareto.csv", "report.html",
+    }  # fmt: skip
+
+
+def test_the_whole_space_was_scored_with_the_supernets_own_accuracy(run):
+    folder, _ = run
+    config = RunFolder.open(folder).config
+    from poolshare.search.job import prepare
+
+    job = prepare(config)
+    tensors, facts = load_tensors(folder / "supernet.safetensors")
+    assert facts["epochs"] == 2
+    job.supernet.load_state_dict(tensors)
+    job.supernet.eval()
+    table = pd.read_csv(folder / "candidates.csv")
+    assert list(table["architecture"]) == list(map(str, job.supernet.space))
+    [(images, labels)] = job.data.eval_loader("search", 1000)
+    for row in table.sample(5, random_state=0).itertuples():
+        with torch.inference_mode():
+            logits = job.supernet(images, [Architecture.parse(row.architecture)])[0]
+        assert row.correct == int((logits.argmax(-1) == labels).sum())
+        assert row.total == len(labels) == 251
+
+
+def test_pareto_gives_what_the_table_says(run, verb):
+    folder, _ = run
+    status, out, _ = verb("pareto", folder, "--json")
+    found = json.loads(out)
+    table = pd.read_csv(folder / "candidates.csv")
+    assert status == 0
+    for point in found["frontier"]:
+        better = (table["top1"] >= point["top1"]) & (table["macs"] <= point["macs"])
+        assert (table[better][["top1", "macs"]] == [point["top1"], point["macs"]]).all(axis=None)
+    status, out, _ = verb("pareto", folder, "--budget", "50%", "--json")
+    assert all(point["macs"] <= found["dense"]["macs"] / 2 for point in json.loads(out)["frontier"])
+    status, _, err = verb("pareto", folder, "--budget", "1%")
+    assert status == 2
+    assert "ask for at least" in err
+
+
+def test_an_export_loads_in_a_fresh_process_and_gives_the_supernets_logits(run, verb, tmp_path):
+    folder, _ = run
+    text = "64*2 4@max2d"
+    status, _, err = verb("export", folder, "--architecture", text, "--out", tmp_path / "export", "--json")
+    assert status == 0, err
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "images.npy", images.numpy())
+    script = (
+        "import sys, numpy, timm, torch, poolshare.supernet\n"
+        "timm.layers.set_fused_attn(False)\n"
+        "model = timm.create_model(f'local-dir:{sys.argv[1]}/export', pretrained=True).eval()\n"
+        "images = torch.from_numpy(numpy.load(sys.argv[1] + '/images.npy'))\n"
+        "with torch.no_grad(): numpy.save(sys.argv[1] + '/logits.npy', model(images).numpy())\n"
+        "print(model.pretrained_cfg['label_names'], model.pretrained_cfg['mean'], model.pretrained_cfg['input_size'])\n"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert fresh.stdout.strip() == f"{[str(digit) for digit in range(10)]} [0.5] (1, 8, 8)"
+
+    space = RunFolder.open(folder).read_summary()["space"]
+    from poolshare.space import SearchSpace
+
+    net = SuperNet.from_timm("digits_vit", SearchSpace(**space), depth=3, embed_dim=16, num_heads=2)
+    net.load_state_dict(load_tensors(folder / "supernet.safetensors")[0])
+    with torch.no_grad():
+        expected = net.eval()(images, [Architecture.parse(text)])[0]
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), expected.numpy())
+
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    assert "blocks.1.attn.v.weight" in weights
+    assert "blocks.1.attn.qkv.weight" not in weights
+    facts = json.loads((tmp_path / "export" / "architecture.json").read_text())
+    assert facts["architecture"] == text
+    assert facts["parameters"] == sum(value.numel() for value in weights.values())
+
+
+def test_retrain_and_evaluate_agree_and_overwrite_nothing(run, verb, tmp_path):
+    folder, _ = run
+    export = tmp_path / "export"
+    assert verb("export", folder, "--budget", "60%", "--out", export)[0] == 0
+    status, out, err = verb("retrain", export, "--data", "digits", "--epochs", "2", "--lr", "5e-3", "--json", "-q")
+    assert status == 0, err
+    facts = json.loads(out)
+    assert facts["test_total"] == 540
+    status, out, _ = verb("evaluate", tmp_path / "export-retrained", "--json", "-q")
+    result = json.loads(out)
+    assert (result["correct"], result["total"]) == (facts["test_correct"], 540)
+    assert result["macs"] == facts["macs"] <= 0.6 * facts["dense_macs"]
+    assert result["interval"][0] < result["top1"] < result["interval"][1]
+    before = (tmp_path / "export-retrained" / "model.safetensors").read_bytes()
+    for words in (("retrain", export), ("export", folder, "--out", tmp_path / "export-retrained")):
+        status, _, err = verb(*words)
+        assert status == 1
+        assert "exists already; choose another --out" in err
+    assert (tmp_path / "export-retrained" / "model.safetensors").read_bytes() == before
+    status, _, err = verb("evaluate", folder)
+    assert status == 1
+    assert "is no exported folder" in err
+
+
+def test_the_same_command_again_finds_everything_done(run, verb):
+    folder, _ = run
+    before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    status, _, err = verb("search", *SMALL, "--epochs", "2", "--out", folder)
+    assert status == 0
+    assert "has been trained for its 2 epochs" in err
+    assert {path.name: path.read_bytes() for path in folder.glob("*.csv")} == before
+
+
+def test_continuing_with_more_epochs_trains_on_and_keeps_the_old_scores(verb, tmp_path):
+    folder = tmp_path / "run"
+    assert verb("search", *SMALL, "--epochs", "1", "--sampler", "evolution", "--trials", "20", "--out", folder)[0] == 0
+    first = (folder / "candidates.csv").read_bytes()
+    status, _, err = verb(
+        "search", *SMALL, "--epochs", "2", "--sampler", "evolution", "--trials", "30", "--out", folder
+    )
+    assert status == 0, err
+    assert "training the supernet: 1 epochs" in err
+    assert (folder / "candidates-1-epochs.csv").read_bytes() == first
+    assert len(pd.read_csv(folder / "candidates.csv")) > 15
+    status, _, err = verb(
+        "search", *SMALL, "--epochs", "1", "--sampler", "evolution", "--trials", "30", "--out", folder
+    )
+    assert status == 1
+    assert "was trained for 2 epochs already" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["search", "--data", "nowhere", "--out", "OUT"], 2, "nowhere"),
+        (["search", *SMALL, "--model", "vit_tinny_patch16_224", "--out", "OUT"], 2, "did you mean"),
+        (["search", *SMALL, "--model", "vit_small_patch16_224", "--out", "OUT"], 2, "take a model made for 8×8"),
+        (["search", *SMALL, "--levels", "64,30", "--out", "OUT"], 2, "30 is not a square grid"),
+        (["search", *SMALL, "--levels", "49,16", "--out", "OUT"], 2, "begin with 49"),
+        (["search", *SMALL, "--levels", "a,b", "--out", "OUT"], 2, "--levels 'a,b'"),
+        (["search", *SMALL, "--operators", "max3d", "--out", "OUT"], 2, "max3d"),
+        (["search", *SMALL, "--budget", "1%", "--out", "OUT"], 2, "this space reaches from"),
+        (["search", *SMALL, "--budget", "fast", "--out", "OUT"], 2, "budget 'fast'"),
+        (["search", *SMALL, "--sampler", "magic", "--out", "OUT"], 2, "sampler"),
+        (["search", *SMALL, "--lr", "-1", "--out", "OUT"], 2, "lr"),
+        (["search", *SMALL, "--device", "cuda:77", "--out", "OUT"], 2, "cuda:77"),
+        (["search", *SMALL, "--model-args", "depth", "--out", "OUT"], 2, "KEY=VALUE"),
+        (["search", *SMALL, "--model-args", "depht=3", "--out", "OUT"], 2, "depht"),
+        (["search", "--out", "OUT"], 2, "--data"),
+        (["space", "--model", "vit_tinny"], 2, "vit_tinny"),
+        (["space", "--model", "resnet18"], 2, "it is a ResNet"),
+        (["pareto", "OUT"], 1, "is no run folder"),
+        (["export", "OUT", "--out", "OTHER"], 1, "is no run folder"),
+        (["retrain", "OUT"], 1, "is no exported folder"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_named_and_nothing_is_written(words, status, says, verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = verb(*words)
+    assert (found, says in err) == (status, True), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_architectures_outside_the_space(run, verb, tmp_path):
+    folder, _ = run
+    for text, says in (
+        ("64*2 5@max2d", "layer 2 (5@max2d)"),
+        ("64*4", "has 4 layers; this space has 3"),
+        ("64 64 x", "run 3"),
+        ("64 64 16", "needs an operator"),
+    ):
+        status, _, err = verb("export", folder, "--architecture", text, "--out", tmp_path / "export")
+        assert (status, says in err) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_damaged_and_changed_run_folders_are_refused_untouched(tmp_path):
+    config = SearchConfig(data="digits")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("do not touch")
+    with pytest.raises(RunError, match="holds other files"):
+        RunFolder.create(tmp_path / "foreign", config)
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+
+    folder = RunFolder.create(tmp_path / "run", config)
+    good = (folder.path / "config.json").read_text()
+    with pytest.raises(
+        RunError, match=r"seed: 0 there, 1 now; lr: 0.002 there|lr: 0.002 there, 0.1 now; seed: 0 there, 1 now"
+    ):
+        RunFolder.create(folder.path, SearchConfig(data="digits", seed=1, lr=0.1))
+    assert (folder.path / "config.json").read_text() == good
+    RunFolder.create(folder.path, SearchConfig(data="digits", trials=5, epochs=99, workers=2, device="cpu"))
+
+    for damaged in ("", "{", "[]", '{"format": 1}', good.replace('"lr"', '"rl"'), good.replace("0.002", '"x"')):
+        (folder.path / "config.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"config\.json is damaged or not ours"):
+            RunFolder.open(folder.path)
+    (folder.path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
+    with pytest.raises(RunError, match="format version 2"):
+        RunFolder.open(folder.path)
+
+
+def test_a_run_folder_in_use_names_its_owner(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", SearchConfig(data="digits"))
+    script = (
+        "import sys\nfrom poolshare.search.run import *\n"
+        "with RunFolder.open(sys.argv[1]).locked():\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"in use by process {other.pid} on"), folder.locked():
+            pass
+        other.kill()
+    with folder.locked():  # a killed owner leaves no lock behind
+        assert str(os.getpid()) in (folder.path / ".lock").read_text()
+
+
+def test_space_tells_the_published_numbers_of_vit_tiny(verb):
+    status, out, _ = verb("space", "--model", "deit_tiny_patch16_224", "--budget", "60%", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert (found["size"], found["dense_macs"]) == (31294, 1_258_411_200)
+    assert found["within_budget"] < 31294
+
+
+def test_help_and_version_need_no_heavy_import():
+    script = (
+        "import sys\nfrom poolshare.search.cli import main\nsys.argv = ['poolshare', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        "heavy = {'torch', 'optuna', 'pandas', 'timm'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    for words in (["--help"], ["--version"], *([name, "--help"] for name in ("space", "search", "pareto", "export"))):
+        finished = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout
