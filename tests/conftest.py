@@ -1,0 +1,28 @@
+"""What several test files need: timm without fused attention, and weights that leave nothing trivial."""
+
+from collections.abc import Iterator
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def unfused() -> Iterator[None]:
+    """Models made in this test take timm's explicit attention path; afterwards the setting is as before."""
+    before = bool(timm.layers.use_fused_attn())
+    timm.layers.set_fused_attn(False)
+    yield
+    timm.layers.set_fused_attn(before)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter random and of a size that matters: layer scales, norms, tokens and biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
+    return model
