@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_
 
 from .evaluate import count_correct
 from .pareto import frontier
-from .progress import progress_bar
+from .progress import no_progress, progress_bar
 from .report import figure_png, load_report, write_html
 from .run import FORMAT, RunFolder, SearchConfig, versions, write_csv, write_json
 from .study import Task, run_study, score_everything
@@ -158,7 +159,9 @@ def search(config: SearchConfig, out: str | Path, console: Console | None = None
     console: where forecast and progress go; None: nowhere. Raises a PoolshareError for whatever the user can mend.
     """
     console = console or Console(quiet=True)
-    job = prepare(config, None)
+    RunFolder.check(out, config)  # before anything long
+    with progress_bar(console, "checking images", 1.0) if _is_folder(config) else nullcontext(no_progress) as advance:
+        job = prepare(config, lambda done, total: advance(done / total))
     folder = RunFolder.create(out, config)
     with folder.locked():
         for note in job.data.notes:
@@ -168,6 +171,10 @@ def search(config: SearchConfig, out: str | Path, console: Console | None = None
         candidates, seconds["scoring"] = _score(job, folder, console)
         _conclude(job, folder, candidates, seconds)
     return folder
+
+
+def _is_folder(config: SearchConfig) -> bool:
+    return config.data != "digits" and Path(config.data_dir or "", config.data).expanduser().is_dir()
 
 
 def _announce(job: Job, folder: RunFolder, console: Console) -> None:

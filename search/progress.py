@@ -14,6 +14,10 @@ SECONDS_BETWEEN_LINES = 10
 Advance = Callable[..., None]  # (units done so far, note="")
 
 
+def no_progress(done: float, note: str = "") -> None:
+    """An Advance that shows nothing."""
+
+
 @contextmanager
 def progress_bar(console: Console, title: str, total: float) -> Iterator[Advance]:
     """Yields a function to call with the units done so far, of `total`, and a short note."""

@@ -102,18 +102,17 @@ class RunFolder:
             )
         return cls(path, config)
 
-    @classmethod
-    def create(cls, path: str | Path, config: SearchConfig) -> RunFolder:
-        """A new run folder, or the existing one to be continued with this configuration.
+    @staticmethod
+    def check(path: str | Path, config: SearchConfig) -> None:
+        """Raise RunError for a folder with other contents, or with a configuration that differs in more than MAY_DIFFER.
 
-        Raises RunError, before anything is written, for a folder with other contents and for a configuration that
-        differs in more than MAY_DIFFER, naming each difference.
+        Writes nothing; each difference is named.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; --out needs a folder, new or of an earlier run")
         if (path / "config.json").exists():
-            earlier = cls.open(path).config
+            earlier = RunFolder.open(path).config
             changed = [
                 f"{name}: {getattr(earlier, name)!r} there, {getattr(config, name)!r} now"
                 for name in SearchConfig.model_fields
@@ -126,9 +125,14 @@ class RunFolder:
                 )
         elif path.is_dir() and any(path.iterdir()):
             raise RunError(f"{path} holds other files and no config.json; search into a new or an empty folder")
-        path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path, config)
-        write_json(path / "config.json", {"format": FORMAT, "search": config.model_dump(mode="json")})
+
+    @classmethod
+    def create(cls, path: str | Path, config: SearchConfig) -> RunFolder:
+        """A new run folder, or the existing one to be continued with this configuration. Raises what `check` does."""
+        cls.check(path, config)
+        folder = cls(Path(path), config)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.path / "config.json", {"format": FORMAT, "search": config.model_dump(mode="json")})
         return folder
 
     @contextmanager

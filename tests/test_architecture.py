@@ -79,7 +79,7 @@ def test_no_two_architectures_of_a_space_have_the_same_text_or_json():
 
 
 def test_spelling_that_means_the_same_is_read_as_the_same():
-    assert Architecture.parse("  16*1\t16*02\n9@max2d ".replace("*02", "*2")) == Architecture.parse("16 16*2 9@max2d")
+    assert Architecture.parse("  16*1\t16*2\n9@max2d ") == Architecture.parse("16 16*2 9@max2d")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_damaged_json_is_refused_or_is_the_json_of_an_architecture(rank: int, da
         architecture = Architecture.from_json(value)
     except ArchitectureError:
         return
-    assert architecture.to_json() == value or Architecture.from_json(architecture.to_json()) == architecture
+    assert architecture.to_json() == value
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poolshare.search.pareto import frontier
+from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.search.study import Task, open_study, run_study, score_everything
@@ -45,10 +46,6 @@ def make_task(score, budget=None):
 
 def make_folder(path):
     return RunFolder.create(path, SearchConfig(data="digits"))
-
-
-def no_progress(done, note=""):
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,434 @@
+"""Costs against the hand formulas of ALGORITHMS section 6, bands against enumeration."""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import poolshare.space.band as band_module
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from poolshare.space import (
+    OPERATORS,
+    Architecture,
+    Band,
+    BudgetError,
+    CostTable,
+    Layer,
+    Operator,
+    SearchSpace,
+    SpaceError,
+    parse_budget,
+)
+from scipy.stats import chisquare
+
+
+def own_block(tokens: int, width: int, ratio: int = 4) -> int:
+    """MACs of a block with its own map; `tokens` with prefix."""
+    qkv, scores, mix = 3 * tokens * width**2, tokens**2 * width, tokens**2 * width
+    return qkv + scores + mix + tokens * width**2 + 2 * ratio * tokens * width**2 + 10 * tokens * width
+
+
+def shared_block(tokens: int, width: int, ratio: int = 4) -> int:
+    values, mix = tokens * width**2, tokens**2 * width
+    return values + mix + tokens * width**2 + 2 * ratio * tokens * width**2 + 10 * tokens * width
+
+
+def vit_tiny_table(levels: tuple[int, ...] = (196, 100, 49)) -> CostTable:
+    """DeiT-Tiny at 224 by hand: 16×16 patches of 3 channels, d = 192, one CLS token, 1,000 classes."""
+    width = 192
+    return CostTable(
+        "macs",
+        source=16 * 16 * 3 * width * 196,
+        own={level: own_block(level + 1, width) for level in levels},
+        shared={level: shared_block(level + 1, width) for level in levels},
+        pool={("max2d", b, a): 0 for b in levels for a in levels if a < b},
+        sink={level: 5 * (level + 1) * width + width * 1000 for level in levels},
+    )
+
+
+VIT = SearchSpace(12, (196, 100, 49), ("max2d",), 3)
+
+
+def test_the_published_numbers_of_one_block():
+    assert own_block(197, 192) == 102_427_392
+    assert shared_block(197, 192) == 80_451_648
+    assert own_block(197, 192) - shared_block(197, 192) == 2 * 197 * 192**2 + 197**2 * 192
+
+
+def test_the_dense_path_costs_what_deit_tiny_costs():
+    assert vit_tiny_table().total(VIT[0]) == 1_258_411_200
+    assert vit_tiny_table().total(VIT.dearest(vit_tiny_table())) == 1_258_411_200
+
+
+def test_an_architecture_costs_the_sum_along_its_path():
+    table = CostTable(
+        "macs",
+        source=10**9,
+        own={16: 1, 9: 10, 4: 100},
+        shared={16: 1_000, 9: 10_000, 4: 100_000},
+        pool={("max2d", 16, 9): 10**6, ("max2d", 9, 4): 10**7, ("avg2d", 16, 4): 10**8},
+        sink={16: 10**10, 9: 2 * 10**10, 4: 3 * 10**10},
+    )
+    assert table.total(Architecture.parse("16*3 16 9@max2d 9*2")) == 10**9 + 2 + 2_000 + 10**6 + 20 + 10_000 + 2 * 10**10
+    assert table.total(Architecture.parse("16 4@avg2d*2")) == 10**9 + 1 + 10**8 + 100 + 100_000 + 3 * 10**10
+    assert table.total(Architecture.parse("16")) == 10**9 + 1 + 10**10
+
+
+def random_table(space: SearchSpace, seed: int, largest: int = 50) -> CostTable:
+    rng = random.Random(seed)
+
+    def cost() -> int:
+        return rng.randint(0, largest)
+
+    return CostTable(
+        "macs",
+        cost(),
+        {level: cost() for level in space.levels},
+        {level: cost() for level in space.levels},
+        {reduction: cost() for reduction in space.reductions},
+        {level: cost() for level in space.levels},
+    )
+
+
+def cost_by_hand(architecture: Architecture, table: CostTable) -> int:
+    total = table.source + table.sink[architecture.layers[-1].tokens]
+    for index, layer in enumerate(architecture.layers):
+        total += table.shared[layer.tokens] if layer.shared else table.own[layer.tokens]
+        if layer.operator:
+            total += table.pool[layer.operator, architecture.layers[index - 1].tokens, layer.tokens]
+    return total
+
+
+SPACES = [
+    SearchSpace(6, (16, 9, 4), ("max2d",), 3),
+    SearchSpace(4, (36, 16, 9, 4), ("max2d", "avg2d"), 2),
+    SearchSpace(7, (16,), (), 4),
+    SearchSpace(1, (16, 4), ("max2d",), 2),
+    SearchSpace(3, (16, 4, 1), ("avg2d",), 1),
+]
+spaces = st.sampled_from(SPACES)
+
+
+@given(spaces, st.integers(0, 10**6), st.sampled_from([0, 1, 50, 10**12]))
+@settings(max_examples=60, deadline=None)
+def test_totals_cheapest_and_dearest_by_enumeration(space: SearchSpace, seed: int, largest: int):
+    table = random_table(space, seed, largest)
+    totals = {architecture: cost_by_hand(architecture, table) for architecture in space}
+    assert {architecture: table.total(architecture) for architecture in space} == totals
+    everything = list(space)  # in the order of ranks, so that min and max take the lowest rank of equals
+    assert space.cheapest(table) == min(everything, key=totals.__getitem__)
+    assert space.dearest(table) == max(everything, key=totals.__getitem__)
+
+
+# The table itself
+
+
+def test_a_table_comes_back_from_json_as_the_same_value():
+    table = random_table(SPACES[1], 0)
+    for sort_keys in (False, True):
+        again = CostTable.from_json(json.loads(json.dumps(table.to_json(), sort_keys=sort_keys)))
+        assert again == table
+        assert hash(again) == hash(table)
+        assert again.total(SPACES[1][7]) == table.total(SPACES[1][7])
+    other = CostTable.from_json({**table.to_json(), "source": table.source + 1})
+    assert other != table
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragment"),
+    [
+        ({"source": None}, "None"),
+        ({"source": 1.5}, "1.5"),
+        ({"source": math.inf}, "inf"),
+        ({"source": math.nan}, "nan"),
+        ({"source": True}, "True"),
+        ({"source": "12"}, "'12'"),
+        ({"source": -1}, "-1"),
+        ({"own": {"16": 1.5}}, "1.5"),
+        ({"own": {"x": 1}}, "'x'"),
+        ({"own": [1]}, "list"),
+        ({"shared": None}, "NoneType"),
+        ({"sink": {"16": None}}, "None"),
+        ({"pool": {"max2d 16": 1}}, "expected 3, got 2"),
+        ({"pool": {"max2d 16 9 4": 1}}, "expected 3"),
+        ({"pool": {"max2d 16 nine": 1}}, "'nine'"),
+        ({"quantity": 3}, "quantity is 3"),
+    ],
+)
+def test_damaged_json_of_a_table_is_refused(damage: dict[str, Any], fragment: str):
+    with pytest.raises(SpaceError, match="this is no cost table in JSON") as caught:
+        CostTable.from_json({**random_table(SPACES[0], 0).to_json(), **damage})
+    assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["quantity", "source", "own", "shared", "pool", "sink"])
+def test_a_table_without_a_part_is_refused_by_that_part(missing: str):
+    value = random_table(SPACES[0], 0).to_json()
+    del value[missing]
+    with pytest.raises(SpaceError, match=f"no cost table in JSON: KeyError\\('{missing}'\\)"):
+        CostTable.from_json(value)
+
+
+@pytest.mark.parametrize("value", [None, [], "macs", 3])
+def test_what_is_no_object_is_no_table(value: Any):
+    with pytest.raises(SpaceError, match="no cost table in JSON"):
+        CostTable.from_json(value)
+
+
+def test_a_table_of_another_space_names_what_it_lacks():
+    table = random_table(SPACES[0], 0)
+    with pytest.raises(SpaceError, match=r"macs table has no entry for 36; measure it on this space"):
+        table.total(Architecture.parse("36"))
+    with pytest.raises(SpaceError, match=r"macs table has no entry for \('avg2d', 16, 9\); measure"):
+        table.total(Architecture.parse("16 9@avg2d"))
+    with pytest.raises(SpaceError, match=r"macs table has no entry for 4 tokens; measure"):
+        CostTable("macs", 0, {4: 1}, {4: 1}, {}, {16: 1}).total(Architecture.parse("4"))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "text"),
+    [
+        ("macs", 1_258_411_200, "1.258 G MACs"),
+        ("macs", 80_451_648, "80.45 M MACs"),
+        ("parameters", 5_717_416, "5.717 M parameters"),
+        ("nanoseconds", 1_500, "1.5 k ns"),
+        ("macs", 12, "12 MACs"),
+    ],
+)
+def test_values_for_people(quantity: str, value: int, text: str):
+    assert CostTable(quantity, 0, {}, {}, {}, {}).format(value) == text
+
+
+# Budgets in words
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("60%", 755_046_720),
+        ("100%", 1_258_411_200),
+        ("12.5 %", 157_301_400),
+        ("0.7G", 700_000_000),
+        (".7G", 700_000_000),
+        ("350M", 350_000_000),
+        ("1.5k", 1_500),
+        (" 700000000 ", 700_000_000),
+        ("1.001M", 1_001_000),
+        ("150%", 1_887_616_800),
+    ],
+)
+def test_budgets_in_words(text: str, value: int):
+    assert parse_budget(text, 1_258_411_200) == value
+
+
+@given(st.integers(1, 10**13), st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_a_percentage_is_exact_and_all_is_all(dense: int, hundredths: int):
+    assert parse_budget(f"{hundredths / 100:.2f}%", dense) == math.floor(Fraction(hundredths, 10_000) * dense)
+    assert parse_budget("100%", dense) == dense
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["budget '' is not understood", "60%", "0.7G"]),
+        ("cheap", ["budget 'cheap' is not understood"]),
+        ("-60%", ["'-60%'"]),
+        ("60%%", ["'60%%'"]),
+        ("1e9", ["'1e9'"]),
+        ("nan%", ["'nan%'"]),
+        ("inf", ["'inf'"]),
+        ("٣%", ["'٣%'"]),
+        ("0.7g", ["'0.7g'"]),
+        ("12ms", ["'12ms'", "latency budgets are not supported yet"]),
+        ("60", ["budget '60' has no unit", "60%", "60G", "60M"]),
+        ("0.6", ["budget '0.6' has no unit", "0.6%"]),
+    ],
+)
+def test_a_budget_that_is_not_understood_is_refused_with_examples(text: str, fragments: list[str]):
+    with pytest.raises(BudgetError) as caught:
+        parse_budget(text, 1_258_411_200)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+# Bands
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Counting by coarse units: set MAX_ENTRIES through this, the cache of counts is clean before and after."""
+    band_module._counts.cache_clear()
+    yield monkeypatch
+    band_module._counts.cache_clear()
+
+
+@given(spaces, st.integers(0, 10**6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_band_counts_and_holds_what_enumeration_finds(space: SearchSpace, seed: int, data: st.DataObject):
+    table = random_table(space, seed)
+    totals = {architecture: table.total(architecture) for architecture in space}
+    edge = st.none() | st.integers(min(totals.values()) - 3, max(totals.values()) + 3)
+    low, high = data.draw(edge), data.draw(edge)
+    expected = [
+        architecture
+        for architecture, total in totals.items()
+        if (low is None or total >= low) and (high is None or total <= high)
+    ]
+    if not expected:
+        with pytest.raises(BudgetError):
+            space.within(table, low, high)
+        return
+    band = space.within(table, low, high)
+    assert band.exact
+    assert band.size == len(expected)
+    assert list(band) == expected  # both in the order of ranks
+    assert [architecture in band for architecture in space] == [architecture in expected for architecture in space]
+    assert band.sample(random.Random(seed)) in expected
+
+
+def rich_band(space: SearchSpace, low: float = 0.3, high: float = 0.7, seed: int = 2) -> Band:
+    table = random_table(space, seed, largest=3000)
+    totals = sorted(table.total(architecture) for architecture in space)
+    return space.within(table, totals[int(low * len(totals))], totals[int(high * len(totals))])
+
+
+def test_draws_from_a_band_are_uniform():
+    band = rich_band(SPACES[1])
+    members = list(band)
+    assert 100 < len(members) == band.size < SPACES[1].size
+    rng = random.Random(0)
+    draws = Counter(band.sample(rng) for _ in range(40 * len(members)))
+    assert set(draws) <= set(members)
+    assert chisquare([draws[member] for member in members]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("entries", [400, 150, 60])
+def test_a_coarsely_counted_band_holds_the_same_and_draws_uniformly(coarse: pytest.MonkeyPatch, entries: int):
+    members = list(rich_band(SPACES[1]))
+    coarse.setattr(band_module, "MAX_ENTRIES", entries)
+    band_module._counts.cache_clear()
+    band = rich_band(SPACES[1])
+    assert not band.exact
+    assert band.size >= len(members)
+    assert Counter(band) == Counter(members)
+    rng = random.Random(1)
+    draws = Counter(band.sample(rng) for _ in range(40 * len(members)))
+    assert set(draws) <= set(members)
+    assert chisquare([draws[member] for member in members]).pvalue > 0.01
+
+
+@given(st.integers(0, 10**6), st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_coarse_bands_lose_no_member_and_admit_no_other(
+    coarse: pytest.MonkeyPatch, seed: int, entries: int, one: float, other: float
+):
+    space = SPACES[0]
+    coarse.setattr(band_module, "MAX_ENTRIES", entries + 60)
+    band_module._counts.cache_clear()
+    table = random_table(space, seed, largest=10**5)
+    totals = sorted(table.total(architecture) for architecture in space)
+    low, high = sorted(totals[int(share * (len(totals) - 1))] for share in (one, other))
+    expected = [architecture for architecture in space if low <= table.total(architecture) <= high]
+    band = space.within(table, low, high)
+    assert Counter(band) == Counter(expected)
+    assert band.size >= len(expected)
+
+
+def test_units_are_no_coarser_than_needed(coarse: pytest.MonkeyPatch):
+    exact = rich_band(SPACES[1])
+    assert exact.exact
+    entries = sum(len(sums) for ways in exact._counts.ways for sums, _ in ways.values())
+    coarse.setattr(band_module, "MAX_ENTRIES", entries)
+    band_module._counts.cache_clear()
+    assert rich_band(SPACES[1]).exact
+    coarse.setattr(band_module, "MAX_ENTRIES", entries - 1)
+    band_module._counts.cache_clear()
+    assert rich_band(SPACES[1])._counts.unit == 8
+
+
+def test_a_graph_too_large_for_any_unit_is_refused_instead_of_counting_for_ever(coarse: pytest.MonkeyPatch):
+    coarse.setattr(band_module, "MAX_ENTRIES", 5)
+    with pytest.raises(BudgetError, match=r"more than 5 nodes.*fewer levels or a smaller max_run"):
+        rich_band(SPACES[1])
+
+
+@pytest.mark.parametrize("entries", [10**6, 60])
+def test_an_impossible_budget_is_refused_with_the_reachable_range(coarse: pytest.MonkeyPatch, entries: int):
+    coarse.setattr(band_module, "MAX_ENTRIES", entries)
+    table = vit_tiny_table()
+    cheapest = min(table.total(architecture) for architecture in VIT)
+    assert table.format(cheapest) == "357.3 M MACs"
+    for low, high in [(None, cheapest - 1), (1_258_411_201, None), (900_000_000, 800_000_000)]:
+        with pytest.raises(BudgetError) as caught:
+            VIT.within(table, low, high)
+        message = str(caught.value)
+        assert f"reaches from 357.3 M MACs ({cheapest:,}) to 1.258 G MACs (1,258,411,200)" in message
+        assert f"{low if low is not None else cheapest:,}" in message
+        assert f"{high if high is not None else 1_258_411_200:,}" in message
+
+
+def test_a_gap_inside_the_range_is_refused_with_the_nearest_costs():
+    space = SPACES[0]
+    table = random_table(space, 3, largest=10**6)
+    totals = sorted({table.total(architecture) for architecture in space})
+    for below, above in list(zip(totals, totals[1:], strict=False))[:20]:
+        if above - below > 1:
+            with pytest.raises(BudgetError, match=f"the nearest that exist cost {below:,} and {above:,}$"):
+                space.within(table, below + 1, above - 1)
+
+
+def test_a_gap_that_coarse_counting_cannot_see_is_refused_too(coarse: pytest.MonkeyPatch):
+    space = SPACES[0]
+    table = random_table(space, 3, largest=10**6)
+    totals = sorted({table.total(architecture) for architecture in space})
+    below, above = max(zip(totals, totals[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    coarse.setattr(band_module, "MAX_ENTRIES", 60)
+    coarse.setattr(band_module, "_MAX_DRAWS", 1000)
+    with pytest.raises(BudgetError, match=f"none of 1,000 draws .*reaches from .*{totals[0]:,}.*{totals[-1]:,}"):
+        space.within(table, below + 1, above - 1)
+
+
+def test_a_broken_limit_is_rounded_into_the_band():
+    space, table = SPACES[0], random_table(SPACES[0], 5)
+    totals = sorted({table.total(architecture) for architecture in space})
+    low, high = totals[2] + 0.5, totals[-3] - 0.5
+    expected = [architecture for architecture in space if low <= table.total(architecture) <= high]
+    band = space.within(table, low, high)
+    assert list(band) == expected
+    assert band.size == len(expected)
+    assert space.within(table, Fraction(2 * totals[2] + 1, 2)).size == space.within(table, totals[3]).size
+
+
+@pytest.mark.parametrize(("name", "value"), [("low", "60%"), ("high", math.nan), ("high", math.inf), ("low", [3])])
+def test_a_limit_that_is_no_number_is_refused(name: str, value: Any):
+    with pytest.raises(BudgetError) as caught:
+        SPACES[0].within(random_table(SPACES[0], 0), **{name: value})
+    assert f"{name} is {value!r}; a limit is a number" in str(caught.value)
+
+
+def test_a_band_of_the_real_space_is_counted_exactly():
+    table = vit_tiny_table()
+    totals = [table.total(architecture) for architecture in VIT]
+    low, high = 700_000_000, 755_046_720
+    band = VIT.within(table, low, high)
+    assert band.exact
+    assert band.size == sum(low <= total <= high for total in totals) > 1000
+    rng = random.Random(0)
+    assert all(low <= table.total(band.sample(rng)) <= high for _ in range(100))
+
+
+def test_bands_follow_the_grid_where_an_operator_gives_it_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(OPERATORS, "cut", Operator("cut", "any smaller count", lambda before, after: after < before))
+    space = SearchSpace(5, (16, 9, 4), ("max2d", "cut"), 2)
+    table = random_table(space, 9)
+    totals = {architecture: table.total(architecture) for architecture in space}
+    middle = sorted(totals.values())[len(totals) // 2]
+    assert list(space.within(table, None, middle)) == [a for a, total in totals.items() if total <= middle]
+    assert Layer(9, "max2d") in space.choices(space.follow(None, (Layer(16),)))
+    assert space.follow(None, (Layer(16), Layer(9, "cut"), Layer(4, "max2d"))) is None
