@@ -168,7 +168,7 @@ def search(
     ] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
     epochs: Annotated[
-        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, or 10 with --pretrained.")
+        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, with --pretrained 10.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
@@ -180,6 +180,9 @@ def search(
     model_args: ModelArgs = None,
     data_dir: DataDir = None,
     download: Download = False,
+    search_fraction: Annotated[
+        float | None, typer.Option(help="Share of the training images to score on. Default: 0.2, digits 0.3.")
+    ] = None,
     workers: Workers = 0,
     amp: Amp = "none",
     seed: Seed = 0,
@@ -189,7 +192,7 @@ def search(
 ) -> None:
     """Train the supernet, score architectures, report the frontier. The same command continues an interrupted run."""
     config = _config(
-        data=data, data_dir=data_dir, download=download, model=model, model_args=_settings(model_args),
+        data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model, model_args=_settings(model_args),
         pretrained=pretrained, img_size=img_size, levels=_integers("--levels", levels), operators=_words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,

@@ -28,21 +28,21 @@ default_cfgs = generate_default_cfgs(
 class OverlappingPatchEmbed(PatchEmbed):
     """One token per pixel, each seeing its 3×3 surroundings; without that overlap tiny pictures are hard to learn."""
 
-    def __init__(self, *args: Any, in_chans: int = 3, embed_dim: int = 64, bias: bool = True, **options: Any):
+    def __init__(self, *args: Any, in_chans: int = 3, embed_dim: int = 32, bias: bool = True, **options: Any):
         super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, bias=bias, **options)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=3, padding=1, bias=bias)
 
 
 @register_model
 def digits_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """64 tokens, width 64, depth 8, 4 heads, MLP ratio 2, mean-of-tokens head; for 8×8 grey pictures."""
+    """64 tokens, width 32, depth 8, 2 heads, MLP ratio 2, mean-of-tokens head; for 8×8 grey pictures."""
     settings: dict[str, Any] = {
         "img_size": 8,
         "patch_size": 1,
         "in_chans": 1,
-        "embed_dim": 64,
+        "embed_dim": 32,
         "depth": 8,
-        "num_heads": 4,
+        "num_heads": 2,
         "mlp_ratio": 2.0,
         "class_token": False,
         "global_pool": "avg",

@@ -88,17 +88,14 @@ def test_a_run_that_was_stopped_and_continued_ends_with_the_weights_of_an_undist
         assert torch.equal(value, continued.state_dict()[name]), name
 
 
-def test_training_learns(digits, costs):
-    net = make_net()
-    losses = []
-    train_supernet(
-        net, digits, costs, Recipe(epochs=4, batch_size=64, lr=5e-3), progress=lambda _, loss: losses.append(loss)
-    )
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+def test_training_learns(digits):
+    torch.manual_seed(0)
+    net = SuperNet.from_timm("digits_vit", SPACE, depth=3)
+    train_supernet(net, digits, measure_macs(net), Recipe(epochs=10, batch_size=32, lr=5e-3))
     [(images, labels)] = digits.eval_loader("search", 1000)
     with torch.inference_mode():
         logits = net(images, [SPACE[0], SPACE[SPACE.size - 1]])
-    assert ((logits.argmax(-1) == labels).float().mean(dim=1) > 0.2).all()  # chance is 0.1
+    assert ((logits.argmax(-1) == labels).float().mean(dim=1) > 0.5).all()  # chance is 0.1
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_epoch(digits, tmp_path):
