@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -34,34 +36,38 @@ class SharedAttention(nn.Module):
         self.proj, self.proj_drop = attention.proj, attention.proj_drop
 
 
-def run_block(
-    block: Block, tokens: torch.Tensor, shared_map: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Attended(NamedTuple):
+    """What a block's attention leaves for those after it: followers use its map, some pooling operators its keys."""
+
+    attention: torch.Tensor  # (B, heads, N, N), post-softmax, not detached
+    keys: torch.Tensor  # (B, heads, N, head_dim)
+
+
+def run_block(block: Block, tokens: torch.Tensor, shared: Attended | None = None) -> tuple[torch.Tensor, Attended]:
     """One pre-norm transformer block on the explicit (unfused) attention path.
 
-    tokens: (B, N, C). shared_map: (B, heads, N, N), the post-softmax map of the block that owns it; None: compute
-    one. Returns the new tokens (B, N, C) and the map that was used, not detached. With a map of its own the block
-    computes what timm does with fused attention off, bit for bit; with a shared one only the V rows of `qkv` run.
+    tokens: (B, N, C). shared: what the owner of the map left; None: compute a map. Returns the new tokens (B, N, C)
+    and the attention that was used. With a map of its own the block computes what timm does with fused attention off,
+    bit for bit; with a shared one only the V rows of `qkv` run.
     """
     attention = block.attn
     normed = block.norm1(tokens)
-    if shared_map is None:
-        values, used_map = _own_map(attention, normed)
+    if shared is None:
+        values, used = _own_attention(attention, normed)
     else:
-        values, used_map = _values(attention, normed), shared_map
-    update = block.ls1(_mix(attention, normed, used_map, values))
-    tokens = tokens + block.drop_path1(update)
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), used_map
+        values, used = _values(attention, normed), shared
+    tokens = tokens + block.drop_path1(block.ls1(_mix(attention, normed, used.attention, values)))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), used
 
 
-def _own_map(attention: Attention, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (B, heads, N, head_dim) and post-softmax map (B, heads, N, N)."""
+def _own_attention(attention: Attention, normed: torch.Tensor) -> tuple[torch.Tensor, Attended]:
+    """Values (B, heads, N, head_dim), and map and keys."""
     B, N, _ = normed.shape
     qkv = attention.qkv(normed).reshape(B, N, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     queries, keys, values = qkv.unbind(0)
     queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     scores = (queries * attention.scale) @ keys.transpose(-2, -1)
-    return values, attention.attn_drop(scores.softmax(dim=-1))
+    return values, Attended(attention.attn_drop(scores.softmax(dim=-1)), keys)
 
 
 def _values(attention: Attention | SharedAttention, normed: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
+from poolshare.space import OPERATORS, Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
 
-from .block import run_block
-from .pooling import pool
+from .block import Attended, run_block
+from .pooling import make_poolings, pooling_name
 
 
 def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTransformer:
@@ -56,9 +56,9 @@ class SuperNet(VisionTransformer):
     """A timm VisionTransformer that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
-    prefixes, always on the explicit attention path. Weights and their names are exactly the base model's, so any of
-    its checkpoints is a warm start, and the architecture "all tokens, no sharing" computes what timm computes with
-    fused attention off, bit for bit.
+    prefixes, always on the explicit attention path. Weights and their names are the base model's (plus `poolings.…`
+    of operators that learn), so any of its checkpoints is a warm start, and the architecture "all tokens, no sharing"
+    computes what timm computes with fused attention off, bit for bit.
     """
 
     space: SearchSpace
@@ -75,6 +75,7 @@ class SuperNet(VisionTransformer):
         check_fit(name, model, space)
         model.__class__ = cls  # an own class over timm's own module: no weight is renamed, no method is lost
         model.space, model.base = space, (name, options)
+        model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
     def forward(self, images: torch.Tensor, architectures: Sequence[Architecture] | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -121,22 +122,31 @@ class SuperNet(VisionTransformer):
         return self.forward_head(self.norm(tokens))
 
     def _walk(
-        self, tree: PrefixTree, index: int, tokens: torch.Tensor, last_map: torch.Tensor | None
+        self, tree: PrefixTree, index: int, tokens: torch.Tensor, attended: Attended | None
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         if tree.ends:
             yield tree.ends, self.classify(tokens)
         for layer, child in tree.children.items():
-            after, used_map = self.run_layer(index, layer, tokens, last_map)
-            needed = any(later.shared for later in child.children)
-            yield from self._walk(child, index + 1, after, used_map if needed else None)
+            after, used = self.run_layer(index, layer, tokens, attended)
+            needed = any(needs_attention(later) for later in child.children)
+            yield from self._walk(child, index + 1, after, used if needed else None)
 
     def run_layer(
-        self, index: int, layer: Layer, tokens: torch.Tensor, last_map: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One edge of the graph: pooling where there is any, then block `index`. Returns its tokens and map."""
+        self, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None
+    ) -> tuple[torch.Tensor, Attended]:
+        """One edge of the graph: pooling where there is any, then block `index`.
+
+        attended: what the block before left. Returns the tokens after the block, and what it leaves itself.
+        """
         if layer.operator is not None:
-            tokens = pool(tokens, layer.operator, layer.tokens, self.num_prefix_tokens)
-        return run_block(self.blocks[index], tokens, last_map if layer.shared else None)
+            before = tokens.shape[1] - self.num_prefix_tokens
+            tokens = self.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
+        return run_block(self.blocks[index], tokens, attended if layer.shared else None)
+
+
+def needs_attention(layer: Layer) -> bool:
+    """Whether a layer, or the pooling before it, uses the attention of the block before."""
+    return layer.shared or (layer.operator is not None and OPERATORS[layer.operator].needs_attention)
 
 
 def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:

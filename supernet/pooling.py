@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from .block import Attended
 
 
 def max2d(patches: torch.Tensor, after: int) -> torch.Tensor:
@@ -18,16 +23,32 @@ def avg2d(patches: torch.Tensor, after: int) -> torch.Tensor:
     return _from_grid(F.adaptive_avg_pool2d(_to_grid(patches), isqrt(after)))
 
 
-_FUNCTIONS = {"max2d": max2d, "avg2d": avg2d}
+class Pooling(nn.Module):
+    """One operator at one reduction: patch tokens go in and come out fewer; prefix tokens pass by untouched."""
+
+    def __init__(self, operator: str, before: int, after: int, model: Any):
+        super().__init__()
+        self.operator, self.before, self.after = operator, before, after
+        self.num_prefix_tokens, self.has_cls = model.num_prefix_tokens, model.has_class_token
+
+    def forward(self, tokens: torch.Tensor, attended: Attended | None) -> torch.Tensor:
+        """(B, prefix + before, C) → (B, prefix + after, C). attended: what the block before left."""
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        reduced = FUNCTIONS[self.operator](patches, self.after)
+        return torch.cat([prefix, reduced], dim=1) if self.num_prefix_tokens else reduced
 
 
-def pool(tokens: torch.Tensor, operator: str, after: int, num_prefix_tokens: int) -> torch.Tensor:
-    """Apply one operator to the patch tokens; prefix tokens (CLS, registers) pass by untouched.
+FUNCTIONS = {"max2d": max2d, "avg2d": avg2d}
 
-    (B, prefix + P, C) → (B, prefix + after, C)
-    """
-    patches = _FUNCTIONS[operator](tokens[:, num_prefix_tokens:], after)
-    return torch.cat([tokens[:, :num_prefix_tokens], patches], dim=1) if num_prefix_tokens else patches
+
+def pooling_name(operator: str, before: int, after: int) -> str:
+    """Under which name a supernet or subnet holds a reduction, and in its weights "poolings.<name>.…"."""
+    return f"{operator}_{before}_{after}"
+
+
+def make_poolings(model: Any, reductions: Iterable[tuple[str, int, int]]) -> nn.ModuleDict:
+    """Freshly initialised operators for every (operator, tokens before, tokens after)."""
+    return nn.ModuleDict({pooling_name(*reduction): Pooling(*reduction, model) for reduction in reductions})
 
 
 def _to_grid(patches: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import isqrt
 from typing import Any
 
@@ -14,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 
-from .block import SharedAttention, run_block
-from .model import SuperNet, check_fit, create_base
-from .pooling import pool
+from .block import Attended, SharedAttention, run_block
+from .model import SuperNet, check_fit, create_base, needs_attention
+from .pooling import make_poolings, pooling_name
 
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
@@ -61,9 +62,11 @@ class Subnet(VisionTransformer):
                 block.attn = SharedAttention(block.attn)
         model.__class__ = cls
         model.architecture, model.base = parsed, (base, options)
-        sides = [isqrt(layer.tokens) for layer in parsed.layers]
-        for info, side in zip(model.feature_info, sides, strict=True):
-            info["reduction"] = info["reduction"] * sides[0] / side
+        pairs = pairwise(parsed.layers)
+        reductions = [(now.operator, before.tokens, now.tokens) for before, now in pairs if now.operator is not None]
+        model.poolings = make_poolings(model, reductions)
+        for info, layer in zip(model.feature_info, parsed.layers, strict=True):
+            info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
         return model
 
     def forward_features(
@@ -79,17 +82,18 @@ class Subnet(VisionTransformer):
         tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
         outputs = []
         layers = self.architecture.layers[:count]
-        last_map: torch.Tensor | None = None
+        attended: Attended | None = None
         block: Any
         for index, (block, layer) in enumerate(zip(self.blocks[:count], layers, strict=True)):
             if layer.operator is not None:
-                tokens = pool(tokens, layer.operator, layer.tokens, self.num_prefix_tokens)
+                name = pooling_name(layer.operator, layers[index - 1].tokens, layer.tokens)
+                tokens = self.poolings[name](tokens, attended)
             if layer.shared:
-                tokens, _ = run_block(block, tokens, last_map)
-            elif index + 1 < len(layers) and layers[index + 1].shared:
-                tokens, last_map = run_block(block, tokens)
+                tokens, _ = run_block(block, tokens, attended)
+            elif any(map(needs_attention, layers[index + 1 : index + 2])):
+                tokens, attended = run_block(block, tokens)
             else:
-                tokens = block(tokens)  # nobody needs its map: timm's own forward, fused where timm fuses
+                tokens = block(tokens)  # nobody needs its attention: timm's own forward, fused where timm fuses
             outputs.append(tokens)
         return outputs
 
@@ -177,7 +181,10 @@ def _smallest_space(architecture: Architecture) -> SearchSpace:
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Weights of the base model, of a supernet or of this subnet → what this subnet holds."""
     shared = [i for i, layer in enumerate(model.architecture.layers) if layer.shared]
-    filtered = dict(state_dict)
+    kept = tuple(f"poolings.{name}." for name in model.poolings)
+    filtered = {
+        name: value for name, value in state_dict.items() if not name.startswith("poolings.") or name.startswith(kept)
+    }
     for index in shared:
         prefix = f"blocks.{index}.attn."
         for kind in ("weight", "bias"):

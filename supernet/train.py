@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +56,7 @@ class Sandwich:
         low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
         borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
         self.bands: list[Band] = []
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in pairwise(borders):
             try:
                 self.bands.append(space.within(costs, start, stop - 1))
             except BudgetError:  # nothing costs so much: no band to draw from

@@ -8,6 +8,15 @@ import torch
 from torch import nn
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: more threads would spend their time waiting for each other, ten times over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def unfused() -> Iterator[None]:
     """Models made in this test take timm's explicit attention path; afterwards the setting is as before."""
