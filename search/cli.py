@@ -192,7 +192,8 @@ def search(
 ) -> None:
     """Train the supernet, score architectures, report the frontier. The same command continues an interrupted run."""
     config = _config(
-        data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model, model_args=_settings(model_args),
+        data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
+        model_args=_settings(model_args),
         pretrained=pretrained, img_size=img_size, levels=_integers("--levels", levels), operators=_words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,

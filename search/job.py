@@ -179,34 +179,33 @@ def _is_folder(config: SearchConfig) -> bool:
 
 def _announce(job: Job, folder: RunFolder, console: Console) -> None:
     """What will be done and about how long it takes, from a few timed steps."""
-    space, recipe = job.supernet.space, job.recipe
-    whole = forecast_space(space, job.macs)
-    console.print(
-        f"{job.config.model} on {job.config.data}: {space.size:,} architectures, "
-        f"{job.macs.format(job.macs.total(space.cheapest(job.macs)))} to {job.macs.format(job.macs.total(job.dense))} "
-        f"per image; {job.allowed.size:,} within the budget",
-        highlight=False,
-    )
-    step, scoring = calibrate(job)
+    space, macs, recipe = job.supernet.space, job.macs, job.recipe
+    cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
+    console.print(f"{job.config.model} on {job.config.data}: {space.size:,} architectures", soft_wrap=True)
+    console.print(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image", soft_wrap=True)
+    if job.config.budget:
+        allowed = f"{job.allowed.size:,} of them cost at most {macs.format(job.allowed.high)} ({job.config.budget})"
+        console.print(allowed, soft_wrap=True)
+    step, per_mac = calibrate(job)
     epochs = recipe.epochs - _epochs_trained(folder)
-    training = step * epochs * steps_per_epoch(job.data, recipe)
-    console.print(
-        f"training the supernet: {epochs} epochs, about {_minutes(training)}"
-        if epochs > 0
-        else f"the supernet has been trained for its {recipe.epochs} epochs"
-    )
-    images = len(job.data.split("search"))
+    if epochs > 0:
+        training = step * epochs * steps_per_epoch(job.data, recipe)
+        console.print(f"training the supernet for {epochs} epochs takes about {_minutes(training)}", soft_wrap=True)
+    else:
+        console.print(f"the supernet has been trained for its {recipe.epochs} epochs", soft_wrap=True)
+    whole, images = forecast_space(space, macs), len(job.data.split("search"))
+    single = whole.one_by_one / whole.architectures
     if job.exhaustive:
         console.print(
-            f"scoring all of them on {images:,} images: the price of "
-            f"{whole.cost / (whole.one_by_one / whole.architectures):,.0f} single evaluations "
-            f"({whole.share:.1%} of one by one), about {_minutes(scoring * whole.cost * images)}"
+            f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
+            f"({whole.share:.1%} of one by one) and takes about {_minutes(per_mac * whole.cost * images)}",
+            soft_wrap=True,
         )
     else:
-        mean = whole.one_by_one / whole.architectures
         console.print(
-            f"scoring {job.config.trials:,} of them on {images:,} images: at most "
-            f"{_minutes(scoring * mean * images * job.config.trials)}, less by what they share"
+            f"scoring {job.config.trials:,} of them on {images:,} images takes at most about "
+            f"{_minutes(per_mac * single * images * job.config.trials)}, less by what they share",
+            soft_wrap=True,
         )
 
 

@@ -89,7 +89,8 @@ class CostTable:
         """Read what `to_json` gave. Raises SpaceError where it is anything else."""
         try:
             own, shared, sink = (
-                {int(tokens): _count(cost) for tokens, cost in value[name].items()} for name in ("own", "shared", "sink")
+                {int(tokens): _count(cost) for tokens, cost in value[name].items()}
+                for name in ("own", "shared", "sink")
             )
             pool = {}
             for kind, cost in value["pool"].items():
@@ -122,4 +123,11 @@ def parse_budget(text: str, dense: int) -> int:
         raise BudgetError(
             f"budget {text!r} has no unit; write {match[1]}% (of the dense MACs), {match[1]}G or {match[1]}M"
         )
-    return int(number * {"%": Fraction(dense, 100), "": 1, "k": 10**3, "M": 10**6, "G": 10**9}[unit])
+    units = {
+        "%": Fraction(dense, 100),
+        "": Fraction(1),
+        "k": Fraction(10**3),
+        "M": Fraction(10**6),
+        "G": Fraction(10**9),
+    }
+    return int(number * units[unit])

@@ -146,7 +146,9 @@ class SearchSpace:
     def check(self, architecture: Architecture) -> Architecture:
         """The architecture itself. Raises ArchitectureError with layer and reason where the space does not hold it."""
         if not isinstance(architecture, Architecture):
-            raise ArchitectureError(f"{architecture!r:.80} is no Architecture; Architecture.parse reads the text of one")
+            raise ArchitectureError(
+                f"{architecture!r:.80} is no Architecture; Architecture.parse reads the text of one"
+            )
         misfit = self._first_misfit(architecture.layers)
         if misfit is None:
             return architecture

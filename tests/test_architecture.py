@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from poolshare.space import Architecture, ArchitectureError, Layer, Run, SearchSpace
 from poolshare.space.architecture import MAX_DEPTH
 
@@ -134,9 +135,7 @@ EDITS = st.lists(
 
 @given(st.integers(0, SPACE.size - 1), EDITS)
 @settings(max_examples=400, deadline=None)
-def test_a_damaged_text_is_refused_or_means_what_its_canonical_text_means(
-    rank: int, edits: list[tuple[str, int, str]]
-):
+def test_a_damaged_text_is_refused_or_means_what_its_canonical_text_means(rank: int, edits: list[tuple[str, int, str]]):
     text = str(SPACE[rank])
     for kind, where, character in edits:
         where %= len(text) + 1

@@ -59,8 +59,8 @@ def run(tmp_path_factory):
 
 def test_search_announces_its_time_shows_progress_and_ends_with_frontier_report_and_export_command(run):
     folder, finished = run
-    assert "training the supernet: 2 epochs, about" in finished.stderr
-    assert "scoring all of them on 251 images" in finished.stderr
+    assert "training the supernet for 2 epochs takes about" in finished.stderr
+    assert "scoring all of them on 377 images" in finished.stderr
     assert "training the supernet: 100%" in finished.stderr
     assert f"report: {folder}/report.html" in finished.stdout
     assert f"export: poolshare export {folder}" in finished.stdout
@@ -86,7 +86,7 @@ def test_the_whole_space_was_scored_with_the_supernets_own_accuracy(run):
         with torch.inference_mode():
             logits = job.supernet(images, [Architecture.parse(row.architecture)])[0]
         assert row.correct == int((logits.argmax(-1) == labels).sum())
-        assert row.total == len(labels) == 251
+        assert row.total == len(labels) == 377
 
 
 def test_pareto_gives_what_the_table_says(run, verb):
@@ -183,7 +183,7 @@ def test_continuing_with_more_epochs_trains_on_and_keeps_the_old_scores(verb, tm
         "search", *SMALL, "--epochs", "2", "--sampler", "evolution", "--trials", "30", "--out", folder
     )
     assert status == 0, err
-    assert "training the supernet: 1 epochs" in err
+    assert "training the supernet for 1 epochs" in err
     assert (folder / "candidates-1-epochs.csv").read_bytes() == first
     assert len(pd.read_csv(folder / "candidates.csv")) > 15
     status, _, err = verb(

@@ -6,12 +6,15 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
-import poolshare.space.band as band_module
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+import poolshare.space.band as band_module
 from poolshare.space import (
     OPERATORS,
     Architecture,
@@ -24,7 +27,6 @@ from poolshare.space import (
     SpaceError,
     parse_budget,
 )
-from scipy.stats import chisquare
 
 
 def own_block(tokens: int, width: int, ratio: int = 4) -> int:
@@ -74,7 +76,8 @@ def test_an_architecture_costs_the_sum_along_its_path():
         pool={("max2d", 16, 9): 10**6, ("max2d", 9, 4): 10**7, ("avg2d", 16, 4): 10**8},
         sink={16: 10**10, 9: 2 * 10**10, 4: 3 * 10**10},
     )
-    assert table.total(Architecture.parse("16*3 16 9@max2d 9*2")) == 10**9 + 2 + 2_000 + 10**6 + 20 + 10_000 + 2 * 10**10
+    two_grids = Architecture.parse("16*3 16 9@max2d 9*2")
+    assert table.total(two_grids) == 10**9 + 2 + 2_000 + 10**6 + 20 + 10_000 + 2 * 10**10
     assert table.total(Architecture.parse("16 4@avg2d*2")) == 10**9 + 1 + 10**8 + 100 + 100_000 + 3 * 10**10
     assert table.total(Architecture.parse("16")) == 10**9 + 1 + 10**10
 
@@ -377,7 +380,7 @@ def test_a_gap_inside_the_range_is_refused_with_the_nearest_costs():
     space = SPACES[0]
     table = random_table(space, 3, largest=10**6)
     totals = sorted({table.total(architecture) for architecture in space})
-    for below, above in list(zip(totals, totals[1:], strict=False))[:20]:
+    for below, above in list(pairwise(totals))[:20]:
         if above - below > 1:
             with pytest.raises(BudgetError, match=f"the nearest that exist cost {below:,} and {above:,}$"):
                 space.within(table, below + 1, above - 1)
@@ -387,7 +390,7 @@ def test_a_gap_that_coarse_counting_cannot_see_is_refused_too(coarse: pytest.Mon
     space = SPACES[0]
     table = random_table(space, 3, largest=10**6)
     totals = sorted({table.total(architecture) for architecture in space})
-    below, above = max(zip(totals, totals[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    below, above = max(pairwise(totals), key=lambda pair: pair[1] - pair[0])
     coarse.setattr(band_module, "MAX_ENTRIES", 60)
     coarse.setattr(band_module, "_MAX_DRAWS", 1000)
     with pytest.raises(BudgetError, match=f"none of 1,000 draws .*reaches from .*{totals[0]:,}.*{totals[-1]:,}"):

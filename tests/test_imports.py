@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import poolshare.space
 import pytest
+
+import poolshare.space
 
 ROOT = Path(poolshare.space.__file__).parents[1]
 ORDER = ("space", "supernet", "search")  # a folder may import itself and those before it
@@ -26,7 +27,7 @@ def imported(source: str, folder: str) -> set[str]:
             parts = [*package, *(node.module.split(".") if node.module else [])]
             found |= {".".join([*parts, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
-            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+            found |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     return found
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomise
+from torch import nn
+
 from poolshare.space import Architecture, CostTable, ModelError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_latency, measure_macs, measure_parameters
 from poolshare.supernet.measure import FREE_OPERATORS
-from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -114,7 +115,7 @@ def by_hand(width: int, prefix: int, levels: tuple[int, ...], patch: int, channe
     """ALGORITHMS section 6, r = 4, a head on CLS after a norm over all tokens."""
 
     def block(tokens: int, products: int, inputs: int) -> int:
-        return inputs * tokens * width**2 + products * tokens**2 * width + (1 + 8) * tokens * width**2 + 10 * tokens * width
+        return (inputs + 1 + 8) * tokens * width**2 + products * tokens**2 * width + 10 * tokens * width
 
     n = {level: level + prefix for level in levels}
     return CostTable(
@@ -237,10 +238,9 @@ def test_measuring_changes_neither_modes_nor_weights_nor_gradients(training: boo
 
 
 def test_dropout_is_measured_as_in_evaluation():
-    quiet, noisy = make("cls"), SuperNet.from_timm(
-        "deit_tiny_patch16_224", GRID, **TINY, drop_path_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5
-    )
-    assert measure_macs(noisy.train()) == measure_macs(quiet)
+    rates = {"drop_path_rate": 0.5, "attn_drop_rate": 0.5, "proj_drop_rate": 0.5}
+    noisy = SuperNet.from_timm("deit_tiny_patch16_224", GRID, **TINY, **rates)
+    assert measure_macs(noisy.train()) == measure_macs(make("cls"))
 
 
 def test_modes_come_back_when_counting_fails():
@@ -268,8 +268,8 @@ class Sleeper(nn.Module):
 
 
 def test_latency_is_the_median_in_milliseconds_after_a_warm_up():
-    sleeper = Sleeper(150, 150, 30, 1, 30, 30, 150)  # two to warm up, then five whose median is 30
-    assert 30 <= measure_latency(sleeper, torch.zeros(1), repeats=5) < 100
+    sleeper = Sleeper(200, 200, 30, 1, 30, 30, 200)  # two to warm up, then five whose median is 30
+    assert 30 <= measure_latency(sleeper, torch.zeros(1), repeats=5) < 150
     assert sleeper.milliseconds == []
     assert set(sleeper.seen) == {(False, False)}
     assert sleeper.training

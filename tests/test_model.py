@@ -58,7 +58,7 @@ def images_for(net: SuperNet, batch: int = 3, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, net.in_chans, *net.patch_embed.img_size, generator=generator)
 
 
-def base_of(kind: str, net: SuperNet) -> torch.nn.Module:
+def base_of(kind: str, net: SuperNet) -> Any:
     """Unmodified timm with the supernet's weights; strict, so names and shapes are exactly the base model's."""
     name, options = VITS[kind]
     base = timm.create_model(name, **{**TINY, **options})
@@ -218,7 +218,7 @@ def reference_pool(patches: torch.Tensor, operator: str, after: int) -> torch.Te
     return torch.stack(cells)
 
 
-REFERENCE = {
+REFERENCE: dict[str, dict[str, Any]] = {
     "cls": {"stride": 16},
     "no cls": {"stride": 16},
     "cls and registers": {"stride": 14, "prefix_has_position": False},
@@ -245,9 +245,7 @@ def test_pooling_and_sharing_are_those_of_the_reference(kind: str):
             expected = reference_logits(
                 weights, images, architecture, num_heads=net.blocks[0].attn.num_heads, **REFERENCE[kind]
             )
-            torch.testing.assert_close(
-                logits, expected, rtol=1e-9, atol=1e-9, msg=lambda m, a=architecture: f"{a}: {m}"
-            )
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9, msg=str(architecture))
     assert torch.unique(found[:, 0, 0]).numel() == len(set(population))  # each architecture is another function
 
 
@@ -263,7 +261,7 @@ def test_gradients_of_pooling_and_sharing_are_those_of_the_reference(kind: str, 
     for name, parameter in net.named_parameters():
         expected = leaves[name].grad if leaves[name].grad is not None else torch.zeros_like(parameter)
         found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def rows_of(tensor: torch.Tensor, part: str) -> torch.Tensor:
@@ -332,10 +330,7 @@ def test_a_population_gives_the_logits_of_one_by_one_bit_for_bit(
     with torch.no_grad():
         together = net(images, population)
         alone = torch.stack([net(images, [architecture])[0] for architecture in population])
-        leaves = dict.fromkeys(range(len(population)))
-        for positions, logits in net.leaves(images, population):
-            for position in positions:
-                leaves[position] = logits
+        leaves = {position: logits for positions, logits in net.leaves(images, population) for position in positions}
     assert together.shape == (len(population), 3, 7)
     assert torch.equal(together, alone)
     assert all(torch.equal(logits, leaves[position]) for position, logits in enumerate(together))
@@ -344,6 +339,19 @@ def test_a_population_gives_the_logits_of_one_by_one_bit_for_bit(
 @pytest.fixture(scope="module")
 def nets() -> dict[str, SuperNet]:
     return {kind: make(kind) for kind in ("cls", "registers, no cls")}
+
+
+def test_bits_do_not_depend_on_company_where_several_threads_share_the_work(nets: dict[str, SuperNet]):
+    net, images = nets["cls"], images_for(nets["cls"], batch=32)
+    population = [net.space.sample(random.Random(seed)) for seed in range(6)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            together = net(images, population)
+            assert all(torch.equal(net(images, [a])[0], logits) for a, logits in zip(population, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_walk_runs_as_many_blocks_as_the_forecast_says(nets: dict[str, SuperNet], monkeypatch: pytest.MonkeyPatch):
@@ -397,7 +405,7 @@ def test_an_architecture_outside_the_space_is_refused_before_anything_runs(
     net = nets["cls"]
     monkeypatch.setattr(SuperNet, "embed", lambda *_: pytest.fail("ran"))
     for outside in ("16*3", "16*4", "16*2 8@max2d*2", "16*2 9@tome*2"):
-        with pytest.raises(ArchitectureError, match="levels are|layers|operators of this space"):
+        with pytest.raises(ArchitectureError, match=r"levels are|layers|operators of this space"):
             net(images_for(net), [net.space[0], Architecture.parse(outside)])
     with pytest.raises(ArchitectureError, match=r"is no Architecture; Architecture\.parse"):
         net(images_for(net), ["16*2 16*2"])

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from poolshare.space import (
     OPERATORS,
     Architecture,

@@ -222,7 +222,7 @@ def test_hugging_face_sets(tmp_path, multi_label):
     images, labels = load_digits(return_X_y=True)
     one_class = datasets.ClassLabel(names=[f"digit {digit}" for digit in range(10)])
     features = {"image": datasets.Image(), "label": datasets.Sequence(one_class) if multi_label else one_class}
-    content = {
+    content: dict[str, list[Any]] = {
         "image": [Image.fromarray((image.reshape(8, 8) * 15).astype(np.uint8)) for image in images[:200]],
         "label": [[int(label)] if multi_label else int(label) for label in labels[:200]],
     }

@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 from conftest import randomise
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, Operator, SearchSpace, SpaceError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.subnet import checkpoint_filter_fn
-from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7, "img_size": 64}
 BASE = "vit_tiny_patch16_224"
@@ -411,7 +412,7 @@ def test_what_cannot_be_created_is_refused_clearly(error: type[Exception], argum
 
 
 def test_an_unsupported_base_is_refused_by_name():
-    with pytest.raises(ModelError, match="'deit_tiny_distilled_patch16_224' cannot be searched: .*Distilled"):
+    with pytest.raises(ModelError, match=r"'deit_tiny_distilled_patch16_224' cannot be searched: .*Distilled"):
         timm.create_model("poolshare_vit", base="deit_tiny_distilled_patch16_224", architecture=POOLED, **TINY)
     with pytest.raises(ModelError, match="'resnet18' cannot be searched: it is a ResNet"):
         timm.create_model("poolshare_vit", base="resnet18", architecture=POOLED, num_classes=7)
