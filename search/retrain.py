@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def retrain(
     out, console = Path(out), console or Console(quiet=True)
     check_new(out)
     source = load_export(exported)
-    opened = _open(source, data, data_dir, download)
+    # The seed of the search decides the splits, the seed of the retraining order and augmentation.
+    opened = replace(_open(source, data, data_dir, download), seed=seed)
     recipe = _recipe(source, from_scratch, recipe_changes or {})
     torch.manual_seed(seed)
     model: Any = source.model
@@ -58,6 +60,7 @@ def retrain(
         fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
         model = fresh
     model = model.to(pick_device(device))
+    model_identity = {"model": str(source.path.resolve()), "architecture": str(model.architecture), "data": opened.name}
     state = out.with_name(f".{out.name}.training.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
@@ -69,6 +72,7 @@ def retrain(
             seed=seed,
             workers=workers,
             state=state,
+            settings={"from_scratch": from_scratch, "seed": seed, "recipe": recipe.model_dump(), **model_identity},
             progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
         )
     correct, images = accuracy(model, opened, workers)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace, TrainingError
+from poolshare.space import Architecture, Band, BudgetError, CostTable, RunError, SearchSpace, TrainingError
 
 from .checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
 from .data import Data
@@ -117,6 +117,7 @@ def train_model(
     seed: int = 0,
     workers: int = 0,
     state: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Train one model on the labels of the full training split; resumes from `state`."""
@@ -124,7 +125,18 @@ def train_model(
     def loss(images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
 
-    fit(model, loss, data, recipe, full=True, seed=seed, workers=workers, state=state, progress=progress)
+    fit(
+        model,
+        loss,
+        data,
+        recipe,
+        full=True,
+        seed=seed,
+        workers=workers,
+        state=state,
+        settings=settings,
+        progress=progress,
+    )
 
 
 def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
@@ -142,12 +154,14 @@ def fit(
     seed: int = 0,
     workers: int = 0,
     state: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Minimise `batch_loss` over the training split, in place.
 
     state: a file that is written after every epoch, and from which the next call continues: the result is the one
-    of an undisturbed run. Raises TrainingError for a loss that is not finite; `state` then holds the last good epoch.
+    of an undisturbed run. settings: JSON values that a state must have been begun with, or RunError is raised.
+    Raises TrainingError for a loss that is not finite; `state` then holds the last good epoch.
     """
     device = next(model.parameters()).device
     steps = steps_per_epoch(data, recipe, full)
@@ -163,7 +177,7 @@ def fit(
         t_in_epochs=False,
     )
     autocast = torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
-    first_epoch = _restore(state, model, optimizer) if state is not None and state.exists() else 0
+    first_epoch = _restore(state, model, optimizer, settings) if state is not None and state.exists() else 0
     model.train()
     if progress and first_epoch:
         progress(first_epoch * steps, math.nan)
@@ -190,7 +204,7 @@ def fit(
             if progress:
                 progress(step + 1, loss.item())
         if state is not None:
-            _save(state, model, optimizer, epoch + 1)
+            _save(state, model, optimizer, epoch + 1, settings)
     model.eval()
 
 
@@ -198,15 +212,22 @@ def _key(seed: int, step: int) -> int:
     return random.Random(f"step {seed} {step}").getrandbits(63)
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, settings: Mapping[str, Any] | None
+) -> None:
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in flatten_optimizer(optimizer).items()}
-    save_tensors(path, tensors, {"epochs": epochs})
+    save_tensors(path, tensors, {"epochs": epochs, "settings": settings})
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any] | None) -> int:
     """Put the state back; returns the number of epochs it has seen."""
     tensors, facts = load_tensors(path)
+    if facts["settings"] != settings:
+        raise RunError(
+            f"{path} is the state of a training with other settings: {facts['settings']} there, {settings} now; "
+            "repeat those to continue it, or delete the file"
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
     for key, value in tensors.items():
         part, name = key.split("/", 1)

@@ -166,6 +166,18 @@ def test_retrain_and_evaluate_agree_and_overwrite_nothing(run, verb, tmp_path):
     assert "is no exported folder" in err
 
 
+def test_retraining_depends_on_its_seed_alone(run, verb, tmp_path):
+    folder, _ = run
+    export = tmp_path / "export"
+    assert verb("export", folder, "--budget", "60%", "--out", export)[0] == 0
+    weights = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        words = ("retrain", export, "--epochs", "1", "--seed", seed, "--out", tmp_path / name, "-q")
+        assert verb(*words)[0] == 0
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
 def test_the_same_command_again_finds_everything_done(run, verb):
     folder, _ = run
     before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}

@@ -115,12 +115,19 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_epoch(
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
+def test_a_state_begun_with_other_settings_is_refused(digits, tmp_path):
+    state, recipe = tmp_path / "state.safetensors", Recipe(epochs=1, batch_size=512)
+    train_model(make_net(), digits, recipe, state=state, settings={"seed": 0})
+    with pytest.raises(RunError, match=r"\{'seed': 0\} there, \{'seed': 1\} now"):
+        train_model(make_net(), digits, recipe, state=state, settings={"seed": 1})
+
+
 def test_a_damaged_or_foreign_state_is_refused(digits, tmp_path):
     path = tmp_path / "state.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, {"epochs": 1})
     content = path.read_bytes()
     for damaged in (content[:-2], content[:20], b"", b"\x00" * 64, b"not ours"):
         path.write_bytes(damaged)
-        with pytest.raises(RunError, match="state.safetensors"):
+        with pytest.raises(RunError, match=r"state\.safetensors"):
             load_tensors(path)
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
