@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -43,6 +43,12 @@ def unsupported_part(model: Any) -> str | None:
             return f"its blocks are {type(part).__name__}; only sequential pre-norm Blocks are supported"
         if type(part.attn) is not Attention:
             return f"its attention is {type(part.attn).__name__}; only timm's standard Attention is supported"
+        if not isinstance(part.norm1, nn.LayerNorm):
+            return f"its norms are {type(part.norm1).__name__}, which fvcore cannot count; only LayerNorm is supported"
+    if not isinstance(model.patch_embed, PatchEmbed):
+        return f"its patch embedding is {type(model.patch_embed).__name__}; only timm's PatchEmbed is supported"
+    if model.global_pool == "":
+        return "it has no pooled head to classify with; choose global_pool='avg' or 'token'"
     if model.dynamic_img_size:
         return "dynamic_img_size lets the token count vary from image to image; leave it off"
     if not isinstance(model.patch_drop, nn.Identity):
