@@ -12,8 +12,38 @@ def is_square(tokens: int) -> bool:
     return isqrt(tokens) ** 2 == tokens
 
 
+def _smaller(before: int, after: int) -> bool:
+    return 1 <= after < before
+
+
 def _smaller_grid(before: int, after: int) -> bool:
-    return after < before and is_square(before) and is_square(after)
+    return _smaller(before, after) and is_square(before) and is_square(after)
+
+
+def _halved(before: int, after: int) -> bool:
+    """Stride-2 pooling of a sequence, once or several times: P → ⌊(P - 1) / 2⌋ + 1 → …"""
+    while before > max(after, 1):
+        before = (before - 1) // 2 + 1
+        if before == after:
+            return True
+    return False
+
+
+def grid_stride(before: int, after: int) -> int | None:
+    """The stride s with which a convolution of kernel s + 1 and padding ⌊s / 2⌋ goes from one square grid to the other."""
+    if not _smaller_grid(before, after):
+        return None
+    side, wanted = isqrt(before), isqrt(after)
+    reached = {stride: (side + 2 * (stride // 2) - stride - 1) // stride + 1 for stride in range(2, side + 1)}
+    return next((stride for stride in reached if reached[stride] == wanted), None)
+
+
+def _strided(before: int, after: int) -> bool:
+    return grid_stride(before, after) is not None
+
+
+def _leaves_room_for_the_fused(before: int, after: int) -> bool:
+    return _smaller(before, after) and after >= 2
 
 
 @dataclass(frozen=True)
@@ -30,10 +60,53 @@ class Operator:
     learned: bool = False  # has weights, one set per (operator, before, after)
 
 
+# Papers: PSViT 2108.03428, Token Pooling 2110.03860, MSTM 2306.04897, ToMe 2210.09461, EViT 2202.07800, PiT 2103.16302.
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
-        Operator("max2d", "maximum over cells of the patch grid", _smaller_grid, needs_grid=True, keeps_grid=True),
-        Operator("avg2d", "mean over cells of the patch grid", _smaller_grid, needs_grid=True, keeps_grid=True),
+        Operator(
+            "max2d", "PSViT-2D style: maximum over cells of the grid", _smaller_grid, needs_grid=True, keeps_grid=True
+        ),
+        Operator("avg2d", "mean over cells of the grid", _smaller_grid, needs_grid=True, keeps_grid=True),
+        Operator(
+            "max2d_conv",
+            "PSViT-2D style: 3×3 depthwise convolution, then max2d",
+            _smaller_grid,
+            needs_grid=True,
+            keeps_grid=True,
+            learned=True,
+        ),
+        Operator("max1d", "PSViT-1D style: maximum along the sequence, stride 2", _halved),
+        Operator("max1d_conv", "PSViT-1D style: depthwise convolution of 3, then max1d", _halved, learned=True),
+        Operator(
+            "wkmedoids", "Token Pooling: K-Medoids weighted by attention received", _smaller, needs_attention=True
+        ),
+        Operator("kmedoids", "Token Pooling: plain K-Medoids", _smaller),
+        Operator("kmeans", "Token Pooling: K-Means", _smaller),
+        Operator(
+            "mstm",
+            "MSTM style: multi-scale features once, then the unimportant merge into their most similar",
+            _smaller,
+            needs_attention=True,
+            learned=True,
+        ),
+        Operator("tome", "ToMe: bipartite merging by keys, size-weighted", _smaller, needs_attention=True),
+        Operator(
+            "evit",
+            "EViT: most attended tokens and one fused of the rest",
+            _leaves_room_for_the_fused,
+            needs_attention=True,
+        ),
+        Operator("topk", "most attended tokens", _smaller, needs_attention=True),
+        Operator("random", "a fixed random choice of positions: the baseline", _smaller),
+        Operator(
+            "pit",
+            "PiT style: strided depthwise convolution; prefix tokens through a Linear",
+            _strided,
+            needs_grid=True,
+            keeps_grid=True,
+            changes_prefix=True,
+            learned=True,
+        ),
     )
 }

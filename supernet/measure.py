@@ -24,11 +24,12 @@ from .pooling import pooling_name
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
-    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean"),  # one operation per element
-    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout"),  # functions of elements
-    ("max", "amax", "argmax", "adaptive_max_pool2d", "eq"),  # comparisons
-    ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack"),  # moves
-    ("fill_", "zeros", "zeros_like", "ones", "ones_like", "arange"),  # constants
+    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp"),  # functions of elements
+    ("max", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "eq", "le", "clamp_min", "sort"),  # order
+    ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
+    ("gather", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
+    ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants
 )
 
 
