@@ -1,6 +1,6 @@
 """What the engine costs: ratios of interleaved medians, against one-by-one scoring and against timm's own step.
 
-    python results/bench/bench.py            # some 10 minutes on 2 cores; writes results/bench/bench.json
+    python results/bench/bench.py            # some 15 minutes on 2 cores; writes results/bench/bench.json
 
 Every pair that is compared runs in turn within one process, A B A B …, so that a machine whose speed drifts
 disturbs both alike; the ratio is that of the medians. Quote the ratios: seconds belong to one machine.
@@ -156,11 +156,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("bench.json"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="one of the steps; the others keep their figures")
     options = parser.parse_args()
     torch.manual_seed(0)
     net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10).eval()
     costs = measure_macs(net)
-    figures: dict[str, Any] = {
+    figures: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
+    figures |= {
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
@@ -172,10 +174,12 @@ def main() -> None:
     steps = {
         "arithmetic": lambda: arithmetic(net, costs),
         "scoring_50": lambda: scoring(net, costs, 50, torch.randn(4, 3, 224, 224), options.repeats),
-        "scoring_500": lambda: scoring(net, costs, 500, torch.randn(2, 3, 224, 224), max(3, options.repeats // 2)),
+        "scoring_500": lambda: scoring(net, costs, 500, torch.randn(8, 3, 224, 224), max(3, options.repeats // 2)),
         "training_step": lambda: training_step(net, costs, 8, 2 * options.repeats),
     }
     for name, run in steps.items():
+        if options.only not in (None, name):
+            continue
         figures[name] = run()
         print(name, json.dumps(figures[name], indent=2), flush=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
