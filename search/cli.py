@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from poolshare.space.errors import ModelError, PoolshareError, SpaceError
+from poolshare.space.errors import ConfigError, ModelError, PoolshareError, SpaceError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from .run import RunFolder
 
 app = typer.Typer(
@@ -34,7 +36,10 @@ Budget = Annotated[
     str | None, typer.Option(help="MACs per image: 60% (of the dense model's), 0.7G, 350M.", metavar="BUDGET")
 ]
 Levels = Annotated[
-    str | None, typer.Option(help="Patch-token counts, falling, e.g. 196,100,49. Default: by model.", metavar="N,N,…")
+    str | None,
+    typer.Option(
+        help="Patch-token counts, falling, e.g. 196,100,49. Default: all, a half, a quarter.", metavar="N,N,…"
+    ),
 ]
 Operators = Annotated[
     str | None, typer.Option(help="Pooling operators to choose from, e.g. max2d,avg2d.", metavar="NAME,…")
@@ -53,12 +58,15 @@ DataName = Annotated[
         "--data", help="digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
     ),
 ]
+OtherData = Annotated[
+    str | None, typer.Option("--data", help="Default: what the model was searched on.", metavar="DATA")
+]
 DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
 Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-Amp = Annotated[str, typer.Option(help="none or bf16 (automatic mixed precision in training).")]
-Seed = Annotated[int, typer.Option(min=0, help="What all random choices are keyed by.")]
+Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,7 +97,7 @@ def space(
     model_args: ModelArgs = None,
     as_json: Json = False,
 ) -> None:
-    """Size of a search space, its range of costs, how many fit a budget, the price of scoring all. No training."""
+    """Size and costs of a search space; trains nothing."""
     from poolshare.space import forecast_space, parse_budget
     from poolshare.supernet import measure_macs, measure_parameters
 
@@ -161,10 +169,8 @@ def search(
     operators: Operators = None,
     max_run: MaxRun = None,
     sampler: Annotated[
-        str,
-        typer.Option(
-            help="auto, exhaustive, evolution, random, nsga2 or tpe. auto scores the whole space where affordable."
-        ),
+        Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
+        typer.Option(help="auto scores the whole space where affordable."),
     ] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
     epochs: Annotated[
@@ -190,7 +196,10 @@ def search(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the supernet, score architectures, report the frontier. The same command continues an interrupted run."""
+    """Train the supernet, score architectures, report.
+
+    The same command continues an interrupted run.
+    """
     config = _config(
         data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
         model_args=_settings(model_args),
@@ -212,7 +221,10 @@ def pareto(
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """The frontier of a run: table and plot; pareto.csv, pareto.png and report.html lie in the run folder."""
+    """The frontier of a run, as table and plot.
+
+    pareto.csv, pareto.png and report.html lie in the run folder.
+    """
     from .run import RunFolder
 
     folder = RunFolder.open(run)
@@ -230,23 +242,31 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
     architecture: Annotated[str | None, typer.Option(help="This architecture, scored or not.", metavar="TEXT")] = None,
     pick: Annotated[
-        str, typer.Option(help="From the frontier: knee, accuracy, or budget (the best within --budget).")
-    ] = "knee",
+        Literal["knee", "accuracy", "budget"] | None,
+        typer.Option(help="From the frontier; budget: the best within --budget. Default: budget if given, else knee."),
+    ] = None,
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Take one architecture home as a folder that timm loads: by budget, by text, or the frontier's knee."""
+    """Take one architecture home as a timm model.
+
+    It is chosen by budget, by text, or as the frontier's knee.
+    """
     from poolshare.space import Architecture
 
+    from .pareto import pick as choose
+    from .report import load_report
     from .run import RunFolder
 
     folder = RunFolder.open(run)
-    if architecture is not None:
-        chosen = Architecture.parse(architecture)
+    if architecture is None:
+        report = load_report(folder, budget)
+        how = pick or ("budget" if budget else "knee")
+        chosen = Architecture.parse(choose(report.frontier, how, report.budget)["architecture"])
+    elif budget or pick:
+        raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:
-        chosen = Architecture.parse(
-            _pick(folder, "budget" if budget and pick == "knee" else pick, budget)["architecture"]
-        )
+        chosen = Architecture.parse(architecture)
     from .export import export_architecture
 
     facts = export_architecture(folder, chosen, out)
@@ -255,22 +275,22 @@ def export(
     console = Console(highlight=False)
     console.print(f"{out}: {chosen}", markup=False)
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
-    console.print(
-        f"next: poolshare retrain {shlex.quote(str(out))} --data {shlex.quote(str(facts['data']))}", markup=False
-    )
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", markup=False, soft_wrap=True)
 
 
-@app.command(epilog="Example:  poolshare retrain exports/digits --data digits")
+@app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")
 def retrain(
     exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
-    data: DataName = "",
+    data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
     epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images of one training step. Default: as in the search.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by situation.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     workers: Workers = 0,
@@ -280,13 +300,17 @@ def retrain(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train an exported model on all training images, report its test accuracy, keep it in a new folder."""
+    """Train an exported model further and test it.
+
+    It trains on all training images, search-validation included, and is kept in a new folder.
+    """
     from .retrain import retrain as run_retrain
 
+    exported = exported.resolve() if exported.name in ("", "..") else exported
     target = out or exported.with_name(f"{exported.name}-retrained")
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
     facts = run_retrain(
-        exported, target, data=data or None, data_dir=data_dir, download=download, from_scratch=from_scratch, seed=seed,
+        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, seed=seed,
         recipe_changes=changes, workers=workers, device=device, console=_progress_console(quiet),
     )  # fmt: skip
     if as_json:
@@ -298,11 +322,12 @@ def retrain(
     )
 
 
-@app.command(epilog="Example:  poolshare evaluate exports/digits --data digits")
+@app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")
 def evaluate(
     exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
-    data: DataName = "",
+    data: OtherData = None,
     data_dir: DataDir = None,
+    download: Download = False,
     workers: Workers = 0,
     device: Device = None,
     as_json: Json = False,
@@ -312,7 +337,13 @@ def evaluate(
     from .retrain import evaluate as run_evaluate
 
     result = run_evaluate(
-        exported, data=data or None, data_dir=data_dir, workers=workers, device=device, console=_progress_console(quiet)
+        exported,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        workers=workers,
+        device=device,
+        console=_progress_console(quiet),
     )
     if as_json:
         return _print_json(result)
@@ -329,48 +360,31 @@ def evaluate(
 
 
 def _outcome(folder: RunFolder, budget: str | None = None) -> dict[str, Any]:
-    """A run in JSON: its summary, and its frontier."""
-    return {"run": str(folder.path), **folder.read_summary(), "frontier": _frontier(folder, budget).to_dict("records")}
+    """A run in JSON: its summary, and its frontier within a budget (default: the run's own)."""
+    from .report import load_report
 
-
-def _frontier(folder: RunFolder, budget: str | None) -> pd.DataFrame:
-    """The frontier within the run's own budget, or within another."""
-    from poolshare.space import parse_budget
-
-    from .pareto import frontier
-
-    summary = folder.read_summary()
-    limit = summary["budget_macs"] if budget is None else parse_budget(budget, summary["dense"]["macs"])
-    return frontier(folder.read_candidates(), budget=limit)
-
-
-def _pick(folder: RunFolder, how: str, budget: str | None) -> pd.Series:
-    from poolshare.space import parse_budget
-
-    from .pareto import pick
-
-    limit = None if budget is None else parse_budget(budget, folder.read_summary()["dense"]["macs"])
-    return pick(_frontier(folder, None), how, limit)
+    report = load_report(folder, budget)
+    found = {
+        "budget_macs": report.budget,
+        "certified": report.certified,
+        "frontier": report.frontier.to_dict("records"),
+    }
+    return {"run": str(folder.path), **folder.read_summary(), **found}
 
 
 def _show(folder: RunFolder, budget: str | None = None) -> None:
     """Frontier, plot, where the report is, and what to do next."""
-    from dataclasses import replace
-
     from .report import load_report, terminal_plot, terminal_table
 
-    report = load_report(folder)
-    if budget is not None:
-        from poolshare.space import parse_budget
-
-        limit = parse_budget(budget, report.dense["macs"])
-        report = replace(report, frontier=_frontier(folder, budget), budget=limit)
+    report = load_report(folder, budget)
     console = Console(highlight=False)
     console.print(terminal_table(report, limit=20))
     print(terminal_plot(report, colour=console.is_terminal))
     run = shlex.quote(str(folder.path))
-    share = report.frontier["macs"].min() / report.dense["macs"]
-    wish = "--budget 60%" if budget is None and share <= 0.6 else "--pick knee"
+    budget = budget or folder.config.budget
+    if budget is None and report.frontier["macs"].min() <= 0.6 * report.dense["macs"]:
+        budget = "60%"
+    wish = f"--budget {shlex.quote(budget)}" if budget else "--pick knee"
     console.print(f"report: {folder.report}", markup=False, soft_wrap=True)
     console.print(f"export: poolshare export {run} {wish} --out {run}-export", markup=False, soft_wrap=True)
 
@@ -414,16 +428,40 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def main() -> None:
-    """Entry point: exit status 0 (fine), 1 (failed), 2 (wrong use)."""
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; no KeyboardInterrupt, which the command-line library would turn into exit status 130."""
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    owner = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a worker that loads images: its parent will end it
+            os._exit(1)
+        raise _Stopped
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        app()
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point: exit status 0 (fine), 1 (failed or stopped), 2 (wrong use)."""
+    try:
+        with _stopping_on_signals():
+            app()
     except PoolshareError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last epoch or generation", file=sys.stderr)
+    except _Stopped:
+        print("stopped; the same command continues from the last finished epoch or generation", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; check the path and its permissions", file=sys.stderr)
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
@@ -21,6 +23,8 @@ from .job import input_config, load_weights, make_supernet, model_options
 from .run import RunFolder, versions
 
 FORMAT = 1
+FACTS = {"architecture", "macs", "dense_macs", "parameters", "data", "data_dir", "data_fingerprint", "seed"}
+FACTS |= {"batch_size", "pretrained", "weights", "classes"}  # what architecture.json must hold
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
         **({"search_top1": float(scored["top1"].iloc[0])} if len(scored) else {}),
-        "data": config.data,
-        "data_dir": config.data_dir,
+        "data": _absolute(config.data, config.data_dir),
+        "data_dir": config.data_dir and str(Path(config.data_dir).resolve()),
+        "data_fingerprint": folder.data_fingerprint,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": folder.config.pretrained,
@@ -60,6 +65,12 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     model = Subnet.from_supernet(supernet, architecture)
     save_export(out, model, classes, input_config(config.model, config.img_size, config.model_args), facts)
     return facts
+
+
+def _absolute(data: str, data_dir: str | None) -> str:
+    """A folder of images by a path that holds from anywhere; other data by their name."""
+    path = Path(data_dir or "", data).expanduser()
+    return str(path.resolve()) if data != "digits" and path.is_dir() else data
 
 
 def save_export(
@@ -110,6 +121,8 @@ def save_export(
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written ({error}); free some space, or choose another --out") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -132,10 +145,21 @@ def load_export(path: str | Path) -> Exported:
         facts = json.loads((path / "architecture.json").read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise RunError(f"{path} has format version {facts['format']!r}, this poolshare reads {FORMAT}")
+        missing = FACTS - set(facts)
+        if missing:
+            raise RunError(f"{path / 'architecture.json'} lacks {', '.join(sorted(missing))}; export it again")
         if json.loads((path / "config.json").read_text(encoding="utf-8"))["architecture"] != "poolshare_vit":
             raise RunError(f"{path / 'config.json'} is of another model than poolshare_vit")
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
-        Architecture.from_json(facts)
+        if Architecture.from_json(facts) != model.architecture or str(model.architecture) != facts["architecture"]:
+            raise RunError(
+                f"config.json of {path} holds '{model.architecture}', architecture.json '{facts['architecture']}': "
+                "one of them was edited; export it again"
+            )
+        if len(facts["classes"]) != model.num_classes:
+            raise RunError(
+                f"{path} names {len(facts['classes'])} classes, but its head has {model.num_classes}; export it again"
+            )
     except PoolshareError:
         raise
     except Exception as error:  # damage shows as anything from OSError to RuntimeError inside timm and safetensors
@@ -175,9 +199,9 @@ model = timm.create_model("local-dir:{out.name}", pretrained=True)
 Retrain it, then measure it:
 
 ```
-poolshare retrain {out.name} --data {record["data"]}
-poolshare evaluate {out.name}-retrained --data {record["data"]}
+poolshare retrain {shlex.quote(out.name)}
+poolshare evaluate {shlex.quote(out.name + "-retrained")}
 ```
 
-Its weights come from {record["weights"]}.
+Data: {record["data"]}. Its weights come from {record["weights"]}.
 """

@@ -88,6 +88,7 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
 
     Raises the PoolshareError of whatever does not fit.
     """
+    options = model_options(config)
     data_config = input_config(config.model, config.img_size, config.model_args)
     data = open_data(
         config.data,
@@ -99,7 +100,7 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
         **opening_options(data_config),
     )
     torch.manual_seed(config.seed)
-    options = model_options(config) | {"num_classes": len(data.classes)}
+    options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(config, options)
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
@@ -110,6 +111,9 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
     """What timm.create_model is given beside the name."""
+    for name, instead in (("img_size", "--img-size"), ("num_classes", "the data"), ("pretrained_cfg", "--pretrained")):
+        if name in config.model_args:
+            raise ModelError(f"--model-args {name}={config.model_args[name]}: leave it out, {instead} decides it")
     return dict(config.model_args) | ({} if config.img_size is None else {"img_size": config.img_size})
 
 
@@ -162,8 +166,9 @@ def search(config: SearchConfig, out: str | Path, console: Console | None = None
     RunFolder.check(out, config)  # before anything long
     with progress_bar(console, "checking images", 1.0) if _is_folder(config) else nullcontext(no_progress) as advance:
         job = prepare(config, lambda done, total: advance(done / total))
-    folder = RunFolder.create(out, config)
-    with folder.locked():
+    with RunFolder.claim(out, config) as folder:
+        _refuse_fewer_epochs(folder, job.recipe)
+        folder.write_config(job.data.fingerprint)
         for note in job.data.notes:
             console.print(note, markup=False)
         _announce(job, folder, console)
@@ -242,15 +247,19 @@ def _epochs_trained(folder: RunFolder) -> int:
     return 0
 
 
-def _train(job: Job, folder: RunFolder, console: Console) -> float:
-    """Train what is missing; returns the seconds spent."""
-    start, recipe = time.monotonic(), job.recipe
+def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
     trained = _epochs_trained(folder)
     if trained > recipe.epochs:
         raise RunError(
             f"{folder.path} was trained for {trained} epochs already; ask for --epochs {trained} or more, "
             "or search into a new folder"
         )
+
+
+def _train(job: Job, folder: RunFolder, console: Console) -> float:
+    """Train what is missing; returns the seconds spent."""
+    start, recipe = time.monotonic(), job.recipe
+    trained = _epochs_trained(folder)
     if folder.supernet.exists() and trained == recipe.epochs:
         tensors, _ = load_tensors(folder.supernet)
         load_weights(job.supernet, tensors, folder.supernet)
@@ -314,7 +323,10 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
         top1 = 100 * correct / total
     else:
         top1 = float(dense["top1"].iloc[0])
-    earlier = folder.read_summary()["seconds"] if folder.summary.exists() else {}
+    try:
+        earlier = folder.read_summary()["seconds"]
+    except RunError:  # none yet, or damaged: it is made anew
+        earlier = {}
     write_json(
         folder.summary,
         {

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from poolshare.space.errors import BudgetError, RunError
+from poolshare.space.errors import BudgetError, ConfigError, RunError
 
+_UNITS = {"macs": "MACs"}
 PICKS = ("knee", "budget", "accuracy")
 
 
@@ -55,12 +56,12 @@ def pick(frontier: pd.DataFrame, how: str, budget: float | None = None, cost: st
     - "budget": the most accurate within the budget;
     - "accuracy": the most accurate; of equals, here and above, the cheapest.
 
-    Raises RunError for an empty frontier or an unknown `how`, BudgetError where nothing fits.
+    Raises RunError for an empty frontier, ConfigError for an unknown `how`, BudgetError where nothing fits.
     """
     if how not in PICKS:
-        raise RunError(f"cannot pick by {how!r}; choose one of {', '.join(PICKS)}")
+        raise ConfigError(f"cannot pick by {how!r}; choose one of {', '.join(PICKS)}")
     if how == "budget" and budget is None:
-        raise RunError("picking by 'budget' needs a budget; give one, or pick by 'knee' or 'accuracy'")
+        raise ConfigError("picking by 'budget' needs a budget; give one, or pick by 'knee' or 'accuracy'")
     if frontier.empty:
         raise RunError("the frontier is empty: no candidate has been scored yet, so search first")
     choices = _non_dominated(_within(frontier, cost, budget), cost)
@@ -114,7 +115,7 @@ def _within(candidates: pd.DataFrame, cost: str, budget: float | None) -> pd.Dat
     if not fits.any():
         cheapest = candidates.iloc[int(costs.argmin())]
         raise BudgetError(
-            f"no candidate stays within {budget:,.0f} {cost}; the cheapest, {cheapest['architecture']}, "
+            f"no candidate stays within {budget:,.0f} {_UNITS.get(cost, cost)}; the cheapest, {cheapest['architecture']}, "
             f"needs {cheapest[cost]:,.0f}, so ask for at least that"
         )
     return candidates[fits]

@@ -26,7 +26,7 @@ from poolshare.search.page import (
 )
 from poolshare.search.pareto import binomial_interval, frontier
 from poolshare.search.run import RunFolder
-from poolshare.space.errors import RunError
+from poolshare.space import RunError, parse_budget
 from poolshare.space.files import write_whole
 
 if TYPE_CHECKING:
@@ -372,9 +372,13 @@ def _plotly_figure(report: Report) -> "PlotlyFigure":
     return figure
 
 
-def load_report(folder: RunFolder) -> Report:
-    """The report of a finished run, from its files alone. Raises RunError where they are missing or damaged."""
+def load_report(folder: RunFolder, budget: str | None = None) -> Report:
+    """The report of a finished run, from its files alone, within its own budget or within another.
+
+    Raises RunError where files are missing or damaged, BudgetError for a budget that no candidate keeps.
+    """
     summary, candidates = folder.read_summary(), folder.read_candidates()
+    limit = summary["budget_macs"] if budget is None else parse_budget(budget, summary["dense"]["macs"])
     config = folder.config.model_dump(mode="json", exclude_defaults=True)
     facts = {name.replace("_", " "): str(value) for name, value in config.items()}
     facts["images scored on"] = f"{candidates['total'].iloc[0]:,} (search-validation)"
@@ -384,10 +388,10 @@ def load_report(folder: RunFolder) -> Report:
     return Report(
         title=f"{folder.config.model} on {folder.config.data}",
         candidates=candidates,
-        frontier=frontier(candidates, budget=summary["budget_macs"]),
+        frontier=frontier(candidates, budget=limit),
         dense=summary["dense"],
-        budget=summary["budget_macs"],
-        certified=summary["certified"],
+        budget=limit,
+        certified=summary["certified"] and len(candidates) == summary["space_size"],
         space_size=summary["space_size"],
         facts=facts,
         export_command=lambda architecture: (

@@ -9,10 +9,11 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 
-from poolshare.space import DataError
+from poolshare.space import ConfigError, DataError
 from poolshare.supernet import count_macs, measure_latency
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
@@ -21,6 +22,7 @@ from .export import Exported, check_new, load_export, save_export
 from .job import opening_options, pick_device
 from .pareto import binomial_interval
 from .progress import progress_bar
+from .run import first_problem
 
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
@@ -80,7 +82,8 @@ def retrain(
     facts = {key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")}
     facts |= {
         "data": opened.name,
-        "data_dir": data_dir if data else source.facts.get("data_dir"),
+        "data_dir": data_dir or source.facts["data_dir"],
+        "data_fingerprint": opened.fingerprint,
         "test_top1": 100 * correct / images,
         "test_correct": correct,
         "test_total": images,
@@ -99,13 +102,14 @@ def evaluate(
     *,
     data: str | None = None,
     data_dir: str | None = None,
+    download: bool = False,
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model."""
     source = load_export(exported)
-    opened = _open(source, data, data_dir, False)
+    opened = _open(source, data, data_dir, download)
     place = pick_device(device)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
@@ -149,11 +153,16 @@ def _open(source: Exported, data: str | None, data_dir: str | None, download: bo
     name = data or source.facts["data"]
     opened = open_data(
         name,
-        data_dir=data_dir if data else data_dir or source.facts.get("data_dir"),
+        data_dir=data_dir or (source.facts["data_dir"] if name == source.facts["data"] else None),
         download=download,
         seed=source.facts["seed"],  # where test images had to be set aside, the search has not seen them
         **opening_options(source.data_config),
     )
+    if name == source.facts["data"] and opened.fingerprint != source.facts["data_fingerprint"]:
+        raise DataError(
+            f"the training images of {name} are not those the model was searched on ({opened.fingerprint} now, "
+            f"{source.facts['data_fingerprint']} then), so its test images may not be either; restore them"
+        )
     if list(opened.classes) != source.facts["classes"]:
         raise DataError(
             f"{name} has the classes {', '.join(opened.classes[:5])}…, but {source.path} was made for "
@@ -170,4 +179,7 @@ def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) ->
         "lr": 2e-3 if from_scratch else 3e-4 if warm_vit else 1e-3,
         "layer_decay": 0.75 if warm_vit else None,
     }
-    return Recipe(**(situation | {name: value for name, value in changes.items() if value is not None}))
+    try:
+        return Recipe(**(situation | {name: value for name, value in changes.items() if value is not None}))
+    except ValidationError as error:
+        raise ConfigError(first_problem(error)) from None

@@ -12,10 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from poolshare.space import RunError
+from poolshare.space import Architecture, ConfigError, RunError
 from poolshare.space.files import write_whole
 
 FORMAT = 1
@@ -48,7 +49,7 @@ class SearchConfig(BaseModel):
     weight_decay: float = Field(0.05, ge=0)
     amp: Literal["none", "bf16"] = "none"
     workers: int = Field(0, ge=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
 
     @model_validator(mode="before")
@@ -93,7 +94,7 @@ class RunFolder:
             found = content["format"]
             config = SearchConfig(**content["search"]) if found == FORMAT else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            what = _first_problem(error) if isinstance(error, ValidationError) else repr(error)
+            what = first_problem(error) if isinstance(error, ValidationError) else repr(error)
             raise RunError(
                 f"{path / 'config.json'} is damaged or not ours ({what}); restore it, or search into a new folder"
             ) from None
@@ -124,21 +125,46 @@ class RunFolder:
                     f"{path} was begun with another configuration ({'; '.join(changed)}); repeat that one to "
                     f"continue it (only {', '.join(MAY_DIFFER)} may differ), or search into a new folder"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
             raise RunError(f"{path} holds other files and no config.json; search into a new or an empty folder")
 
     @classmethod
-    def create(cls, path: str | Path, config: SearchConfig) -> RunFolder:
-        """A new run folder, or the existing one to be continued with this configuration. Raises what `check` does."""
+    @contextmanager
+    def claim(cls, path: str | Path, config: SearchConfig) -> Iterator[RunFolder]:
+        """Hold a new run folder, or an existing one that may be continued with this configuration, for one process.
+
+        Raises what `check` does, and RunError, naming the owner, where another process holds the folder. The
+        configuration is not written yet: see `write_config`.
+        """
         cls.check(path, config)
         folder = cls(Path(path), config)
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "config.json", {"format": FORMAT, "search": config.model_dump(mode="json")})
-        return folder
+        with folder._locked():
+            cls.check(path, config)  # the process that held it may have begun it meanwhile
+            yield folder
+
+    def write_config(self, data: str) -> None:
+        """Write config.json with the fingerprint of the training images.
+
+        Raises RunError where the run was begun with other images, before anything is written.
+        """
+        path = self.path / "config.json"
+        if path.exists():
+            earlier = self.data_fingerprint
+            if earlier != data:
+                raise RunError(
+                    f"the training images of {self.config.data} are not those {self.path} was begun with "
+                    f"({data} now, {earlier} there); restore them, or search into a new folder"
+                )
+        write_json(path, {"format": FORMAT, "data": data, "search": self.config.model_dump(mode="json")})
+
+    @property
+    def data_fingerprint(self) -> str:
+        """What `write_config` was given when the run was begun."""
+        return str(json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("data"))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one process. Raises RunError, naming the owner, where another one holds it."""
+    def _locked(self) -> Iterator[None]:
         import fcntl
 
         with open(self.path / ".lock", "a+", encoding="utf-8") as file:
@@ -160,9 +186,18 @@ class RunFolder:
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
         try:
             frame = pd.read_csv(self.candidates)
-            if tuple(frame.columns) != CANDIDATES or frame.isna().any(axis=None):
-                raise ValueError(f"columns are {', '.join(frame.columns)}, or a value is missing")
-            return frame.astype({"architecture": str, "top1": float} | dict.fromkeys(CANDIDATES[2:], int))
+            if tuple(frame.columns) != CANDIDATES:
+                raise ValueError(f"its columns are {', '.join(frame.columns)}")
+            if frame.isna().any(axis=None):
+                raise ValueError("a value is missing")
+            frame = frame.astype({"architecture": str, "top1": float} | dict.fromkeys(CANDIDATES[2:], int))
+            for text in frame["architecture"]:
+                Architecture.parse(text)
+            if not frame["architecture"].is_unique or frame["total"].nunique() > 1:
+                raise ValueError("an architecture stands twice, or numbers of images differ")
+            if not np.allclose(frame["top1"], 100 * frame["correct"] / frame["total"]):
+                raise ValueError("a top1 is not correct / total")
+            return frame
         except (ValueError, OSError) as error:
             raise RunError(f"{self.candidates} is damaged ({error}); delete it to score again") from None
 
@@ -176,6 +211,9 @@ class RunFolder:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
+            missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
+            if missing or set(summary["dense"]) != {"architecture", "top1", "macs", "parameters"}:
+                raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
             return summary
         except FileNotFoundError:
             raise RunError(
@@ -202,16 +240,16 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_whole(path, lambda temporary: frame.to_csv(temporary, index=False))
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, with the option's name."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))} = {problem.get('input')!r}: {problem['msg']}"
+    option = "--" + ".".join(map(str, problem["loc"])).replace("_", "-")
+    return f"{option} {problem.get('input')!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 def checked_config(**values: Any) -> SearchConfig:
-    """A SearchConfig. Raises RunError (wrong use) naming the option and what it may be."""
+    """A SearchConfig. Raises ConfigError naming the option and what it may be."""
     try:
         return SearchConfig(**values)
     except ValidationError as error:
-        wrong = RunError(_first_problem(error))
-        wrong.exit_status = 2
-        raise wrong from None
+        raise ConfigError(first_problem(error)) from None

@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from poolshare.space import Architecture, Band, CostTable, SearchSpace, forecast
+from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace, forecast
 
 from .progress import Advance
 from .propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
@@ -65,7 +65,7 @@ def score_everything(task: Task, folder: RunFolder, advance: Advance) -> pd.Data
     whole = sum(prices) or 1
     paid, written = 0, time.monotonic()
     for chunk, price in zip(chunks, prices, strict=True):
-        note = f"{len(done):,} scored"
+        note = f"{len(done) + len(chunk):,} of {len(architectures):,} in reach"
         show = partial(_advance_within, advance, paid / whole, price / whole, note)
         counts, total = task.score(chunk, show)
         done += [task.row(a, correct, total, 0) for a, correct in zip(chunk, counts, strict=True)]
@@ -115,12 +115,15 @@ def open_study(journal: Path, name: str) -> optuna.Study:
     """The study of a journal file, begun or continued. The caller holds the run folder's lock."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _cut_torn_line(journal)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        study_name=name,
-        directions=["maximize", "minimize"],
-        load_if_exists=True,
-    )
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=name,
+            directions=["maximize", "minimize"],
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a line that is no JSON, or no operation
+        raise RunError(f"{journal} is damaged ({error}); delete it to search again from the trained supernet") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the names are for dashboards only
         study.set_metric_names(["top-1 (%)", "MACs"])

@@ -102,7 +102,8 @@ class Band:
         self.low = cheapest if low is None else _rounded("low", low, ceil)
         self.high = dearest if high is None else _rounded("high", high, floor)
         if self.low > dearest or self.high < cheapest or self.low > self.high:
-            raise BudgetError(f"no architecture costs {self._wanted()}: {self._reach}")
+            wanted = f"at most {costs.format(self.high)} ({self.high:,})" if low is None else self._wanted()
+            raise BudgetError(f"no architecture costs {wanted}: {self._reach}")
         self._counts = _counts(space, costs)
         unit = self._counts.unit
         rounding = 0 if unit == 1 else space.depth + 2  # each floor on the path loses less than one unit

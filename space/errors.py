@@ -33,6 +33,10 @@ class BrokenDataError(DataError):
     exit_status = 1
 
 
+class ConfigError(PoolshareError):
+    """An option has a value it cannot have."""
+
+
 class TrainingError(PoolshareError):
     """Training cannot go on, for instance because the loss is not finite."""
 

@@ -21,7 +21,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
     """Write tensors and JSON facts as one safetensors file."""
     metadata = {"poolshare": json.dumps({"format": FORMAT, **facts})}
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    try:
+        write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
+        ) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -4,6 +4,7 @@ What an image looks like in training depends on (seed, epoch, index) alone, its 
 (seed, epoch) alone: neither the number of workers nor a resumed run changes either.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,13 @@ class Data:
         if name not in self._splits:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two openings gave the same classes and training images, by their labels in order."""
+        full = self.split("train_full")
+        text = "\n".join(self.classes).encode() + full.indices.tobytes() + full.labels.tobytes()
+        return f"{len(full)} images, {hashlib.sha256(text).hexdigest()[:16]}"
 
     def train_loader(
         self,

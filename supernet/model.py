@@ -21,12 +21,18 @@ from .pooling import make_poolings, pooling_name
 def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTransformer:
     """A timm ViT that poolshare can search. Raises ModelError where timm does not know it or a part is unsupported."""
     if not isinstance(name, str) or not timm.is_model(name):
-        close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(), n=3)
+        close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(["vit_*", "deit*"]), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
         raise ModelError(f"timm knows no model {name!r}{hint}")
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, AssertionError, RuntimeError) as error:  # what timm raises for options and tags it cannot use
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:
         raise ModelError(f"timm cannot make model {name!r} with options {options}: {error}") from None
     reason = unsupported_part(model)
     if reason:

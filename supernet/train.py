@@ -163,6 +163,8 @@ def fit(
     of an undisturbed run. settings: JSON values that a state must have been begun with, or RunError is raised.
     Raises TrainingError for a loss that is not finite; `state` then holds the last good epoch.
     """
+    if recipe.epochs == 0:
+        return
     device = next(model.parameters()).device
     steps = steps_per_epoch(data, recipe, full)
     optimizer = create_optimizer_v2(
@@ -170,7 +172,7 @@ def fit(
     )
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=max(1, recipe.epochs * steps),
+        t_initial=recipe.epochs * steps,
         lr_min=recipe.lr * 1e-2,
         warmup_t=math.ceil(recipe.warmup * recipe.epochs * steps),
         warmup_lr_init=recipe.lr * 1e-2,
@@ -193,8 +195,8 @@ def fit(
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss is {loss.item()} at step {step + 1} of {recipe.epochs * steps} (epoch {epoch + 1}); "
-                    f"{'the last good epoch is kept; ' if state is not None and state.exists() else ''}"
-                    f"try a --lr below {recipe.lr:g}"
+                    f"{'the last finite epoch is kept; ' if state is not None and state.exists() else ''}"
+                    f"try a --lr below {recipe.lr:g} with a new --out"
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from poolshare.search import cli
@@ -16,6 +19,7 @@ from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.space import Architecture, RunError
 from poolshare.supernet import SuperNet
 from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.data import open_data
 
 SMALL = [
     "--data",
@@ -218,7 +222,10 @@ def test_continuing_with_more_epochs_trains_on_and_keeps_the_old_scores(verb, tm
         (["search", *SMALL, "--budget", "1%", "--out", "OUT"], 2, "this space reaches from"),
         (["search", *SMALL, "--budget", "fast", "--out", "OUT"], 2, "budget 'fast'"),
         (["search", *SMALL, "--sampler", "magic", "--out", "OUT"], 2, "sampler"),
-        (["search", *SMALL, "--lr", "-1", "--out", "OUT"], 2, "lr"),
+        (["search", *SMALL, "--lr", "-1", "--out", "OUT"], 2, "--lr -1.0: input should be greater than 0"),
+        (["search", "--data", "digits", "--model-args", "img_size=32", "--out", "OUT"], 2, "--img-size decides it"),
+        (["search", "--data", "digits", "--model-args", "patch_size=0", "--out", "OUT"], 2, "patch_size"),
+        (["export", "OUT", "--pick", "foo", "--out", "OTHER"], 2, "--pick"),
         (["search", *SMALL, "--device", "cuda:77", "--out", "OUT"], 2, "cuda:77"),
         (["search", *SMALL, "--model-args", "depth", "--out", "OUT"], 2, "KEY=VALUE"),
         (["search", *SMALL, "--model-args", "depht=3", "--out", "OUT"], 2, "depht"),
@@ -251,47 +258,150 @@ def test_export_refuses_architectures_outside_the_space(run, verb, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def begin(path, **changes):
+    with RunFolder.claim(path, SearchConfig(data="digits", **changes)) as folder:
+        folder.write_config("the images")
+        return folder
+
+
 def test_foreign_damaged_and_changed_run_folders_are_refused_untouched(tmp_path):
-    config = SearchConfig(data="digits")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("do not touch")
     with pytest.raises(RunError, match="holds other files"):
-        RunFolder.create(tmp_path / "foreign", config)
+        begin(tmp_path / "foreign")
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
 
-    folder = RunFolder.create(tmp_path / "run", config)
-    good = (folder.path / "config.json").read_text()
-    with pytest.raises(
-        RunError, match=r"seed: 0 there, 1 now; lr: 0.002 there|lr: 0.002 there, 0.1 now; seed: 0 there, 1 now"
-    ):
-        RunFolder.create(folder.path, SearchConfig(data="digits", seed=1, lr=0.1))
-    assert (folder.path / "config.json").read_text() == good
-    RunFolder.create(folder.path, SearchConfig(data="digits", trials=5, epochs=99, workers=2, device="cpu"))
+    path = tmp_path / "run"
+    begin(path)
+    good = (path / "config.json").read_text()
+    with pytest.raises(RunError, match=r"lr: 0.002 there, 0.1 now; seed: 0 there, 1 now"):
+        begin(path, seed=1, lr=0.1)
+    with pytest.raises(RunError, match="training images of digits are not those"):
+        RunFolder.open(path).write_config("other images")
+    assert (path / "config.json").read_text() == good
+    begin(path, trials=5, epochs=99, workers=2, device="cpu")
 
     for damaged in ("", "{", "[]", '{"format": 1}', good.replace('"lr"', '"rl"'), good.replace("0.002", '"x"')):
-        (folder.path / "config.json").write_text(damaged)
+        (path / "config.json").write_text(damaged)
         with pytest.raises(RunError, match=r"config\.json is damaged or not ours"):
-            RunFolder.open(folder.path)
-    (folder.path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
+            RunFolder.open(path)
+    (path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
     with pytest.raises(RunError, match="format version 2"):
-        RunFolder.open(folder.path)
+        RunFolder.open(path)
 
 
 def test_a_run_folder_in_use_names_its_owner(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", SearchConfig(data="digits"))
+    path = tmp_path / "run"
+    begin(path)
     script = (
         "import sys\nfrom poolshare.search.run import *\n"
-        "with RunFolder.open(sys.argv[1]).locked():\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "with RunFolder.claim(sys.argv[1], SearchConfig(data='digits')):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
+    before = (path / "config.json").read_text()
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"in use by process {other.pid} on"), folder.locked():
-            pass
+        with pytest.raises(RunError, match=f"in use by process {other.pid} on"):
+            begin(path, trials=7)
         other.kill()
-    with folder.locked():  # a killed owner leaves no lock behind
-        assert str(os.getpid()) in (folder.path / ".lock").read_text()
+    assert (path / "config.json").read_text() == before
+    begin(path)  # a killed owner leaves no lock behind
+    assert str(os.getpid()) in (path / ".lock").read_text()
+
+
+def test_a_damaged_candidates_file_is_never_shown_as_a_result(run, verb, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    good = (folder / "candidates.csv").read_text().splitlines(keepends=True)
+    (folder / "candidates.csv").write_text("".join(good[:9]))  # cut at the end of a line
+    status, out, _ = verb("pareto", folder, "--json")
+    assert (status, json.loads(out)["certified"]) == (0, False)
+    number = len(good[3].split(",")[1])
+    for damaged in (
+        [*good[:3], "64 nonsense" + good[3][good[3].index(",") :], *good[4:]],
+        [*good[:3], good[3].replace(good[3].split(",")[1], "99.9" + "0" * number, 1), *good[4:]],
+        [*good, good[-1]],
+        [good[0].replace("macs", "flops"), *good[1:]],
+        [*good[:5], good[5][:-6]],
+    ):
+        (folder / "candidates.csv").write_text("".join(damaged))
+        status, _, err = verb("pareto", folder)
+        assert (status, "candidates.csv is damaged" in err) == (1, True), err
+
+
+def test_a_damaged_summary_or_journal_is_made_again_or_named(verb, tmp_path):
+    folder = tmp_path / "run"
+    words = ("search", *SMALL, "--epochs", "1", "--sampler", "evolution", "--out", folder, "-q")
+    assert verb(*words, "--trials", "10")[0] == 0
+    for damaged in ("", "{}", '{"format": 1}'):
+        (folder / "summary.json").write_text(damaged)
+        status, _, err = verb("pareto", folder)
+        assert (status, "run the same `poolshare search` again" in err) == (1, True), err
+        assert verb(*words, "--trials", "10")[0] == 0
+        assert verb("pareto", folder)[0] == 0
+    (folder / "study.journal").write_text("nonsense\n")
+    status, _, err = verb(*words, "--trials", "15")
+    assert (status, "study.journal is damaged" in err) == (1, True), err
+
+
+def test_an_edited_export_is_refused(run, verb, tmp_path):
+    export = tmp_path / "export"
+    assert verb("export", run[0], "--architecture", "64*2 16@max2d", "--out", export)[0] == 0
+    config, facts = (export / "config.json").read_text(), (export / "architecture.json").read_text()
+    for name, text, says in (
+        ("config.json", config.replace("16@max2d", "4@max2d"), "one of them was edited"),
+        ("config.json", config.replace("digits_vit", "hf-hub:evil/model"), "timm knows no model"),
+        ("config.json", config[:-20], "is damaged"),
+        ("architecture.json", facts.replace('"64*2 16@max2d"', '"64*2 4@max2d"'), "one of them was edited"),
+        ("architecture.json", facts.replace('"seed"', '"dees"'), "lacks seed"),
+    ):
+        (export / name).write_text(text)
+        status, _, err = verb("evaluate", export)
+        assert (status != 0, says in err) == (True, True), err
+        (export / "config.json").write_text(config)
+        (export / "architecture.json").write_text(facts)
+    assert verb("evaluate", export, "-q")[0] == 0
+
+
+def test_a_refused_or_stopped_search_leaves_its_folder_as_it_was(run):
+    before = {path.name: path.read_bytes() for path in run[0].iterdir() if path.name != ".lock"}
+    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", "search", *SMALL]
+    fewer = subprocess.run([*command, "--epochs", "1", "--out", run[0]], capture_output=True, text=True, check=False)
+    assert (fewer.returncode, "was trained for 2 epochs already" in fewer.stderr) == (1, True)
+    with subprocess.Popen(
+        [*command, "--epochs", "50", "--out", run[0].with_name("other")], stderr=subprocess.PIPE, text=True
+    ) as other:
+        for line in other.stderr:
+            if "training the supernet for 50 epochs" in line:
+                other.send_signal(signal.SIGINT)
+                break
+        rest = other.stderr.read()
+    assert (other.returncode, "stopped; the same command continues" in rest) == (1, True), rest
+    assert "Traceback" not in rest
+    assert {path.name: path.read_bytes() for path in run[0].iterdir() if path.name != ".lock"} == before
+
+
+def test_changed_images_are_noticed(verb, tmp_path):
+    source = open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,)).split("train_full")
+    for position in range(60):
+        image = np.asarray(source.source.read(int(source.indices[position]))).reshape(8, 8) * 15
+        folder = tmp_path / "photos" / str(source.labels[position])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype("uint8")).save(folder / f"{position}.png")
+    words = ("search", "--data", tmp_path / "photos", "--model-args", "depth=2,embed_dim=16,num_heads=1,patch_size=8")
+    words = (*words, "--img-size", "16", "--epochs", "1", "--batch-size", "16", "-q", "--out", tmp_path / "run")
+    status, _, err = verb(*words, "--levels", "4,1")
+    assert status == 0, err
+    assert verb("export", tmp_path / "run", "--pick", "accuracy", "--out", tmp_path / "export")[0] == 0
+    assert verb("evaluate", tmp_path / "export", "-q")[0] == 0
+    for extra in range(3):
+        shutil.copy(tmp_path / "photos" / "0" / "0.png", tmp_path / "photos" / "0" / f"new{extra}.png")
+    status, _, err = verb(*words, "--levels", "4,1")
+    assert (status, "are not those" in err) == (1, True), err
+    status, _, err = verb("evaluate", tmp_path / "export", "-q")
+    assert (status, "are not those the model was searched on" in err) == (2, True), err
 
 
 def test_space_tells_the_published_numbers_of_vit_tiny(verb):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from poolshare.search.pareto import binomial_interval, frontier, hypervolume, pick
-from poolshare.space.errors import BudgetError, RunError
+from poolshare.space.errors import BudgetError, ConfigError, RunError
 
 
 def frame(*points: tuple[float, int]) -> pd.DataFrame:
@@ -160,11 +160,11 @@ def test_pick_by_budget_and_by_accuracy():
 
 def test_pick_says_what_is_wrong_and_what_would_be_right():
     points = frame((90, 100), (95, 110))
-    with pytest.raises(BudgetError, match=r"within 99 macs; the cheapest, row 0, needs 100"):
+    with pytest.raises(BudgetError, match=r"within 99 MACs; the cheapest, row 0, needs 100"):
         pick(points, "budget", budget=99)
-    with pytest.raises(RunError, match="knee, budget, accuracy"):
+    with pytest.raises(ConfigError, match="knee, budget, accuracy"):
         pick(points, "fastest")
-    with pytest.raises(RunError, match="needs a budget"):
+    with pytest.raises(ConfigError, match="needs a budget"):
         pick(points, "budget")
     with pytest.raises(RunError, match="no candidate has been scored"):
         pick(points.iloc[:0], "knee")

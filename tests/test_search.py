@@ -45,7 +45,8 @@ def make_task(score, budget=None):
 
 
 def make_folder(path):
-    return RunFolder.create(path, SearchConfig(data="digits"))
+    with RunFolder.claim(path, SearchConfig(data="digits")) as folder:
+        return folder
 
 
 @pytest.fixture(scope="module")
