@@ -35,7 +35,8 @@ def grid_stride(before: int, after: int) -> int | None:
         return None
     side, wanted = isqrt(before), isqrt(after)
     reached = {stride: (side + 2 * (stride // 2) - stride - 1) // stride + 1 for stride in range(2, side + 1)}
-    return next((stride for stride in reached if reached[stride] == wanted), None)
+    # The last window must reach the last row, or patches would be left out.
+    return next((s for s in reached if reached[s] == wanted and wanted * s - s // 2 >= side - 1), None)
 
 
 def _strided(before: int, after: int) -> bool:

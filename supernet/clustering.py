@@ -1,85 +1,106 @@
-"""Token Pooling (Marin et al., arXiv 2110.03860): the patch tokens that stand for all others best.
+"""Token Pooling (Marin et al., arXiv 2110.03860): K tokens that stand for all, Σᵢ wᵢ · minⱼ ‖fᵢ − f̂ⱼ‖² made small.
 
-K output tokens are chosen that minimise Σᵢ wᵢ · minⱼ ‖fᵢ − f̂ⱼ‖². Everything is batched: no loop over images or
-clusters, no data-dependent shape. Squared distances go by matmul, which fvcore counts, and are computed in float32.
+Both clusterings run a fixed number of rounds for a whole batch at once; no step depends on what another image holds.
+Weights and distances only steer: gradients reach the tokens that come out (K-Medoids) or go in (K-Means).
 """
 
 from __future__ import annotations
 
 import torch
 
+from .tokens import add_at, at_least_float32, best_and_rest, take, without_autocast
+
 ROUNDS = 5  # the paper: no more are needed
 
 
 def kmedoids(patches: torch.Tensor, after: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Cluster centres that are tokens themselves, in their original order. (B, P, C) → (B, after, C)
+    """`after` of the tokens themselves, in their order, around which the others lie close. (B, P, C) → (B, after, C)
 
-    weights: (B, P) significance of each token (the paper: total attention received); None: all alike. Starts from the
-    `after` heaviest tokens, from evenly spaced ones without weights. A cluster's new medoid is the member j with the
-    least Σ wᵢ·‖fᵢ − fⱼ‖² over its members i. Ties go to the lower index. Gradients reach the chosen tokens.
+    weights: (B, P), ≥ 0, what each token's distance counts; None: 1. Starts from the heaviest tokens, without weights
+    from evenly spaced ones. The new medoid of a cluster is the member j with the least Σ over members i of wᵢ·d(i, j),
+    d the squared distance.
     """
-    distances = squared_distances(patches)  # (B, P, P)
-    medoids = _start(patches, after, weights)  # (B, K)
-    weighted = distances if weights is None else weights.detach().float()[:, :, None] * distances  # row i: wᵢ·d(i, j)
+    distances = _squared_distances(_points(patches))
+    weighted = distances if weights is None else distances * at_least_float32(weights.detach())[:, :, None]
+    medoids = _start(patches, after, weights)
     for _ in range(ROUNDS):
-        cluster = _nearest(distances, medoids)  # (B, P)
-        together = cluster[:, :, None] == cluster[:, None, :]  # (B, P, P)
-        spread = torch.where(together, weighted, 0).sum(dim=1)  # (B, P): what it costs if j stands for its cluster
-        medoids = _least_of_each(spread, cluster, after)
-    order = medoids.sort(dim=1).values
-    return patches.gather(1, order[:, :, None].expand(-1, -1, patches.shape[2]))
+        medoids = _central_members(weighted, _nearest_medoid(distances, medoids), after)
+    return take(patches, medoids.sort(dim=1).values)
 
 
 def kmeans(patches: torch.Tensor, after: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Cluster centres that are weighted means of their members. (B, P, C) → (B, after, C)
+    """Weighted means of `after` clusters, in the order of the tokens they began as. (B, P, C) → (B, after, C)
 
-    weights and start: as in `kmedoids`. An empty cluster keeps its centre. Gradients reach all tokens.
+    weights and start: as in `kmedoids`. A cluster that loses all its members, or all their weight, keeps its centre.
     """
-    B, P, C = patches.shape
-    tokens = patches.detach().float()
-    heavy = tokens.new_ones(B, P) if weights is None else weights.detach().float()
-    medoids = _start(patches, after, weights)
-    centres = tokens.gather(1, medoids[:, :, None].expand(B, after, C))
-    for round_number in range(ROUNDS):
-        last = round_number == ROUNDS - 1
-        products = tokens @ centres.transpose(1, 2)  # (B, P, K)
-        cluster = ((centres * centres).sum(-1)[:, None, :] - 2 * products).argmin(dim=2)
-        share = (cluster[:, :, None] == torch.arange(after, device=patches.device)).float() * heavy[:, :, None]
-        total = share.sum(dim=1)[:, :, None]  # (B, K, 1)
-        means = share.transpose(1, 2) @ (patches.float() if last else tokens) / total.clamp_min(1e-12)
-        centres = torch.where(total > 0, means, centres)
-    return centres.to(patches.dtype)
+    points, start = _points(patches), _start(patches, after, weights)
+    weight = torch.ones_like(points[:, :, :1]) if weights is None else at_least_float32(weights.detach())[:, :, None]
+    centres = take(points, start)
+    weighted = weight * points
+    for _ in range(ROUNDS):
+        clusters = _nearest_centre(points, centres)
+        centres = _means(weighted, weight, clusters, centres)
+    # The last means once more, of the tokens as they came: these carry gradients.
+    weighted = weight * at_least_float32(patches)
+    return _means(weighted, weight, clusters, centres + _mean_token(patches)).to(patches.dtype)
 
 
-def squared_distances(patches: torch.Tensor) -> torch.Tensor:
-    """‖fᵢ − fⱼ‖² of all pairs, float32, without gradient. (B, P, C) → (B, P, P)"""
-    tokens = patches.detach().float()
-    tokens = tokens - tokens.mean(dim=1, keepdim=True)  # a common offset would only cost precision
-    norms = (tokens * tokens).sum(dim=-1)
-    return (norms[:, :, None] + norms[:, None, :] - 2 * tokens @ tokens.transpose(1, 2)).clamp_min(0)
+def _points(patches: torch.Tensor) -> torch.Tensor:
+    """Tokens for measuring distances: no gradient, enough bits, and the mean taken away, whose square would drown them."""
+    return at_least_float32(patches.detach()) - _mean_token(patches)
+
+
+def _mean_token(patches: torch.Tensor) -> torch.Tensor:
+    return at_least_float32(patches.detach()).mean(dim=1, keepdim=True)
 
 
 def _start(patches: torch.Tensor, after: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """First medoids: (B, after) indices."""
+    """Ascending indices to begin with, (B, after): the heaviest tokens, or evenly spaced ones."""
+    if weights is not None:
+        return best_and_rest(weights.detach(), after)[0]
     B, P, _ = patches.shape
-    if weights is None:
-        return (torch.arange(after, device=patches.device) * P // after).expand(B, after)
-    # A stable sort gives ties to the lower index; topk promises nothing about them.
-    return weights.detach().float().sort(dim=1, descending=True, stable=True).indices[:, :after]
+    return (torch.arange(after, device=patches.device) * P // after).expand(B, -1)
 
 
-def _nearest(distances: torch.Tensor, medoids: torch.Tensor) -> torch.Tensor:
-    """Cluster of each token, (B, P) from 0 to K - 1; a medoid belongs to its own cluster even among equal tokens."""
-    B, P, _ = distances.shape
-    K = medoids.shape[1]
-    cluster = distances.gather(2, medoids[:, None, :].expand(B, P, K)).argmin(dim=2)
-    return cluster.scatter(1, medoids, torch.arange(K, device=medoids.device).expand(B, K))
+def _squared_distances(points: torch.Tensor) -> torch.Tensor:
+    """‖a‖² + ‖b‖² − 2ab, never negative. (B, P, C) → (B, P, P)"""
+    with without_autocast(points):
+        products = points @ points.transpose(1, 2)
+    # Symmetric to the bit, which a product need not be, and 0 on the diagonal: the two members of a pair cost the same,
+    # and it is the rule for ties that chooses between them, not the rounding of this batch size.
+    squares = products.diagonal(dim1=1, dim2=2)
+    return (squares[:, :, None] + squares[:, None, :] - (products + products.transpose(1, 2))).clamp_min(0)
 
 
-def _least_of_each(spread: torch.Tensor, cluster: torch.Tensor, clusters: int) -> torch.Tensor:
-    """For each cluster the member with the least spread, ties to the lower index: (B, clusters) indices."""
-    B, P = spread.shape
-    least = spread.new_full((B, clusters), torch.inf).scatter_reduce(1, cluster, spread, "amin")
-    indices = torch.arange(P, device=spread.device).expand(B, P)
-    candidates = torch.where(spread <= least.gather(1, cluster), indices, P)
-    return indices.new_full((B, clusters), P).scatter_reduce(1, cluster, candidates, "amin")
+def _nearest_medoid(distances: torch.Tensor, medoids: torch.Tensor) -> torch.Tensor:
+    """Each token's cluster; a medoid stays in its own, even where another is equal to it. (B, P)"""
+    clusters = take(distances, medoids).min(dim=1).indices
+    return clusters.scatter(1, medoids, torch.arange(medoids.shape[1], device=medoids.device).expand_as(medoids))
+
+
+def _central_members(weighted: torch.Tensor, clusters: torch.Tensor, after: int) -> torch.Tensor:
+    """The member of each cluster that is nearest to all its members together. (B, P, P), (B, P) → (B, after)
+
+    weighted: [b, i, j] is what token i pays if j is its medoid. Adding up rows makes the costs of all candidates for
+    all clusters in P² additions: no product, and nothing larger than what came in.
+    """
+    B, P = clusters.shape
+    costs = add_at(weighted.new_zeros(B, after, P), clusters, weighted)  # [b, k, j]: what cluster k pays for j
+    members = torch.arange(after, device=clusters.device)[:, None] == clusters[:, None, :]  # (B, after, P)
+    return torch.where(members, costs, torch.inf).min(dim=2).indices
+
+
+def _nearest_centre(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Each token's cluster by ‖c‖² − 2xc, the squared distance less ‖x‖², which decides nothing. (B, P)"""
+    with without_autocast(points):
+        products = points @ centres.transpose(1, 2)  # (B, P, after)
+    return torch.sub((centres * centres).sum(dim=2)[:, None, :], products, alpha=2).min(dim=2).indices
+
+
+def _means(
+    weighted: torch.Tensor, weight: torch.Tensor, clusters: torch.Tensor, otherwise: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean of each cluster's members; `otherwise` where there is no weight. Adds rows up: no MACs."""
+    totals = add_at(torch.zeros_like(otherwise[:, :, :1]), clusters, weight)
+    sums = add_at(torch.zeros_like(otherwise), clusters, weighted)
+    return torch.where(totals > 0, sums / totals.clamp_min(torch.finfo(totals.dtype).tiny), otherwise)

@@ -1,77 +1,93 @@
-"""Operators that keep some tokens and drop, fuse or merge the others: top-K, EViT, MSTM, ToMe.
+"""Operators that rank tokens and keep, merge or fuse them: MSTM style, ToMe, EViT, importance top-K, random.
 
-Which tokens are kept is decided without gradient; what they become carries it. Ties go to the lower index, by stable
-sorts (topk promises nothing about ties).
+As everywhere in the operators, patch tokens only: (B, P, C) → (B, after, C). Choices carry no gradient, values do.
 """
 
 from __future__ import annotations
 
-import random
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from .tokens import add_at, at_least_float32, best_and_rest, take, without_autocast
 
 
 def importance(attention: torch.Tensor, num_prefix_tokens: int, has_cls: bool) -> torch.Tensor:
-    """How much the patch tokens matter: attention from CLS, averaged over heads; without CLS what they receive.
+    """How much each patch token matters: head-mean attention from CLS, or what it receives where there is no CLS.
 
-    (B, heads, N, N) → (B, P)
+    attention: (B, heads, N, N), post-softmax, CLS first. Returns (B, P), at least float32.
     """
     if not has_cls:
         return received(attention, num_prefix_tokens)
-    return attention[:, :, 0, num_prefix_tokens:].mean(dim=1)
+    return at_least_float32(attention[:, :, 0, num_prefix_tokens:]).mean(dim=1)
 
 
 def received(attention: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Total attention each patch token receives, over heads and queries. (B, heads, N, N) → (B, P)"""
-    return attention[:, :, :, num_prefix_tokens:].sum(dim=(1, 2))
+    """Attention that each patch token receives, over all heads and queries, prefix tokens' included.
+
+    (B, heads, N, N) → (B, P), at least float32: Token Pooling's weights.
+    """
+    dtype = torch.promote_types(attention.dtype, torch.float32)
+    return attention[:, :, :, num_prefix_tokens:].sum(dim=(1, 2), dtype=dtype)
 
 
 def topk(patches: torch.Tensor, scores: torch.Tensor, after: int) -> torch.Tensor:
-    """The highest-scored tokens in their original order. (B, P, C), (B, P) → (B, after, C)"""
-    kept, _ = _split(scores, after)
-    return _take(patches, kept)
+    """The most important tokens, in their order; the others are dropped. scores: (B, P)."""
+    return take(patches, best_and_rest(scores, after)[0])
 
 
 def random_tokens(patches: torch.Tensor, after: int) -> torch.Tensor:
-    """A fixed random choice of positions, the same for all images; the baseline. (B, P, C) → (B, after, C)"""
-    P = patches.shape[1]
-    positions = sorted(random.Random(f"{P} {after}").sample(range(P), after))
-    return patches[:, torch.tensor(positions, device=patches.device)]
+    """Tokens at positions drawn once for each (P, after), the same in every image: the baseline to beat."""
+    positions = torch.tensor(_drawn_positions(int(patches.shape[1]), after), device=patches.device)
+    return patches.index_select(1, positions)
+
+
+def _drawn_positions(before: int, after: int) -> list[int]:
+    """A Fisher-Yates draw, ascending. The generator (Knuth's MMIX) is spelled out: an exported model has to draw the
+    same positions under every version of Python and torch."""
+    positions, state = list(range(before)), before * 2**32 + after
+    for last in range(before - 1, before - 1 - after, -1):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        chosen = (state >> 32) % (last + 1)
+        positions[last], positions[chosen] = positions[chosen], positions[last]
+    return sorted(positions[before - after :])
 
 
 def evit(patches: torch.Tensor, scores: torch.Tensor, after: int) -> torch.Tensor:
-    """The after - 1 highest-scored tokens, and one that fuses the rest, weighted by score (EViT, 2202.07800).
+    """EViT (arXiv 2202.07800): keep the after − 1 most important tokens, in their order; the rest fuse into a last one.
 
-    (B, P, C), (B, P) → (B, after, C); the fused token comes last.
+    scores: (B, P), ≥ 0. The fused token is the mean of the rest, weighted by score.
     """
-    kept, rest = _split(scores, after - 1)
-    shares = scores.gather(1, rest)
-    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    fused = shares[:, None, :].to(patches.dtype) @ _take(patches, rest)  # (B, 1, C)
-    return torch.cat([_take(patches, kept), fused], dim=1)
+    kept, rest = best_and_rest(scores, after - 1)
+    shares = at_least_float32(scores).gather(1, rest)[:, :, None]
+    shares = shares + torch.finfo(shares.dtype).tiny  # all zero: a plain mean
+    fused = (shares / shares.sum(dim=1, keepdim=True) * take(patches, rest)).sum(dim=1, keepdim=True)
+    return torch.cat([take(patches, kept), fused.to(patches.dtype)], dim=1)
 
 
 def mstm(patches: torch.Tensor, scores: torch.Tensor, after: int) -> torch.Tensor:
-    """Each dropped token merges into the kept one it resembles most (MSTM style, 2306.04897).
+    """Token mergence in the style of MSTM (arXiv 2306.04897): each unimportant token joins the kept one most like it.
 
-    x ← (e·x + Σ e^cos·y) / (e + Σ e^cos) over the dropped y whose most cosine-similar kept token is x; kept tokens stay
-    in order. (B, P, C), (B, P) → (B, after, C)
+    scores: (B, P). Kept tokens stay in order; with its dropped ones y, x becomes (e·x + Σ e^cos·y) / (e + Σ e^cos),
+    cos the similarity of x and y: x itself enters with cos = 1.
     """
-    kept, rest = _split(scores, after)
-    stay, leave = _take(patches, kept), _take(patches, rest)
-    directions = nn.functional.normalize(patches.float(), dim=-1)
-    similarity = _take(directions, rest) @ _take(directions, kept).transpose(1, 2)  # (B, P - K, K)
-    best, target = similarity.max(dim=2)
-    weights = best.exp()[:, :, None]  # (B, P - K, 1)
-    where = target[:, :, None]
-    added = torch.zeros_like(stay, dtype=torch.float32).scatter_add(1, where.expand_as(leave), weights * leave.float())
-    mass = added.new_zeros(*stay.shape[:2], 1).scatter_add(1, where, weights)
-    return ((torch.e * stay.float() + added) / (torch.e + mass)).to(patches.dtype)
+    kept, dropped = best_and_rest(scores, after)
+    tokens = at_least_float32(patches)
+    crucial, others = take(tokens, kept), take(tokens, dropped)
+    similarity, match = _most_similar(others, crucial)
+    shares = similarity.exp()[:, :, None]  # (B, P − after, 1)
+    sums = add_at(math.e * crucial, match, shares * others)
+    totals = add_at(torch.full_like(crucial[:, :, :1], math.e), match, shares)
+    return (sums / totals).to(patches.dtype)
 
 
 class MultiScale(nn.Module):
-    """x ← x + W·[3×3 depthwise ‖ 5×5 depthwise](grid); W is zero at first, so the model begins unchanged."""
+    """MSTM style: x + W·[DWConv3×3 ‖ DWConv5×5](grid), once, while the grid is whole. (B, C, g, g) → (B, C, g, g)
+
+    W and its bias are zero at first, so a pretrained model's function is unchanged.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -82,55 +98,49 @@ class MultiScale(nn.Module):
         nn.init.zeros_(self.fuse.bias)  # type: ignore[arg-type]  # a Conv2d has a bias unless told otherwise
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        """(B, C, g, g) → (B, C, g, g)"""
         return grid + self.fuse(torch.cat([self.fine(grid), self.coarse(grid)], dim=1))
 
 
 def tome(patches: torch.Tensor, keys: torch.Tensor, after: int) -> torch.Tensor:
-    """Bipartite merging of the most similar tokens (ToMe, 2210.09461), without proportional attention.
+    """Token Merging (arXiv 2210.09461): the best-matched pairs of tokens become their mean, in one step or several.
 
-    keys: (B, P, head_dim), averaged over heads. Even tokens look for the most similar odd one; the best matched r merge
-    into it by size-weighted mean. One step merges at most half of the tokens; more is done in repeated steps, in which
-    keys merge like tokens and sizes are kept. (B, P, C) → (B, after, C), in the order of what was kept.
+    keys: (B, P, head_dim), averaged over heads. A step merges at most ⌊P/2⌋ pairs, so fewer than half the tokens take
+    more steps; between them keys merge like their tokens, and a merged token weighs as many as it holds. Survivors
+    stay in order. Without proportional attention.
     """
-    state = torch.cat([patches.float(), keys.detach().float()], dim=-1)
-    sizes = state.new_ones(*state.shape[:2], 1)
     width = patches.shape[2]
-    while state.shape[1] > after:
-        state, sizes = _merge_step(state, sizes, width, min(state.shape[1] - after, state.shape[1] // 2))
-    return state[:, :, :width].to(patches.dtype)
+    keys = at_least_float32(keys.detach())
+    held = torch.cat([at_least_float32(patches), keys, torch.ones_like(keys[:, :, :1])], dim=2)  # sums, and sizes last
+    for merges in _merges_per_step(int(patches.shape[1]), after):
+        held = _merge_pairs(held, held[:, :, width:-1].detach(), merges)
+    return (held[:, :, :width] / held[:, :, -1:]).to(patches.dtype)
 
 
-def _merge_step(state: torch.Tensor, sizes: torch.Tensor, width: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge r even tokens into odd ones. state: (B, P, width + head_dim), sizes: (B, P, 1)."""
-    B, P, _ = state.shape
-    directions = nn.functional.normalize(state.detach()[:, :, width:], dim=-1)
-    similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)  # (B, ⌈P/2⌉, ⌊P/2⌋)
-    best, match = similarity.max(dim=2)
-    order = best.sort(dim=1, descending=True, stable=True).indices
-    merged = order[:, :r]  # (B, r) positions among the even tokens
-    target = match.gather(1, merged) * 2 + 1  # (B, r) positions among all
-    mass, weighted = sizes, state * sizes
-    source = merged * 2
-    weighted = weighted.scatter_add(1, _wide(target, state), _take(weighted, source))
-    mass = mass.scatter_add(1, target[:, :, None], _take(mass, source))
-    gone = torch.zeros(B, P, dtype=torch.long, device=state.device).scatter(1, source, 1)
-    kept = gone.sort(dim=1, stable=True).indices[:, : P - r]  # the survivors, in order
-    total = _take(mass, kept)
-    return _take(weighted, kept) / total, total
+def _merges_per_step(before: int, after: int) -> list[int]:
+    steps = []
+    while before > after:
+        steps.append(min(before - after, before // 2))
+        before -= steps[-1]
+    return steps
 
 
-def _split(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the `kept` highest scores and of the rest, both ascending: (B, kept), (B, P - kept)."""
-    order = scores.detach().float().sort(dim=1, descending=True, stable=True).indices
-    return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
+def _merge_pairs(held: torch.Tensor, keys: torch.Tensor, merges: int) -> torch.Tensor:
+    """One step: tokens at even places (A) look for their likest at odd places (B); the best `merges` of A join it.
+
+    (B, P, columns) → (B, P − merges, columns). Keys may be sums: their direction is that of their mean.
+    """
+    B, P, _ = held.shape
+    similarity, match = _most_similar(keys[:, 0::2], keys[:, 1::2])
+    merged, kept = best_and_rest(similarity, merges)
+    held = add_at(held, 2 * match.gather(1, merged) + 1, take(held, 2 * merged))
+    odd = torch.arange(1, P, 2, device=held.device).expand(B, -1)
+    return take(held, torch.cat([2 * kept, odd], dim=1).sort(dim=1).values)
 
 
-def _take(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(B, P, C), (B, K) → (B, K, C)"""
-    return tokens.gather(1, _wide(indices, tokens))
-
-
-def _wide(indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B, K) → (B, K, C)"""
-    return indices[:, :, None].expand(*indices.shape, like.shape[2])
+def _most_similar(tokens: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine similarity of each token to the candidate most like it, and that one's index. Both (B, tokens)."""
+    tokens, candidates = F.normalize(tokens, dim=2), F.normalize(candidates, dim=2)
+    with without_autocast(tokens):
+        similarity = tokens @ candidates.transpose(1, 2)
+    best = similarity.max(dim=2)
+    return best.values, best.indices
