@@ -174,7 +174,7 @@ def main() -> None:
     steps = {
         "arithmetic": lambda: arithmetic(net, costs),
         "scoring_50": lambda: scoring(net, costs, 50, torch.randn(4, 3, 224, 224), options.repeats),
-        "scoring_500": lambda: scoring(net, costs, 500, torch.randn(8, 3, 224, 224), max(3, options.repeats // 2)),
+        "scoring_500": lambda: scoring(net, costs, 500, torch.randn(4, 3, 224, 224), max(3, options.repeats // 2)),
         "training_step": lambda: training_step(net, costs, 8, 2 * options.repeats),
     }
     for name, run in steps.items():
