@@ -59,6 +59,10 @@ def unsupported_part(model: Any) -> str | None:
         return "dynamic_img_size lets the token count vary from image to image; leave it off"
     if not isinstance(model.patch_drop, nn.Identity):
         return "patch dropout changes the token count in training; set patch_drop_rate=0"
+    if 0 in model.patch_embed.grid_size:
+        return (
+            f"its images of {model.patch_embed.img_size} are smaller than its patches of {model.patch_embed.patch_size}"
+        )
     if len(set(model.patch_embed.grid_size)) != 1:
         return f"its patch grid is {model.patch_embed.grid_size}; only square images are supported"
     return None

@@ -446,6 +446,7 @@ def refused(error: type[PoolshareError], fragments: list[str], name: Any, space:
         ("vit_tiny_r_s16_p8_224", {}, ["vit_tiny_r_s16_p8_224", "HybridEmbed"]),
         ("aimv2_large_patch14_224", {"depth": 1, "embed_dim": 64, "num_heads": 1}, ["RmsNorm", "LayerNorm"]),
         ("vit_tiny_patch16_224", {"global_pool": ""}, ["no pooled head"]),
+        ("vit_tiny_patch16_224", {"img_size": 15}, ["(15, 15)", "smaller than its patches"]),
         ("vit_small_patch16_18x2_224", {}, ["'vit_small_patch16_18x2_224'", "ParallelThingsBlock", "pre-norm Blocks"]),
         ("deit_tiny_distilled_patch16_224", {}, ["'deit_tiny_distilled_patch16_224'", "VisionTransformerDistilled"]),
         ("vit_relpos_small_patch16_224", {}, ["'vit_relpos_small_patch16_224'", "VisionTransformerRelPos"]),
