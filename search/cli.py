@@ -364,11 +364,8 @@ def _outcome(folder: RunFolder, budget: str | None = None) -> dict[str, Any]:
     from .report import load_report
 
     report = load_report(folder, budget)
-    found = {
-        "budget_macs": report.budget,
-        "certified": report.certified,
-        "frontier": report.frontier.to_dict("records"),
-    }
+    found: dict[str, Any] = {"budget_macs": report.budget, "certified": report.certified}
+    found |= {"hypervolume": report.facts["hypervolume"], "frontier": report.frontier.to_dict("records")}
     return {"run": str(folder.path), **folder.read_summary(), **found}
 
 

@@ -24,7 +24,7 @@ from poolshare.search.page import (
     PLOT_LAYOUT,
     RECOLOUR,
 )
-from poolshare.search.pareto import binomial_interval, frontier
+from poolshare.search.pareto import binomial_interval, frontier, hypervolume
 from poolshare.search.run import RunFolder
 from poolshare.space import RunError, parse_budget
 from poolshare.space.files import write_whole
@@ -383,6 +383,11 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     facts = {name.replace("_", " "): str(value) for name, value in config.items()}
     facts["images scored on"] = f"{candidates['total'].iloc[0]:,} (search-validation)"
     facts |= {f"seconds {phase}": f"{seconds:,.0f}" for phase, seconds in summary["seconds"].items()}
+    worst = float(candidates["top1"].min())
+    facts["hypervolume"] = (
+        f"{hypervolume(candidates, (worst, summary['dense']['macs'])):.4f} of the rectangle between "
+        f"{worst:.2f} % at the dense network's MACs and 100 % at none"
+    )
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     out = shlex.quote(str(folder.path))
     return Report(

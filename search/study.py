@@ -65,7 +65,7 @@ def score_everything(task: Task, folder: RunFolder, advance: Advance) -> pd.Data
     whole = sum(prices) or 1
     paid, written = 0, time.monotonic()
     for chunk, price in zip(chunks, prices, strict=True):
-        note = f"{len(done) + len(chunk):,} of {len(architectures):,} in reach"
+        note = f"at {len(done) + len(chunk):,} of {len(architectures):,}"
         show = partial(_advance_within, advance, paid / whole, price / whole, note)
         counts, total = task.score(chunk, show)
         done += [task.row(a, correct, total, 0) for a, correct in zip(chunk, counts, strict=True)]

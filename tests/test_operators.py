@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 
-from poolshare.space import OPERATORS, Architecture, ArchitectureError, SearchSpace, SpaceError
+from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import grid_stride
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs, measure_parameters
 from poolshare.supernet.train import sandwich_loss
@@ -179,3 +179,16 @@ def test_exported_programs_and_half_precision(operator):
         program = torch.export.export(model, (images,))
         torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
         assert torch.isfinite(model.to(torch.bfloat16)(images.to(torch.bfloat16))).all()
+
+
+def test_intermediate_maps_exist_as_long_as_the_grid_does():
+    net = make("cls", ("max2d", "tome"), levels=(64, 36, 9))
+    model = Subnet.from_supernet(net, Architecture.parse("64 36@max2d 9@tome*2"))
+    images = images_for(net)
+    with torch.no_grad():
+        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        assert [tuple(features.shape) for features in maps] == [(3, 32, 8, 8), (3, 32, 6, 6)]
+        with pytest.raises(ModelError, match=r"after layer 2 \(tome\) the tokens form no grid.*output_fmt='NLC'"):
+            model.forward_intermediates(images, indices=[1, 3])
+        tokens = model.forward_intermediates(images, indices=[3], output_fmt="NLC", intermediates_only=True)
+        assert tokens[0].shape == (3, 9, 32)
