@@ -128,7 +128,7 @@ def decode(params: dict[str, Any], space: SearchSpace) -> Architecture:
     layers: list[Layer] = [Layer(space.levels[0])]
     node = space.follow(None, (layers[0],))
     for index in range(1, space.depth):
-        options = space.choices(node)
+        options = space.edges[node]
         tokens = min(space.levels[params.get(f"level_{index}", 0)], layers[-1].tokens)
         layer = Layer(layers[-1].tokens)
         if tokens < layers[-1].tokens:

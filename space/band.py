@@ -28,7 +28,7 @@ class _Counts:
         self.unit = unit
         self.edges: dict[Node | None, list[tuple[Layer, Node, int]]] = {
             node: [(layer, after, costs.edge(space.last_layer(node), layer) // unit) for layer, after in out.items()]
-            for node, out in space._edges.items()
+            for node, out in space.edges.items()
         }
         # [layers to come][node] -> (sums, rising; how many ways cost less than each, and in the end all of them)
         self.ways: list[dict[Node | None, tuple[list[int], list[int]]]] = []

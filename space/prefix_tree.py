@@ -72,11 +72,11 @@ def forecast_space(space: SearchSpace, costs: CostTable) -> Forecast:
     for remaining in range(space.depth - 1, -1, -1):
         ahead: dict = {}
         for node, prefixes in arrivals.items():
-            for layer, after in space._edges[node].items():
+            for layer, after in space.edges[node].items():
                 price = costs.edge(space.last_layer(node), layer)
                 edges += prefixes
                 cost += prefixes * price
-                one_by_one += prefixes * price * space._completions[remaining][after]
+                one_by_one += prefixes * price * space.completions[remaining][after]
                 ahead[after] = ahead.get(after, 0) + prefixes
         arrivals = ahead
     heads = sum(prefixes * costs.head(space.levels[node.level]) for node, prefixes in arrivals.items())

@@ -67,7 +67,7 @@ class SearchSpace:
             raise SpaceError(f"operators are {self.operators!r}; name each one once")
         if self.has_cls not in (True, False, None):
             raise SpaceError(f"has_cls is {self.has_cls!r}; it must be True, False or None (as the model has it)")
-        reachable = {node.level for node in self._edges if node is not None}
+        reachable = {node.level for node in self.edges if node is not None}
         for index, level in enumerate(self.levels):
             if index not in reachable:
                 odd = next((count for count in (level, self.levels[0]) if not is_square(count)), None)
@@ -79,7 +79,7 @@ class SearchSpace:
     # The graph
 
     @cached_property
-    def _edges(self) -> dict[Node | None, dict[Layer, Node]]:
+    def edges(self) -> dict[Node | None, dict[Layer, Node]]:
         """Node (None before the first layer) -> its edges in rank order: the layer taken and where it leads."""
         start = Node(0, 1, is_square(self.levels[0]))
         edges: dict[Node | None, dict[Layer, Node]] = {None: {Layer(self.levels[0]): start}}
@@ -103,25 +103,21 @@ class SearchSpace:
                     edges[Layer(self.levels[level], name)] = Node(level, 1, node.grid and operator.keeps_grid)
         return edges
 
-    def choices(self, node: Node | None) -> dict[Layer, Node]:
-        """The layers that may come next at a node (None: before the first), in rank order, and where each leads."""
-        return self._edges[node]
-
     def follow(self, node: Node | None, layers: tuple[Layer, ...]) -> Node | None:
         """Where these layers lead from a node; None where they are not all edges."""
         for layer in layers:
-            node = self._edges[node].get(layer)
+            node = self.edges[node].get(layer)
             if node is None:
                 return None
         return node
 
     @cached_property
-    def _completions(self) -> list[dict[Node | None, int]]:
+    def completions(self) -> list[dict[Node | None, int]]:
         """[layers still to come][node] -> number of ways to go on to the end."""
-        completions: list[dict[Node | None, int]] = [dict.fromkeys(self._edges, 1)]
+        completions: list[dict[Node | None, int]] = [dict.fromkeys(self.edges, 1)]
         for _ in range(self.depth):
             ahead = completions[-1]
-            completions.append({n: sum(ahead[after] for after in out.values()) for n, out in self._edges.items()})
+            completions.append({n: sum(ahead[after] for after in out.values()) for n, out in self.edges.items()})
         return completions
 
     @cached_property
@@ -129,7 +125,7 @@ class SearchSpace:
         """Every (operator, tokens before, tokens after) that occurs on an edge."""
         found = {
             (edge.operator, self.levels[node.level], edge.tokens): None
-            for node, out in self._edges.items()
+            for node, out in self.edges.items()
             for edge in out
             if node is not None and edge.operator is not None
         }
@@ -138,7 +134,7 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """Number of architectures, exactly."""
-        return self._completions[self.depth][None]
+        return self.completions[self.depth][None]
 
     def __contains__(self, architecture: object) -> bool:
         return isinstance(architecture, Architecture) and self._first_misfit(architecture.layers) is None
@@ -175,7 +171,7 @@ class SearchSpace:
         """Index of the first layer that is no edge of the graph; the depth where there are too few or too many."""
         node: Node | None = None
         for index, layer in enumerate(layers):
-            if index == self.depth or (after := self._edges[node].get(layer)) is None:
+            if index == self.depth or (after := self.edges[node].get(layer)) is None:
                 return index
             node = after
         return None if len(layers) == self.depth else len(layers)
@@ -186,8 +182,8 @@ class SearchSpace:
         """Position of the architecture in the fixed order, from 0. Raises ArchitectureError outside the space."""
         self.check(architecture)
         rank, node = 0, None
-        for ahead, layer in zip(reversed(self._completions[: self.depth]), architecture.layers, strict=True):
-            for edge, after in self._edges[node].items():
+        for ahead, layer in zip(reversed(self.completions[: self.depth]), architecture.layers, strict=True):
+            for edge, after in self.edges[node].items():
                 if edge == layer:
                     node = after
                     break
@@ -200,8 +196,8 @@ class SearchSpace:
             raise IndexError(f"rank {rank} is outside 0 … {self.size - 1}")
         layers: list[Layer] = []
         node: Node | None = None
-        for ahead in reversed(self._completions[: self.depth]):
-            for edge, after in self._edges[node].items():
+        for ahead in reversed(self.completions[: self.depth]):
+            for edge, after in self.edges[node].items():
                 if rank < ahead[after]:
                     layers.append(edge)
                     node = after
@@ -216,7 +212,7 @@ class SearchSpace:
             if len(layers) == self.depth:
                 yield Architecture(layers)
             else:
-                for edge, after in self._edges[node].items():
+                for edge, after in self.edges[node].items():
                     yield from walk(after, (*layers, edge))
 
         return walk(None, ())
@@ -271,7 +267,7 @@ class SearchSpace:
             node = self.follow(None, first.layers[:cut])
             assert node is not None
             wanted = second.layers[cut]
-            joins = [layer for layer in self._edges[node] if layer.tokens == wanted.tokens]
+            joins = [layer for layer in self.edges[node] if layer.tokens == wanted.tokens]
             for join in [wanted] if wanted in joins else joins:
                 layers = (*first.layers[:cut], join, *second.layers[cut + 1 :])
                 if layers not in (first.layers, second.layers) and self._first_misfit(layers) is None:
@@ -284,7 +280,7 @@ class SearchSpace:
 
         def walk(node: Node | None, middle: tuple[Layer, ...]) -> Iterator[Architecture]:
             if len(middle) < stop - start:
-                for edge, after in self._edges[node].items():
+                for edge, after in self.edges[node].items():
                     yield from walk(after, (*middle, edge))
             elif self.follow(node, tail) is not None or not tail:
                 layers = head + middle + tail
@@ -311,17 +307,17 @@ class SearchSpace:
         return self._extreme(costs, sign=-1)
 
     def _extreme(self, costs: CostTable, sign: int) -> Architecture:
-        best = {node: (sign * costs.head(self.levels[node.level]), ()) for node in self._edges if node is not None}
+        best = {node: (sign * costs.head(self.levels[node.level]), ()) for node in self.edges if node is not None}
         for _ in range(self.depth - 1):
             ahead = best
             best = {node: self._best_edge(node, costs, sign, ahead) for node in ahead}
-        first, start = next(iter(self._edges[None].items()))
+        first, start = next(iter(self.edges[None].items()))
         return Architecture((first, *best[start][1]))
 
     def _best_edge(self, node: Node, costs: CostTable, sign: int, ahead: dict[Node, Any]) -> Any:
         options = [
             (sign * costs.edge(self.last_layer(node), edge) + ahead[after][0], (edge, *ahead[after][1]))
-            for edge, after in self._edges[node].items()
+            for edge, after in self.edges[node].items()
         ]
         return min(options, key=lambda option: option[0])
 

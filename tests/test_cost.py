@@ -433,5 +433,5 @@ def test_bands_follow_the_grid_where_an_operator_gives_it_up(monkeypatch: pytest
     totals = {architecture: table.total(architecture) for architecture in space}
     middle = sorted(totals.values())[len(totals) // 2]
     assert list(space.within(table, None, middle)) == [a for a, total in totals.items() if total <= middle]
-    assert Layer(9, "max2d") in space.choices(space.follow(None, (Layer(16),)))
+    assert Layer(9, "max2d") in space.edges[space.follow(None, (Layer(16),))]
     assert space.follow(None, (Layer(16), Layer(9, "cut"), Layer(4, "max2d"))) is None
