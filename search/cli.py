@@ -134,7 +134,7 @@ def space(
     }
     if as_json:
         return _print_json(result)
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     out.print(
         f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
         f"operators {', '.join(graph.operators)}, at most {graph.max_run} layers on one attention map"
@@ -272,10 +272,10 @@ def export(
     facts = export_architecture(folder, chosen, out)
     if as_json:
         return _print_json({"out": str(out), "architecture": str(chosen), **facts})
-    console = Console(highlight=False)
-    console.print(f"{out}: {chosen}", markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(f"{out}: {chosen}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
-    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", markup=False, soft_wrap=True)
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
 
 
 @app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")
@@ -315,10 +315,9 @@ def retrain(
     )  # fmt: skip
     if as_json:
         return _print_json({"out": str(target), **facts})
-    Console(highlight=False).print(
+    Console(highlight=False, markup=False).print(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
-        markup=False,
     )
 
 
@@ -347,7 +346,7 @@ def evaluate(
     )
     if as_json:
         return _print_json(result)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     low, high = result["interval"]
     console.print(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
@@ -374,7 +373,7 @@ def _show(folder: RunFolder, budget: str | None = None) -> None:
     from .report import load_report, terminal_plot, terminal_table
 
     report = load_report(folder, budget)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(terminal_table(report, limit=20))
     print(terminal_plot(report, colour=console.is_terminal))
     run = shlex.quote(str(folder.path))
@@ -382,8 +381,8 @@ def _show(folder: RunFolder, budget: str | None = None) -> None:
     if budget is None and report.frontier["macs"].min() <= 0.6 * report.dense["macs"]:
         budget = "60%"
     wish = f"--budget {shlex.quote(budget)}" if budget else "--pick knee"
-    console.print(f"report: {folder.report}", markup=False, soft_wrap=True)
-    console.print(f"export: poolshare export {run} {wish} --out {run}-export", markup=False, soft_wrap=True)
+    console.print(f"report: {folder.report}", soft_wrap=True)
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)
 
 
 def _config(**values: Any) -> Any:
@@ -418,7 +417,7 @@ def _settings(text: str | None) -> dict[str, Any]:
 
 
 def _progress_console(quiet: bool) -> Console:
-    return Console(stderr=True, quiet=quiet, highlight=False)
+    return Console(stderr=True, quiet=quiet, highlight=False, markup=False)
 
 
 def _print_json(value: Any) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def search(config: SearchConfig, out: str | Path, console: Console | None = None
 
     console: where forecast and progress go; None: nowhere. Raises a PoolshareError for whatever the user can mend.
     """
-    console = console or Console(quiet=True)
+    console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
     with progress_bar(console, "checking images", 1.0) if _is_folder(config) else nullcontext(no_progress) as advance:
         job = prepare(config, lambda done, total: advance(done / total))
@@ -184,33 +185,32 @@ def _is_folder(config: SearchConfig) -> bool:
 
 def _announce(job: Job, folder: RunFolder, console: Console) -> None:
     """What will be done and about how long it takes, from a few timed steps."""
+    say = partial(console.print, markup=False, soft_wrap=True)
     space, macs, recipe = job.supernet.space, job.macs, job.recipe
     cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
-    console.print(f"{job.config.model} on {job.config.data}: {space.size:,} architectures", soft_wrap=True)
-    console.print(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image", soft_wrap=True)
+    say(f"{job.config.model} on {job.config.data}: {space.size:,} architectures")
+    say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
     if job.config.budget:
         allowed = f"{job.allowed.size:,} of them cost at most {macs.format(job.allowed.high)} ({job.config.budget})"
-        console.print(allowed, soft_wrap=True)
+        say(allowed)
     step, per_mac = calibrate(job)
     epochs = recipe.epochs - _epochs_trained(folder)
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe)
-        console.print(f"training the supernet for {epochs} epochs takes about {_minutes(training)}", soft_wrap=True)
+        say(f"training the supernet for {epochs} epochs takes about {_minutes(training)}")
     else:
-        console.print(f"the supernet has been trained for its {recipe.epochs} epochs", soft_wrap=True)
+        say(f"the supernet has been trained for its {recipe.epochs} epochs")
     whole, images = forecast_space(space, macs), len(job.data.split("search"))
     single = whole.one_by_one / whole.architectures
     if job.exhaustive:
-        console.print(
+        say(
             f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
-            f"({whole.share:.1%} of one by one) and takes about {_minutes(per_mac * whole.cost * images)}",
-            soft_wrap=True,
+            f"({whole.share:.1%} of one by one) and takes about {_minutes(per_mac * whole.cost * images)}"
         )
     else:
-        console.print(
+        say(
             f"scoring {job.config.trials:,} of them on {images:,} images takes at most about "
-            f"{_minutes(per_mac * single * images * job.config.trials)}, less by what they share",
-            soft_wrap=True,
+            f"{_minutes(per_mac * single * images * job.config.trials)}, less by what they share"
         )
 
 
