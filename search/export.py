@@ -39,11 +39,10 @@ class Exported:
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
-    config = folder.config.model_copy(update={"device": "cpu"})
+    config = folder.config.model_copy(update={"pretrained": False})  # the weights come from the run
     summary = folder.read_summary()
     tensors, _ = load_tensors(folder.supernet)
     classes = tuple(summary["classes"])
-    config = config.model_copy(update={"pretrained": False})  # the weights come from the run
     supernet = make_supernet(config, model_options(config) | {"num_classes": len(classes)})
     supernet.space.check(architecture)
     load_weights(supernet, tensors, folder.supernet)

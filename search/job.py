@@ -28,7 +28,7 @@ from poolshare.space import (
 )
 from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
-from poolshare.supernet.checkpoint import load_tensors, save_tensors
+from poolshare.supernet.checkpoint import load_facts, load_tensors, save_tensors
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.model import create_base
 from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_epoch, train_supernet
@@ -243,7 +243,7 @@ def _minutes(seconds: float) -> str:
 def _epochs_trained(folder: RunFolder) -> int:
     for path in (folder.supernet, folder.training):
         if path.exists():
-            return int(load_tensors(path)[1]["epochs"])
+            return int(load_facts(path)["epochs"])
     return 0
 
 

@@ -29,17 +29,26 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
         ) from None
 
 
+def load_facts(path: Path) -> dict[str, Any]:
+    """The facts that `save_tensors` wrote, without reading the tensors. Raises RunError for anything else."""
+    return _read(path, tensors=False)[1]
+
+
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: tensors on the CPU, and the facts. Raises RunError for anything else."""
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["poolshare"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is no file of ours, or damaged ({error}); delete it to begin this part again") from None
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise RunError(f"{path} has another format version than {FORMAT}; use the poolshare version that wrote it")
-    return tensors, facts
+    return found, facts
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

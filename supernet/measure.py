@@ -26,19 +26,8 @@ from .pooling import pooling_name
 FREE_OPERATORS = frozenset().union(
     ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
     ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp"),  # functions of elements
-    (
-        "max",
-        "min",
-        "amax",
-        "argmax",
-        "argmin",
-        "adaptive_max_pool2d",
-        "max_pool1d",
-        "eq",
-        "le",
-        "clamp_min",
-        "sort",
-    ),  # order
+    ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d"),  # choices
+    ("eq", "le", "clamp_min", "sort"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
     ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
     ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants

@@ -161,7 +161,7 @@ def fit(
 
     state: a file that is written after every epoch, and from which the next call continues: the result is the one
     of an undisturbed run. settings: JSON values that a state must have been begun with, or RunError is raised.
-    Raises TrainingError for a loss that is not finite; `state` then holds the last good epoch.
+    Raises TrainingError for a loss that is not finite; `state` then holds the last finite epoch.
     """
     if recipe.epochs == 0:
         return
@@ -186,9 +186,8 @@ def fit(
     for epoch in range(first_epoch, recipe.epochs):
         batches = data.train_loader(epoch, recipe.batch_size, full=full, workers=workers)
         for step, (images, labels) in enumerate(batches, start=epoch * steps):
-            torch.manual_seed(
-                _key(seed, step)
-            )  # dropout and drop-path of a resumed run are those of an undisturbed one
+            # Dropout and drop-path of a resumed run are those of an undisturbed one.
+            torch.manual_seed(_key(seed, step))
             schedule.step_update(step)
             with autocast:
                 loss = batch_loss(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step)

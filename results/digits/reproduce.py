@@ -59,7 +59,8 @@ def dense_path(folder: RunFolder) -> dict[str, float]:
     job = prepare(folder.config)
     job.supernet.load_state_dict(load_tensors(folder.supernet)[0])
     correct, images = accuracy(job.supernet, job.data)
-    alone = SuperNet.from_timm(*[job.supernet.base[0], job.supernet.space], **job.supernet.base[1])
+    name, options = job.supernet.base
+    alone = SuperNet.from_timm(name, job.supernet.space, **options)
 
     def labels_only(inputs: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         return F.cross_entropy(alone(inputs), labels)
@@ -81,8 +82,8 @@ def main() -> None:
     folder = RunFolder.open(run)
     for name in ("candidates.csv", "pareto.csv", "pareto.png", "summary.json"):
         shutil.copy(run / name, HERE / name)
-    frontier, summary = folder.read_candidates(), folder.read_summary()
-    chosen = pick(frontier, "budget", 0.6 * summary["dense"]["macs"])
+    summary = folder.read_summary()
+    chosen = pick(folder.read_candidates(), "budget", 0.6 * summary["dense"]["macs"])
     architectures = {"dense": summary["dense"]["architecture"], "searched": chosen["architecture"]}
     rows = []
     for model, text in architectures.items():
