@@ -15,7 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from poolshare.space.errors import ConfigError, ModelError, PoolshareError, SpaceError
+from poolshare.space.errors import ConfigError, PoolshareError
+
+from .options import (
+    Amp,
+    Budget,
+    DataDir,
+    DataName,
+    Device,
+    Download,
+    ImgSize,
+    Json,
+    Levels,
+    MaxRun,
+    ModelArgs,
+    Operators,
+    OtherData,
+    Quiet,
+    Seed,
+    Workers,
+    integers,
+    make_config,
+    settings_of,
+    words,
+)
 
 if TYPE_CHECKING:
     from .run import RunFolder
@@ -29,44 +52,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
-Budget = Annotated[
-    str | None, typer.Option(help="MACs per image: 60% (of the dense model's), 0.7G, 350M.", metavar="BUDGET")
-]
-Levels = Annotated[
-    str | None,
-    typer.Option(
-        help="Patch-token counts, falling, e.g. 196,100,49. Default: all, a half, a quarter.", metavar="N,N,…"
-    ),
-]
-Operators = Annotated[
-    str | None, typer.Option(help="Pooling operators to choose from, e.g. max2d,avg2d.", metavar="NAME,…")
-]
-MaxRun = Annotated[
-    int | None, typer.Option(help="How many layers in a row may use one attention map, at most (1: no sharing).")
-]
-ModelArgs = Annotated[
-    str | None,
-    typer.Option(help="Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"),
-]
-ImgSize = Annotated[int | None, typer.Option(help="Side of the square input image in pixels. Default: the model's.")]
-DataName = Annotated[
-    str,
-    typer.Option(
-        "--data", help="digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
-    ),
-]
-OtherData = Annotated[
-    str | None, typer.Option("--data", help="Default: what the model was searched on.", metavar="DATA")
-]
-DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
-Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -103,15 +88,15 @@ def space(
 
     from .job import make_supernet, model_options
 
-    config = _config(
+    config = make_config(
         data="",
         model=model,
-        levels=_integers("--levels", levels),
-        operators=_words(operators),
+        levels=integers("--levels", levels),
+        operators=words(operators),
         max_run=max_run,
         budget=budget,
         img_size=img_size,
-        model_args=_settings(model_args),
+        model_args=settings_of(model_args),
     )
     net = make_supernet(config, model_options(config))
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
@@ -200,10 +185,10 @@ def search(
 
     The same command continues an interrupted run.
     """
-    config = _config(
+    config = make_config(
         data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
-        model_args=_settings(model_args),
-        pretrained=pretrained, img_size=img_size, levels=_integers("--levels", levels), operators=_words(operators),
+        model_args=settings_of(model_args),
+        pretrained=pretrained, img_size=img_size, levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,
     )  # fmt: skip
@@ -383,37 +368,6 @@ def _show(folder: RunFolder, budget: str | None = None) -> None:
     wish = f"--budget {shlex.quote(budget)}" if budget else "--pick knee"
     console.print(f"report: {folder.report}", soft_wrap=True)
     console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)
-
-
-def _config(**values: Any) -> Any:
-    from .run import checked_config
-
-    return checked_config(**values)
-
-
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _integers(option: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise SpaceError(f"{option} {text!r} is no list of whole numbers; write for example 196,100,49") from None
-
-
-def _settings(text: str | None) -> dict[str, Any]:
-    """ "depth=6,patch_size=4" → {"depth": 6, "patch_size": 4}; values are JSON where they can be, else text."""
-    settings: dict[str, Any] = {}
-    for part in text.split(",") if text else []:
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise ModelError(f"--model-args {part!r} is not KEY=VALUE; write for example depth=6,patch_size=4")
-        try:
-            settings[name.strip()] = json.loads(value)
-        except ValueError:
-            settings[name.strip()] = value.strip()
-    return settings
 
 
 def _progress_console(quiet: bool) -> Console:
