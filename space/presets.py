@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import isqrt
 
 from .errors import SpaceError
-from .operators import is_square
+from .operators import OPERATORS, is_square
 from .search_space import SearchSpace
 
 _VIT_224 = SearchSpace(depth=12, levels=(196, 100, 49), operators=("max2d",), max_run=3)
+
+# PSViT style: the sequence is halved (196 → 98 → 49) or the grid shrinks (14 → 10 → 7), both after a convolution.
+_PSVIT_1D = SearchSpace(depth=12, levels=(196, 98, 49), operators=("max1d_conv",), max_run=3, has_cls=True)
+_PSVIT_2D = SearchSpace(depth=12, levels=(196, 100, 49), operators=("max2d_conv",), max_run=3, has_cls=False)
 
 PRESETS: dict[str, SearchSpace] = {
     "vit_tiny_patch16_224": _VIT_224,
@@ -17,18 +22,40 @@ PRESETS: dict[str, SearchSpace] = {
     "deit_tiny_patch16_224": _VIT_224,
     "deit_small_patch16_224": _VIT_224,
     "deit_base_patch16_224": _VIT_224,
+    "psvit_1d_tiny": _PSVIT_1D,
+    "psvit_1d_small": _PSVIT_1D,
+    "psvit_2d_tiny": _PSVIT_2D,
+    "psvit_2d_small": _PSVIT_2D,
     # Down to a single token, so that there is something to lose: digits hardly mind being left with 4.
     "digits_vit": SearchSpace(depth=8, levels=(64, 16, 4, 1), operators=("max2d",), max_run=3),
 }
 
 
-def default_levels(tokens: int) -> tuple[int, ...]:
-    """Patch-token counts for a square grid: its own, about half of them, a quarter: 196 → 196, 100, 49."""
-    if not is_square(tokens):
-        raise SpaceError(f"{tokens} patch tokens form no square grid; name the levels yourself")
-    side = isqrt(tokens)
-    sides = {side, round(side / 2**0.5), side // 2}
-    return tuple(s * s for s in sorted(sides, reverse=True) if s > 0)
+def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tuple[int, ...]:
+    """Patch-token counts: a model's own, about half of them, a quarter: 196 → 196, 100, 49 on a grid.
+
+    Where these operators cannot reach such grids, the counts of repeated halving: 196 → 196, 98, 49.
+    """
+    if is_square(tokens):
+        side = isqrt(tokens)
+        squares = sorted({side, round(side / 2**0.5), side // 2} - {0}, reverse=True)
+        levels = tuple(side * side for side in squares)
+        if _reach(operators, levels):
+            return levels
+    half = (tokens - 1) // 2 + 1
+    levels = tuple(sorted({tokens, half, (half - 1) // 2 + 1}, reverse=True))
+    if _reach(operators, levels):
+        return levels
+    raise SpaceError(
+        f"{tokens} patch tokens suggest no levels for {', '.join(operators) or 'no operator'}; name the levels yourself"
+        + ("" if is_square(tokens) else f"; {tokens} is not a square grid, which 2-D pooling needs")
+    )
+
+
+def _reach(operators: tuple[str, ...], levels: tuple[int, ...]) -> bool:
+    """Whether some operator makes each of these reductions. A name that is unknown is the space's to refuse."""
+    known = [OPERATORS[name] for name in operators if name in OPERATORS]
+    return len(known) < len(operators) or all(any(one.can_reduce(*pair) for one in known) for pair in pairwise(levels))
 
 
 def space_for(
@@ -44,6 +71,8 @@ def space_for(
     Raises SpaceError where the parts make no space.
     """
     preset = PRESETS.get(model.split(".")[0])
-    if preset is None or preset.levels[0] != tokens:  # unknown, or at another image size
-        preset = SearchSpace(depth, levels or default_levels(tokens), operators or ("max2d",))
-    return SearchSpace(depth, levels or preset.levels, operators or preset.operators, max_run or preset.max_run)
+    operators = operators or (preset.operators if preset else ("max2d",))
+    if levels is None and preset and preset.levels[0] == tokens and _reach(operators, preset.levels):
+        levels = preset.levels
+    has_cls = preset.has_cls if preset else None
+    return SearchSpace(depth, levels or default_levels(tokens, operators), operators, max_run or 3, has_cls)

@@ -22,7 +22,8 @@ from poolshare.space import (
     SpaceError,
     forecast,
 )
-from poolshare.supernet import SuperNet
+from poolshare.space.presets import PRESETS
+from poolshare.supernet import Subnet, SuperNet, measure_macs
 from poolshare.supernet.pooling import Pooling, avg2d, max2d
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
@@ -498,3 +499,15 @@ def test_registers_are_no_cls():
         img_size=64,
         **TINY,
     )
+
+
+@pytest.mark.parametrize("name", ["psvit_1d_tiny", "psvit_2d_tiny"])
+def test_psvit_style_bases_run_their_preset_and_the_dense_path_is_timms(name, unfused):
+    net = SuperNet.from_timm(name, PRESETS[name], num_classes=10).eval()
+    randomise(net)
+    images = torch.randn(1, 3, 224, 224)
+    smallest = net.space.cheapest(measure_macs(net))
+    dense, pooled = net(images, [net.space[0], smallest])
+    assert torch.equal(dense, net(images))
+    assert torch.equal(pooled, Subnet.from_supernet(net, smallest).eval()(images))
+    assert net.has_class_token == name.startswith("psvit_1d")

@@ -458,7 +458,9 @@ def test_default_levels_are_all_about_half_and_a_quarter(tokens: int, levels: tu
 
 
 def test_default_levels_need_a_grid():
-    with pytest.raises(SpaceError, match="197 patch tokens form no square grid; name the levels yourself"):
+    with pytest.raises(
+        SpaceError, match="suggest no levels for max2d; name the levels yourself; 197 is not a square grid"
+    ):
         default_levels(197)
 
 
@@ -466,7 +468,10 @@ def test_every_preset_builds_and_is_what_space_for_gives():
     for name, preset in PRESETS.items():
         assert preset.size > 1
         assert space_for(f"{name}.some_tag", preset.depth, preset.levels[0]) == preset
-    assert PRESETS["deit_tiny_patch16_224"].size == 31294
+    assert PRESETS["deit_tiny_patch16_224"].size == PRESETS["psvit_1d_tiny"].size == 31294
+    assert space_for("psvit_1d_tiny", 12, 49).levels == (49, 25, 13)  # at 112 pixels
+    assert space_for("vit_tiny_patch16_224", 12, 196, operators=("max1d",)).levels == (196, 98, 49)
+    assert space_for("vit_tiny_patch16_224", 12, 196, operators=("max1d", "max2d")).levels == (196, 100, 49)
     assert space_for("vit_tiny_patch16_224", 12, 64) == SearchSpace(12, (64, 36, 16), ("max2d",), 3)
     assert space_for("unheard_of", 4, 16, max_run=1) == SearchSpace(4, (16, 9, 4), ("max2d",), 1)
     assert space_for("digits_vit", 8, 64, levels=(64, 16), operators=("avg2d",), max_run=2) == SearchSpace(
