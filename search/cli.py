@@ -343,6 +343,55 @@ def evaluate(
         )
 
 
+@app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")
+def trust(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    architectures: Annotated[int, typer.Option(min=2, help="How many to train alone, drawn across MAC bands.")] = 24,
+    twice: Annotated[
+        int | None, typer.Option(min=0, help="How many of them a second time, for the ceiling. Default: half.")
+    ] = None,
+    bands: Annotated[int, typer.Option(min=1, help="MAC bands of equal width.")] = 4,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Of each training. Default: the supernet's.")] = None,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How well supernet scores rank architectures: Kendall's tau against training them alone.
+
+    Test images stay unseen. The same command continues an interrupted one; the report shows the outcome.
+    """
+    from .run import RunFolder
+    from .trust import Plan, measure_trust
+
+    plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
+    folder = RunFolder.open(run)
+    found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=_progress_console(quiet))
+    if as_json:
+        return _print_json(found)
+    console = Console(highlight=False, markup=False)
+    console.print(
+        f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
+        f"scored on {found['images']:,} search-validation images; Kendall tau with 95 % intervals"
+    )
+    for title, part in [
+        ("all", found),
+        ("inside bands", found["within"]),
+        *((f"{one['low_macs'] / 1e6:.3g}-{one['high_macs'] / 1e6:.3g} M MACs", one) for one in found["bands"]),
+    ]:
+        cells = [
+            f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
+        ]
+        console.print(f"{title:<20} {'  '.join(cells)}", soft_wrap=True)
+
+
+def _with_interval(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "not known"
+    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
+
+
 def _outcome(folder: RunFolder, budget: str | None = None) -> dict[str, Any]:
     """A run in JSON: its summary, and its frontier within a budget (default: the run's own)."""
     from .report import load_report

@@ -114,13 +114,14 @@ def train_model(
     data: Data,
     recipe: Recipe,
     *,
+    full: bool = True,
     seed: int = 0,
     workers: int = 0,
     state: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Train one model on the labels of the full training split; resumes from `state`."""
+    """Train one model on the labels of the full training split, or of `train` alone; resumes from `state`."""
 
     def loss(images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
@@ -130,7 +131,7 @@ def train_model(
         loss,
         data,
         recipe,
-        full=True,
+        full=full,
         seed=seed,
         workers=workers,
         state=state,

@@ -1,0 +1,299 @@
+"""How far supernet scores can be trusted: Kendall's τ against the same architectures trained alone, and its ceiling."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from rich.console import Console
+
+from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.supernet import Subnet
+from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.subnet import checkpoint_filter_fn
+from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+
+from .evaluate import count_correct
+from .job import SCORING_BATCH, Job, load_weights, prepare
+from .progress import progress_bar
+from .run import RunFolder, write_csv, write_json
+
+FORMAT = 1
+RESAMPLES = 2000  # of the architectures, for the intervals
+POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
+
+Estimate = dict[str, float | None]  # value, and the ends of its 95 % interval; None where nothing can be ranked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which architectures are trained alone, and how often. Each band gets its share; `twice` of them have a ceiling."""
+
+    architectures: int = 24
+    twice: int = 12
+    bands: int = 4  # of equal width in MACs
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.architectures < 2 or not 0 <= self.twice <= self.architectures or self.bands < 1 or self.seed < 0:
+            raise ConfigError(
+                f"{self}: take at least 2 architectures, no more of them twice than there are, 1 band or more, and a "
+                "seed from 0"
+            )
+
+
+def measure_trust(
+    folder: RunFolder,
+    plan: Plan,
+    *,
+    epochs: int | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
+
+    Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
+    and training images; both accuracies are of the search-validation images, so the test images stay unseen.
+    epochs: of each training; default: the supernet's. Writes trust.csv after each training and continues from it.
+    Raises RunError for a run that is not trained yet, or whose trust.csv belongs to another plan.
+    """
+    console = console or Console(quiet=True)
+    job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
+    untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
+    load_weights(job.supernet, load_tensors(folder.supernet)[0], folder.supernet)
+    recipe = job.recipe.model_copy(update={} if epochs is None else {"epochs": epochs})
+    header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
+    rows = _earlier_rows(folder, header)
+    drawn = draw(job, plan)
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
+    scores, _ = count_correct(job.supernet, [architecture for architecture, _ in drawn], batches)
+    if not rows:
+        write_json(folder.path / "trust.json", header)
+    missing = [
+        (repeat, index)
+        for repeat, count in enumerate((len(drawn), plan.twice))
+        for index in range(count)
+        if (str(drawn[index][0]), repeat) not in {(row["architecture"], row["repeat"]) for row in rows}
+    ]
+    steps = recipe.epochs * steps_per_epoch(job.data, recipe)
+    with progress_bar(console, "training alone", max(1, len(missing) * steps)) as advance:
+        for done, (repeat, index) in enumerate(missing):
+            architecture, band = drawn[index]
+            note = f"{done + 1} of {len(missing)}: {architecture}"
+            show = partial(_show_step, advance, done * steps, note)
+            correct, total = _train_alone(
+                job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", workers, show
+            )
+            macs = job.macs.total(architecture)
+            rows.append(
+                dict(zip(POINTS, (str(architecture), band, macs, scores[index], repeat, correct, total), strict=True))
+            )
+            write_csv(folder.path / "trust.csv", pd.DataFrame(rows))
+    result = header | summarise(pd.DataFrame(rows), plan.seed)
+    write_json(folder.path / "trust.json", result)
+    return result
+
+
+def _show_step(advance: Callable[..., None], before: int, note: str, step: int, loss: float) -> None:
+    advance(before + step, note)
+
+
+def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings an interrupted call of the same plan has finished."""
+    table = folder.path / "trust.csv"
+    if not table.exists():
+        return []
+    earlier = read_trust(folder.path)
+    changed = [name for name in ("plan", "recipe") if earlier is None or earlier.get(name) != header[name]]
+    if changed:
+        raise RunError(
+            f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or remove {table}"
+        )
+    try:
+        frame = pd.read_csv(table)
+        if tuple(frame.columns) != POINTS or frame.isna().any(axis=None):
+            raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
+        return frame.to_dict("records")
+    except ValueError as error:
+        raise RunError(f"{table} is damaged ({error}); remove it to measure trust again") from None
+
+
+def read_trust(path: Path) -> dict[str, Any] | None:
+    """trust.json of a run folder, None where there is none. Raises RunError for a damaged one."""
+    file = path / "trust.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} is damaged ({error}); remove it and trust.csv to measure trust again") from None
+
+
+def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
+    """The plan's architectures with their bands, each once; the first ones come from all bands in turn.
+
+    Bands are of equal width from the cheapest to the dearest architecture of the budget. Where one runs out of
+    members the others give more.
+    """
+    space, macs = job.supernet.space, job.macs
+    low, high = macs.total(space.cheapest(macs)), job.allowed.high
+    borders = [low + (high + 1 - low) * index // plan.bands for index in range(plan.bands + 1)]
+    members: list[list[Architecture]] = []
+    for band, (start, stop) in enumerate(pairwise(borders)):
+        rng = random.Random(f"trust {plan.seed} {band}")
+        members.append(_distinct(job, start, stop - 1, plan.architectures, rng))
+    in_turn = [
+        (group[turn], band)
+        for turn in range(plan.architectures)
+        for band, group in enumerate(members)
+        if turn < len(group)
+    ]
+    if len(in_turn) < 2:
+        raise RunError("the space has fewer than two architectures within the budget; there is nothing to rank")
+    return in_turn[: plan.architectures]
+
+
+def _distinct(job: Job, low: int, high: int, count: int, rng: random.Random) -> list[Architecture]:
+    """Up to `count` different uniform draws from a band; a bounded number of tries, fewer where the band is small."""
+    try:
+        band = job.supernet.space.within(job.macs, low, high)
+    except BudgetError:
+        return []
+    found: dict[Architecture, None] = {}
+    for _ in range(50 * count):
+        if len(found) == min(count, band.size):
+            break
+        found[band.sample(rng)] = None
+    return list(found)
+
+
+def _train_alone(
+    job: Job,
+    architecture: Architecture,
+    untrained: dict[str, torch.Tensor],
+    recipe: Recipe,
+    key: str,
+    workers: int,
+    progress: Callable[[int, float], None],
+) -> tuple[int, int]:
+    """One architecture from the supernet's own start; correct and total search-validation images."""
+    seed = random.Random(f"alone {key}").getrandbits(31)
+    torch.manual_seed(seed)
+    base, options = job.supernet.base
+    device = next(job.supernet.parameters()).device
+    model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+    if job.config.pretrained:
+        model.load_state_dict(checkpoint_filter_fn(untrained, model))
+    model.to(device)
+    train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
+    return _count_correct(model, job, workers)
+
+
+@torch.inference_mode()
+def _count_correct(model: Subnet, job: Job, workers: int) -> tuple[int, int]:
+    model.eval()
+    device = next(model.parameters()).device
+    correct = total = 0
+    for images, labels in job.data.eval_loader("search", SCORING_BATCH, workers=workers):
+        correct += int((model(images.to(device)).argmax(dim=-1) == labels.to(device)).sum())
+        total += len(labels)
+    return correct, total
+
+
+# Statistics
+
+
+def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """τ of supernet score against one training alone, its ceiling, and both within bands; all with 95 % intervals.
+
+    rows: columns POINTS. "tau" is over all architectures; "ceiling" is τ of a first against a second training, over
+    those trained twice, and "share_of_ceiling" compares like with like: among those trained twice, the mean of the
+    score's τ with either training, divided by the ceiling. "within" repeats the three with pairs of the same band alone, which
+    cost in MACs cannot decide. Intervals: percentiles of a bootstrap over architectures, band by band.
+    """
+    wide = rows.pivot(index=["architecture", "band", "macs", "supernet_correct"], columns="repeat", values="correct")
+    wide = wide.reset_index().sort_values(["band", "macs"], ignore_index=True)
+    band, score, first = (wide[name].to_numpy() for name in ("band", "supernet_correct", 0))
+    second = wide[1].to_numpy(float) if 1 in wide else np.full(len(wide), np.nan)
+    both = ~np.isnan(second)
+
+    def taus(chosen: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+        twice = chosen[both[chosen]]
+        tau = kendall_tau(score[chosen], first[chosen], groups[chosen])
+        ceiling = kendall_tau(first[twice], second[twice], groups[twice])
+        mean = np.mean([kendall_tau(score[twice], alone[twice], groups[twice]) for alone in (first, second)])
+        return tau, ceiling, float(mean) / ceiling if ceiling > 0 else float("nan")
+
+    rng = np.random.default_rng(seed)
+    places = [np.flatnonzero(band == one) for one in np.unique(band)]
+    resamples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(RESAMPLES)]
+
+    def estimates(groups: np.ndarray, members: np.ndarray) -> dict[str, Estimate]:
+        values = taus(members, groups)
+        inside = np.isin(np.arange(len(wide)), members)
+        spread = np.array([taus(sample[inside[sample]], groups) for sample in resamples])
+        names = ("tau", "ceiling", "share_of_ceiling")
+        return {name: _estimate(values[index], spread[:, index]) for index, name in enumerate(names)}
+
+    everyone, one_group = np.arange(len(wide)), np.zeros(len(wide), dtype=int)
+    per_band = [
+        {
+            "band": int(band[place[0]]),
+            "low_macs": int(wide["macs"][place].min()),
+            "high_macs": int(wide["macs"][place].max()),
+        }
+        | {"n": len(place)}
+        | estimates(one_group, place)
+        for place in places
+    ]
+    points = [
+        {
+            "architecture": row["architecture"],
+            "macs": int(row["macs"]),
+            "supernet_top1": 100 * row["supernet_correct"] / rows["total"].iloc[0],
+            "retrained_top1": [
+                100 * row[r] / rows["total"].iloc[0] for r in (0, 1) if r in row and not np.isnan(row[r])
+            ],
+        }
+        for row in wide.to_dict("records")
+    ]
+    return (
+        estimates(one_group, everyone)
+        | {"within": estimates(band, everyone)}
+        | {"n": len(wide), "twice": int(both.sum()), "images": int(rows["total"].iloc[0])}
+        | {"bands": per_band, "points": points}
+    )
+
+
+def kendall_tau(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Kendall's τ-b of two (n,) rankings, over pairs of the same group alone; nan where they rank nothing.
+
+    M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
+    """
+    first, second = np.sign(np.subtract.outer(x, x)), np.sign(np.subtract.outer(y, y))
+    if groups is not None:
+        first, second = (np.where(np.equal.outer(groups, groups), one, 0) for one in (first, second))
+    scale = np.sqrt((first**2).sum() * (second**2).sum())
+    return float((first * second).sum() / scale) if scale > 0 else float("nan")
+
+
+def _estimate(value: float, spread: np.ndarray) -> Estimate:
+    spread = spread[np.isfinite(spread)]
+    if not np.isfinite(value) or not len(spread):
+        return {"value": None, "low": None, "high": None}
+    low, high = np.percentile(spread, (2.5, 97.5))
+    return {"value": value, "low": float(low), "high": float(high)}

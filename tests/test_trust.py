@@ -1,0 +1,119 @@
+"""Trust: the statistics against SciPy and hand-made truths, and the verb on a real, small run."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau
+
+from poolshare.search import cli
+from poolshare.search.job import prepare, search
+from poolshare.search.run import SearchConfig
+from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
+from poolshare.space import ConfigError, RunError
+
+SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}
+
+
+def test_kendall_tau_is_scipys_with_ties_and_without():
+    rng = np.random.default_rng(0)
+    for size, values in [(2, 9), (5, 3), (30, 7), (40, 1000)]:
+        x, y = rng.integers(values, size=(2, size))
+        expected = kendalltau(x, y).statistic
+        assert kendall_tau(x, y) == pytest.approx(expected, nan_ok=True)
+
+
+def test_tau_within_groups_forgets_what_lies_between_them():
+    groups = np.repeat([0, 1, 2], 4)
+    x = 10 * groups + np.tile([0, 1, 2, 3], 3)
+    y = 10 * groups + np.tile([3, 2, 1, 0], 3)
+    assert kendall_tau(x, y, groups) == -1
+    assert kendall_tau(x, y) == pytest.approx(kendalltau(x, y).statistic)
+    assert kendall_tau(x, y) > 0.4
+
+
+def frame(score, first, second, bands):
+    rows = [
+        (f"a{index}", band, 1000 * band + index, s, repeat, correct, 1000)
+        for index, (s, a, b, band) in enumerate(zip(score, first, second, bands, strict=True))
+        for repeat, correct in enumerate((a, b))
+        if correct is not None
+    ]
+    return pd.DataFrame(rows, columns=POINTS)
+
+
+def test_the_summary_of_a_score_that_ranks_as_well_as_a_retraining():
+    bands = np.repeat([0, 1], 10)
+    truth = np.arange(20) + 900
+    found = summarise(frame(truth, truth, truth, bands))
+    for part in (found, found["within"], *found["bands"]):
+        assert part["tau"] == {"value": 1, "low": 1, "high": 1} == part["ceiling"] == part["share_of_ceiling"]
+    assert (found["n"], found["twice"], [band["n"] for band in found["bands"]]) == (20, 20, [10, 10])
+
+
+def test_cost_alone_gives_a_high_tau_overall_and_none_within_bands():
+    """The reason for bands: a score that knows nothing but the band looks good overall."""
+    rng = np.random.default_rng(1)
+    bands = np.repeat([0, 1, 2, 3], 12)
+    truth = 100 * bands + rng.integers(50, size=48)
+    score = 100 * bands + rng.integers(50, size=48)
+    found = summarise(frame(score, truth, truth, bands))
+    assert found["tau"]["value"] > 0.7
+    assert abs(found["within"]["tau"]["value"]) < 0.3
+    assert found["within"]["tau"]["low"] < 0 < found["within"]["tau"]["high"]
+
+
+def test_without_second_trainings_there_is_no_ceiling_and_a_constant_score_has_no_tau():
+    bands = np.repeat([0, 1], 5)
+    found = summarise(frame(np.full(10, 7), np.arange(10), [None] * 10, bands))
+    unknown = {"value": None, "low": None, "high": None}
+    assert found["tau"] == found["ceiling"] == found["share_of_ceiling"] == unknown
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return search(SearchConfig(**SMALL, epochs=1), tmp_path_factory.mktemp("trust") / "run")
+
+
+def test_draws_come_from_all_bands_in_turn_each_once(run):
+    job = prepare(run.config)
+    drawn = draw(job, Plan(architectures=12, twice=6, bands=3))
+    assert len({architecture for architecture, _ in drawn}) == 12
+    assert [band for _, band in drawn[:6]] == [0, 1, 2, 0, 1, 2]
+    low, high = (job.macs.total(a) for a in (job.supernet.space.cheapest(job.macs), job.supernet.space[0]))
+    for architecture, band in drawn:
+        assert (job.macs.total(architecture) - low) * 3 // (high + 1 - low) == band
+    assert drawn == draw(prepare(run.config), Plan(architectures=12, twice=6, bands=3))
+
+
+def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
+    words = ["trust", str(run.path), "--architectures", "4", "--twice", "2", "--bands", "2", "--epochs", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", ["poolshare", *words, "--device", "cpu"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    table = pd.read_csv(run.path / "trust.csv")
+    assert table["repeat"].tolist() == [0] * 4 + [1] * 2
+    assert (table["total"] == 377).all()
+    scored = run.read_candidates().set_index("architecture")
+    for row in table.itertuples():
+        assert scored.loc[row.architecture, ["correct", "macs"]].tolist() == [row.supernet_correct, row.macs]
+    assert found == json.loads((run.path / "trust.json").read_text())
+    assert [len(point["retrained_top1"]) for point in found["points"]].count(2) == 2
+
+    # Cut off after the second training: the rest is trained again, to the same numbers.
+    table[:2].to_csv(run.path / "trust.csv", index=False)
+    plan = Plan(architectures=4, twice=2, bands=2)
+    assert measure_trust(run, plan, epochs=1, device="cpu") == found
+    pd.testing.assert_frame_equal(pd.read_csv(run.path / "trust.csv"), table)
+
+    with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
+        measure_trust(run, plan, epochs=2, device="cpu")
+
+
+def test_impossible_plans_are_refused():
+    with pytest.raises(ConfigError, match="at least 2 architectures"):
+        Plan(architectures=4, twice=5)
