@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from poolshare.space.errors import ConfigError, PoolshareError
 
+from . import looking
 from .options import (
     Amp,
     Budget,
@@ -36,12 +36,13 @@ from .options import (
     Workers,
     integers,
     make_config,
+    print_json,
     settings_of,
     words,
 )
 
 if TYPE_CHECKING:
-    from .run import RunFolder
+    pass
 
 app = typer.Typer(
     name="poolshare",
@@ -118,7 +119,7 @@ def space(
         "scoring_all_share_of_one_by_one": round(whole.share, 4),
     }
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     out = Console(highlight=False, markup=False)
     out.print(
         f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
@@ -195,27 +196,17 @@ def search(
     from .job import search as run_search
 
     folder = run_search(config, out, _progress_console(quiet))
+    from .report import load_report
+
+    report = load_report(folder)
     if as_json:
-        return _print_json(_outcome(folder))
-    _show(folder)
+        return print_json(looking.outcome(folder, report))
+    looking.present(report)
+    looking.hint(folder, report)
 
 
-@app.command(epilog="Example:  poolshare pareto runs/digits --budget 60%")
-def pareto(
-    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
-    budget: Budget = None,
-    as_json: Json = False,
-) -> None:
-    """The frontier of a run, as table and plot.
-
-    pareto.csv, pareto.png and report.html lie in the run folder.
-    """
-    from .run import RunFolder
-
-    folder = RunFolder.open(run)
-    if as_json:
-        return _print_json(_outcome(folder, budget))
-    _show(folder, budget)
+app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)
+app.command(epilog='Example:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"')(looking.show)
 
 
 @app.command(
@@ -227,8 +218,11 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
     architecture: Annotated[str | None, typer.Option(help="This architecture, scored or not.", metavar="TEXT")] = None,
     pick: Annotated[
-        Literal["knee", "accuracy", "budget"] | None,
-        typer.Option(help="From the frontier; budget: the best within --budget. Default: budget if given, else knee."),
+        Literal["half-point", "knee", "budget", "accuracy"] | None,
+        typer.Option(
+            help="From the frontier; half-point: the cheapest within half a point of dense; budget: the best within "
+            "--budget. Default: budget if given, else knee."
+        ),
     ] = None,
     budget: Budget = None,
     as_json: Json = False,
@@ -239,15 +233,13 @@ def export(
     """
     from poolshare.space import Architecture
 
-    from .pareto import pick as choose
     from .report import load_report
     from .run import RunFolder
 
     folder = RunFolder.open(run)
     if architecture is None:
         report = load_report(folder, budget)
-        how = pick or ("budget" if budget else "knee")
-        chosen = Architecture.parse(choose(report.frontier, how, report.budget)["architecture"])
+        chosen = Architecture.parse(report.pick(pick or ("budget" if budget else "knee")).architecture)
     elif budget or pick:
         raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:
@@ -256,7 +248,7 @@ def export(
 
     facts = export_architecture(folder, chosen, out)
     if as_json:
-        return _print_json({"out": str(out), "architecture": str(chosen), **facts})
+        return print_json({"out": str(out), "architecture": str(chosen), **facts})
     console = Console(highlight=False, markup=False)
     console.print(f"{out}: {chosen}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
@@ -299,7 +291,7 @@ def retrain(
         recipe_changes=changes, workers=workers, device=device, console=_progress_console(quiet),
     )  # fmt: skip
     if as_json:
-        return _print_json({"out": str(target), **facts})
+        return print_json({"out": str(target), **facts})
     Console(highlight=False, markup=False).print(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
@@ -330,7 +322,7 @@ def evaluate(
         console=_progress_console(quiet),
     )
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     console = Console(highlight=False, markup=False)
     low, high = result["interval"]
     console.print(
@@ -369,7 +361,7 @@ def trust(
     folder = RunFolder.open(run)
     found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=_progress_console(quiet))
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     console = Console(highlight=False, markup=False)
     console.print(
         f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
@@ -392,39 +384,8 @@ def _with_interval(estimate: dict[str, float | None]) -> str:
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
-def _outcome(folder: RunFolder, budget: str | None = None) -> dict[str, Any]:
-    """A run in JSON: its summary, and its frontier within a budget (default: the run's own)."""
-    from .report import load_report
-
-    report = load_report(folder, budget)
-    found: dict[str, Any] = {"budget_macs": report.budget, "certified": report.certified}
-    found |= {"hypervolume": report.facts["hypervolume"], "frontier": report.frontier.to_dict("records")}
-    return {"run": str(folder.path), **folder.read_summary(), **found}
-
-
-def _show(folder: RunFolder, budget: str | None = None) -> None:
-    """Frontier, plot, where the report is, and what to do next."""
-    from .report import load_report, terminal_plot, terminal_table
-
-    report = load_report(folder, budget)
-    console = Console(highlight=False, markup=False)
-    console.print(terminal_table(report, limit=20))
-    print(terminal_plot(report, colour=console.is_terminal))
-    run = shlex.quote(str(folder.path))
-    budget = budget or folder.config.budget
-    if budget is None and report.frontier["macs"].min() <= 0.6 * report.dense["macs"]:
-        budget = "60%"
-    wish = f"--budget {shlex.quote(budget)}" if budget else "--pick knee"
-    console.print(f"report: {folder.report}", soft_wrap=True)
-    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)
-
-
 def _progress_console(quiet: bool) -> Console:
     return Console(stderr=True, quiet=quiet, highlight=False, markup=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
 
 
 class _Stopped(BaseException):

@@ -36,7 +36,7 @@ from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_
 from .evaluate import count_correct
 from .pareto import frontier
 from .progress import no_progress, progress_bar
-from .report import figure_png, load_report, write_html
+from .report import write_report
 from .run import FORMAT, RunFolder, SearchConfig, versions, write_csv, write_json
 from .study import Task, run_study, score_everything
 
@@ -346,6 +346,4 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
             "versions": versions(),
         },
     )
-    report = load_report(folder)
-    write_html(report, folder.report)
-    figure_png(report, folder.figure)
+    write_report(folder)

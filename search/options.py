@@ -48,6 +48,11 @@ Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed prec
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]
 
 
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
 def make_config(**values: Any) -> Any:
     from .run import checked_config
 

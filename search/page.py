@@ -1,110 +1,135 @@
-"""The look of the HTML page: its skeleton, style sheet, script and plot settings, without any of its content."""
+"""One HTML file that needs nothing beside itself: the assets in `web/` with a run's numbers as JSON inside."""
 
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
 from string import Template
+from typing import Any
 
-# Middle tones, so that the same colours stand on a white and on a dark page.
-CANDIDATE, FRONTIER, DENSE, BUDGET = "#8795a8", "#2f7fd1", "#e07b1a", "#c2455a"
+import pandas as pd
 
-# showSendToCloud: Plotly's default is a button that uploads the data.
-PLOT_CONFIGURATION = {
-    "displaylogo": False,
-    "responsive": True,
-    "showSendToCloud": False,
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
-}
+from poolshare.space import Architecture
+from poolshare.space.files import write_whole
 
-PLOT_LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "margin": {"l": 56, "r": 16, "t": 40, "b": 80},
-    "font": {"size": 13},
-    "legend": {"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"},
-    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": CANDIDATE, "activecolor": FRONTIER},
-    "hoverlabel": {"align": "left"},
-    "xaxis": {"title": {"text": "MACs per image"}, "tickformat": "~s", "zeroline": False, "showline": True},
-    "yaxis": {"title": {"text": "top-1 on search-validation images (%)"}, "zeroline": False},
-}
+from .layers import in_words
+from .report import COSTS, Report, quantity
 
-# The page's colours live in its style sheet alone; the plot takes them over, again whenever the scheme changes.
-RECOLOUR = """
-const plot = document.getElementById("{plot_id}");
-const scheme = window.matchMedia("(prefers-color-scheme: dark)");
-function recolour() {
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  Plotly.relayout(plot, {
-    "font.color": colour("--ink"), "font.family": style.fontFamily,
-    "xaxis.gridcolor": colour("--line"), "yaxis.gridcolor": colour("--line"),
-    "xaxis.linecolor": colour("--line"),
-    "hoverlabel.bgcolor": colour("--card"), "hoverlabel.font.color": colour("--ink"),
-  });
-}
-scheme.addEventListener("change", recolour);
-recolour();
-if (!document.createElement("canvas").getContext("webgl")) {
-  Plotly.restyle(plot, {type: "scatter"}, [0]);  // slow to draw, but drawn
-}
-"""
+SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
 
-# The policy forbids every request, whatever a string on the page might have smuggled in.
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';
- script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2933; --faint: #5b6673; --line: #dfe4ea; --page: #f6f7f9;
-  --card: #ffffff; font-family: system-ui, "Segoe UI", Roboto, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaef; --faint: #9aa6b4; --line: #323a45; --page: #12161b; --card: #1b2129; } }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 68rem; line-height: 1.5;
-  background: var(--page); color: var(--ink); }
-h1 { margin: 0 0 .25rem; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 2rem 0 .5rem; font-size: 1.15rem; }
-p { margin: .25rem 0; overflow-wrap: anywhere; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; }
-.plot { height: min(70vh, 34rem); min-height: 22rem; margin-top: 1rem; }
-.faint, th, dt { color: var(--faint); }
-code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-code { font-weight: 600; overflow-wrap: anywhere; }
-pre { margin: 0; font-size: .8rem; color: var(--faint); white-space: pre-wrap; overflow-wrap: anywhere;
-  user-select: all; cursor: copy; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-tbody { border-top: 1px solid var(--line); }
-th, td { padding: .45rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; }
-tr + tr td { padding-top: 0; }
-th { font-weight: 500; font-size: .85rem; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1.2rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  thead { display: none; }
-  tbody, tr { display: block; padding: .2rem 0; }
-  td { display: flex; justify-content: space-between; padding: .1rem .2rem; }
-  td[data-label]::before { content: attr(data-label); color: var(--faint); }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p><b>$verdict</b></p>
-<p class="faint">$dense $budget</p>
-<div class="card plot">$plot</div>
-<h2>Frontier</h2>
-<p class="faint">Intervals are 95 % Wilson intervals of the search-validation images. A click on a command
-selects the whole of it.</p>
-<div class="card"><table>
-<thead><tr><th>architecture and its export command</th><th>top-1</th><th>95 % interval</th><th>MACs</th>
-<th>of dense</th><th>parameters</th></tr></thead>
-$rows
-</table></div>
-<h2>Facts</h2>
-<div class="card"><dl>
-$facts
-</dl></div>
-</body>
-</html>
-""")
+
+def write_html(report: Report, path: str | Path) -> None:
+    """Write the page of a run. It asks for no other file: its content security policy forbids every request.
+
+    Text from outside reaches the page in two ways only: escaped in the heading, and as JSON that the script shows as
+    text. The policy names the script and the style sheet by their hashes, so nothing else could run anyway.
+    """
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    style = _asset("style.css")
+    page = Template(_asset("page.html")).substitute(
+        title=escape(report.title),
+        verdict=escape(report.verdict),
+        facts=_facts(report.facts),
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+        script=script,
+        style=style,
+        data=_embedded(page_data(report)),
+    )
+    write_whole(Path(path), lambda part: part.write_text(page, encoding="utf-8"))
+
+
+def page_data(report: Report) -> dict[str, Any]:
+    """Everything the page draws, as JSON values. Architectures are named by their row among `candidates`."""
+    rows = report.candidates.reset_index(drop=True)
+    dense = {key: report.dense[key] for key in ("architecture", "top1", *report.costs)}
+    scored = len(rows)
+    if not (rows["architecture"] == dense["architecture"]).any():
+        correct = round(dense["top1"] * report.images / 100)
+        rows = pd.concat([rows, pd.DataFrame([dense | {"correct": correct}])], ignore_index=True)
+    index = {text: row for row, text in enumerate(rows["architecture"])}
+    shares = report.layer_shares()
+    progress = report.progress()
+    return {
+        "title": report.title,
+        "run": report.run,
+        "images": report.images,
+        "scored": scored,  # rows after these are shown, but were not scored by the search
+        "spaceSize": report.space_size,
+        "certified": report.certified,
+        "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
+        | {cost: _numbers(rows[cost]) for cost in report.costs},
+        "numbers": _numbers_in_space(report, rows),
+        "costs": [{"name": cost, "label": COSTS[cost]} for cost in report.costs],
+        "limits": {cost: {"value": limit, "text": quantity(limit, cost)} for cost, limit in report.limits.items()},
+        "dense": index[dense["architecture"]],
+        "included": [index[text] for text in report.included if text in index],
+        "frontier": {cost: [index[text] for text in report.by(cost)["architecture"]] for cost in report.costs},
+        "picks": {
+            cost: [
+                {"how": each.how, "label": each.label, "row": index[each.architecture], "why": each.why}
+                for each in report.picks(cost)
+            ]
+            for cost in report.costs
+        },
+        "layers": {
+            group: {"rows": _heat_rows(part), "words": in_words(part)} for group, part in shares.groupby("cost")
+        },
+        "progress": {name: progress[name].round(6).tolist() for name in progress},
+        "reference": report.reference,
+        "trust": report.trust,
+        "retraining": report.retraining,
+    }
+
+
+def _asset(name: str) -> str:
+    return (files("poolshare.search") / "web" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What a content security policy calls this inline text."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _embedded(value: Any) -> str:
+    """JSON that may stand inside a script element: no text in it can end that element or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _integers(column: pd.Series) -> list[int]:
+    return [int(value) for value in column]
+
+
+def _numbers(column: pd.Series) -> list[float]:
+    """Whole where they can be, else with what an eye or a command could want of them."""
+    return [int(value) if float(value).is_integer() else float(f"{value:.6g}") for value in column]
+
+
+def _numbers_in_space(report: Report, rows: pd.DataFrame) -> list[int] | None:
+    """The number of each row in the space, `SearchSpace.rank`; None without a space."""
+    if report.space is None:
+        return None
+    return [report.space.rank(Architecture.parse(text)) for text in rows["architecture"]]
+
+
+def _heat_rows(part: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {"kind": kind, "value": value, "shares": [round(share, 4) for share in group["share"]]}
+        for (kind, value), group in part.groupby(["kind", "value"], sort=False)
+    ]
+
+
+def _facts(facts: Mapping[str, Mapping[str, str]]) -> str:
+    sections = []
+    for heading, entries in facts.items():
+        pairs = "\n".join(
+            f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in entries.items()
+        )
+        sections.append(f"<section><h3>{escape(heading)}</h3>\n<dl>\n{pairs}\n</dl></section>")
+    return "\n".join(sections)

@@ -2,8 +2,9 @@
 
 A candidates frame has one row per scored architecture and these columns: `architecture` (canonical text),
 `top1` (percent on the search-validation images), `correct` and `total` (images), `macs` (per image),
-`parameters` and `generation`. Every function here is pure: frames go in, new frames and numbers come out.
-`cost` names the column to be kept small.
+`parameters` and `generation`; `latency_ms` (per image) where it was measured. Rows stand in the order in which they
+were scored. Every function here is pure: frames go in, new frames and numbers come out. `cost` names the column
+to be kept small.
 """
 
 from statistics import NormalDist
@@ -16,8 +17,9 @@ from numpy.typing import ArrayLike
 
 from poolshare.space.errors import BudgetError, ConfigError, RunError
 
-_UNITS = {"macs": "MACs"}
-PICKS = ("knee", "budget", "accuracy")
+_UNITS = {"macs": "MACs", "parameters": "parameters", "latency_ms": "ms"}
+PICKS = ("half-point", "knee", "budget", "accuracy")
+HALF_POINT = 0.5  # percent of the images
 
 
 def frontier(candidates: pd.DataFrame, cost: str = "macs", budget: float | None = None) -> pd.DataFrame:
@@ -49,14 +51,38 @@ def hypervolume(candidates: pd.DataFrame, reference: tuple[float, float], cost: 
     return float(moocore.hypervolume(losses, ref=(1.0, 1.0)))
 
 
-def pick(frontier: pd.DataFrame, how: str, budget: float | None = None, cost: str = "macs") -> pd.Series:
+def progress(
+    candidates: pd.DataFrame, reference: tuple[float, float], cost: str = "macs", points: int = 200
+) -> pd.DataFrame:
+    """Hypervolume after so many evaluations: columns `evaluations` and `hypervolume`, some `points` rows, evenly spread.
+
+    The first row is the first evaluation, the last one the whole frame. See `hypervolume` for the reference.
+    """
+    counts = np.unique(np.linspace(1, len(candidates), min(points, len(candidates))).astype(int))
+    best, start, reached = candidates.iloc[:0], 0, []
+    for count in counts:
+        best = _non_dominated(pd.concat([best, candidates.iloc[start:count]]), cost)
+        reached.append(hypervolume(best, reference, cost))
+        start = count
+    return pd.DataFrame({"evaluations": counts, "hypervolume": reached})
+
+
+def pick(
+    frontier: pd.DataFrame,
+    how: str,
+    budget: float | None = None,
+    cost: str = "macs",
+    dense_top1: float | None = None,
+) -> pd.Series:
     """One row of the frontier; a `budget` limits the choice for every `how`, and "budget" requires it.
 
+    - "half-point": the cheapest that loses at most half a point of top-1 against `dense_top1`, which it requires;
     - "knee": the point farthest above the chord between the frontier's ends, both axes scaled to 0..1;
     - "budget": the most accurate within the budget;
     - "accuracy": the most accurate; of equals, here and above, the cheapest.
 
-    Raises RunError for an empty frontier, ConfigError for an unknown `how`, BudgetError where nothing fits.
+    Raises RunError for an empty frontier or where nothing comes close to dense, ConfigError for an unknown `how`,
+    BudgetError where nothing fits.
     """
     if how not in PICKS:
         raise ConfigError(f"cannot pick by {how!r}; choose one of {', '.join(PICKS)}")
@@ -65,6 +91,16 @@ def pick(frontier: pd.DataFrame, how: str, budget: float | None = None, cost: st
     if frontier.empty:
         raise RunError("the frontier is empty: no candidate has been scored yet, so search first")
     choices = _non_dominated(_within(frontier, cost, budget), cost)
+    if how == "half-point":
+        if dense_top1 is None:
+            raise ConfigError("picking by 'half-point' needs the dense network's top-1")
+        close = choices[choices["top1"] >= dense_top1 - HALF_POINT]
+        if close.empty:
+            raise RunError(
+                f"the best of the frontier reaches {choices['top1'].max():.2f} %, more than half a point below "
+                f"the dense network's {dense_top1:.2f} %; pick by 'knee' or 'accuracy'"
+            )
+        return close.iloc[0]
     if how == "knee":
         return choices.iloc[_knee(choices[cost].to_numpy(float), choices["top1"].to_numpy(float))]
     return choices.iloc[-1]  # on a frontier the dearest is the most accurate

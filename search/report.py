@@ -1,69 +1,113 @@
-"""What a search found, told four ways: a terminal table, a terminal plot, a figure, one self-contained page.
+"""One run ready to be shown: its candidates, the frontier by any cost, the points worth a look and why, its facts.
 
-Plotly, matplotlib and plotext are imported where they are used, so that importing this module stays cheap.
+How it is shown stands apart: `terminal` in characters, `figure` as a PNG, `page` as one HTML file.
 """
 
-import shlex
-import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from __future__ import annotations
 
-import numpy as np
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
 import pandas as pd
 
-from poolshare.search.page import (
-    BUDGET,
-    CANDIDATE,
-    DENSE,
-    FRONTIER,
-    PAGE,
-    PLOT_CONFIGURATION,
-    PLOT_LAYOUT,
-    RECOLOUR,
-)
-from poolshare.search.pareto import binomial_interval, frontier, hypervolume
-from poolshare.search.run import RunFolder
-from poolshare.space import RunError, parse_budget
-from poolshare.space.files import write_whole
+from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, parse_budget
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure as PlotlyFigure
-    from rich.table import Table
+from .layers import layer_shares
+from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress
+from .run import RunFolder, SearchConfig, write_csv
 
 COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
 DENSE_FIELDS = ("architecture", "top1", "macs", "parameters")
+COSTS = {"macs": "MACs", "parameters": "parameters", "latency_ms": "latency"}  # column → what people call it
 
-SVG_LIMIT = 3_000  # more candidates than this are drawn by WebGL: browsers crawl under that many SVG nodes
+
+class Row(NamedTuple):
+    """One architecture as people read it: percentages as numbers, counts with their unit."""
+
+    architecture: str
+    top1: float  # percent
+    low: float  # percent, end of the 95 % interval
+    high: float
+    macs: str
+    of_dense: float  # percent of the dense network's cost
+    parameters: str
+    latency: str  # empty where it was not measured
+
+
+class Pick(NamedTuple):
+    """A point of the frontier worth a look."""
+
+    how: str  # one of pareto.PICKS
+    label: str
+    architecture: str
+    why: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run, ready to be shown. Frames have the columns of `pareto`; macs are per image, top1 is in percent."""
+    """One run. Frames have the columns of `pareto`; macs are per image, top1 is in percent."""
 
     title: str
     candidates: pd.DataFrame
-    frontier: pd.DataFrame
-    dense: Mapping[str, Any]  # architecture, macs, top1, parameters of the unreduced network
-    budget: float | None  # MACs per image
+    dense: Mapping[str, Any]  # architecture, macs, top1, parameters (and latency_ms) of the unreduced network
     certified: bool  # the whole space was scored
     space_size: int
-    facts: Mapping[str, str]  # configuration, versions, seeds, seconds per phase
-    export_command: Callable[[str], str]  # architecture → the shell command that takes it home
+    run: str  # the run folder, as commands name it
+    limits: Mapping[str, float] = field(default_factory=dict)  # the budget: cost column → the most that is allowed
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading → name → fact
+    included: Sequence[str] = ()  # architectures that the user asked to be scored
+    trust: Mapping[str, Any] | None = None  # trust.json
+    space: SearchSpace | None = None
+    retraining: tuple[int, float] | None = None  # default epochs; seconds per MAC of one image, all epochs together
 
     def __post_init__(self) -> None:
         for name, part, needed in (
             ("candidates frame", self.candidates, COLUMNS),
-            ("frontier frame", self.frontier, COLUMNS),
             ("dense row", self.dense, DENSE_FIELDS),
         ):
-            missing = [field for field in needed if field not in part]
+            missing = [column for column in needed if column not in part]
             if missing:
                 raise RunError(f"a report's {name} lacks {missing[0]!r}; it needs {', '.join(needed)}")
-        if self.candidates.empty or self.frontier.empty:
+        if self.candidates.empty:
             raise RunError("there is no frontier to report: no architecture has been scored yet")
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The cost columns that candidates and dense network both have."""
+        return tuple(cost for cost in COSTS if cost in self.candidates and cost in self.dense)
+
+    @property
+    def images(self) -> int:
+        """How many search-validation images each candidate was scored on."""
+        return int(self.candidates["total"].iloc[0])
+
+    @property
+    def allowed(self) -> pd.DataFrame:
+        """The candidates within the budget. Raises BudgetError where there is none."""
+        rows = self.candidates
+        for cost, limit in self.limits.items():
+            fits = rows[cost] <= limit
+            if not fits.any():
+                cheapest = rows.loc[rows[cost].idxmin()]
+                raise BudgetError(
+                    f"no candidate stays within {quantity(limit, cost)}; the cheapest, {cheapest['architecture']}, "
+                    f"needs {quantity(cheapest[cost], cost)}, so ask for at least that"
+                )
+            rows = rows[fits]
+        return rows
+
+    @property
+    def frontier(self) -> pd.DataFrame:
+        """The frontier by MACs, within the budget."""
+        return self.by("macs")
+
+    def by(self, cost: str) -> pd.DataFrame:
+        """The frontier by any of `costs`, within the budget; the index is new. Raises RunError for other costs."""
+        if cost not in self.costs:
+            raise RunError(f"{self.run} has no {COSTS.get(cost, cost)} of its candidates; it has {_names(self.costs)}")
+        return frontier(self.allowed, cost)
 
     @property
     def verdict(self) -> str:
@@ -78,298 +122,107 @@ class Report:
             "better ones may exist among the rest."
         )
 
+    @property
+    def reference(self) -> tuple[float, float]:
+        """The hypervolume's reference: the worst top-1 that was scored, at the dense network's MACs."""
+        return min(float(self.candidates["top1"].min()), 99.99), float(self.dense["macs"])
 
-class Row(NamedTuple):
-    """One architecture as people read it: percentages as numbers, counts with their unit."""
+    @property
+    def hypervolume(self) -> float:
+        """Share, 0 to 1, of the rectangle between `reference` and 100 % at no MACs that the candidates dominate."""
+        return hypervolume(self.candidates, self.reference)
 
-    architecture: str
-    top1: float  # percent
-    low: float  # percent, end of the 95 % interval
-    high: float
-    macs: str
-    of_dense: float  # percent of the dense network's MACs
-    parameters: str
+    def progress(self) -> pd.DataFrame:
+        """The hypervolume over evaluations, see `pareto.progress`."""
+        return progress(self.candidates, self.reference)
 
+    def layer_shares(self) -> pd.DataFrame:
+        """What the frontier by each cost, and all candidates (cost "all"), have in common; see `layers`."""
+        groups = {cost: self.by(cost)["architecture"] for cost in self.costs} | {"all": self.candidates["architecture"]}
+        parts = [layer_shares(list(texts)).assign(cost=cost) for cost, texts in groups.items()]
+        return pd.concat(parts, ignore_index=True)[["cost", "kind", "value", "layer", "share"]]
 
-def terminal_table(report: Report, limit: int | None = None) -> "Table":
-    """The frontier and the dense network as a rich table that fits 80 columns and needs no colour.
+    def pick(self, how: str, cost: str = "macs") -> Pick:
+        """The point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for what can go wrong."""
+        limit = next(iter(self.limits.items()), None)
+        if how == "budget" and limit is None:
+            raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
+        dense = float(self.dense["top1"])
+        rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
+        row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
+        label, why = {
+            "half-point": (
+                "Half a point from dense",
+                f"the least {COSTS[cost]} that loses at most half a point against the dense network's {dense:.2f} %",
+            ),
+            "knee": ("Knee", "farthest above the straight line between the frontier's ends: beyond it, gains get dear"),
+            "budget": ("Within budget", f"the most accurate within {quantity(limit[1], limit[0]) if limit else ''}"),
+            "accuracy": ("Most accurate", "the most accurate; of equals, the cheapest"),
+        }[how]
+        return Pick(how, label, str(row["architecture"]), why)
 
-    `limit` shows that many points at most, spread evenly over the frontier and with both of its ends.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
+    def picks(self, cost: str = "macs") -> list[Pick]:
+        """Every pick that this run has."""
+        found = []
+        for how in PICKS:
+            try:
+                found.append(self.pick(how, cost))
+            except (ConfigError, RunError):
+                continue
+        return found
 
-    if limit is not None and limit < 1:
-        raise RunError(f"a table of {limit} rows shows nothing; limit it to 1 or more, or to None for all")
-    rows = _rows(report, report.frontier)
-    caption = report.verdict
-    if limit is not None and limit < len(rows):
-        caption = f"{limit} of the frontier's {len(rows)} points. {caption}"
-        rows = [rows[round(position)] for position in np.linspace(0, len(rows) - 1, limit)]
-    # Text objects are printed as they are; plain strings would be read as markup.
-    table = Table(title=Text(report.title), caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("architecture", overflow="fold")
-    for heading in ("top-1 % (95 %)", "MACs", "% dense", "params"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        interval = f"{row.top1:.2f} ({row.low:.1f}-{row.high:.1f})"
-        table.add_row(Text(row.architecture), interval, row.macs, f"{row.of_dense:.1f}", row.parameters)
-    table.add_section()
-    dense = report.dense
-    label = Text(f"dense: {dense['architecture']}")
-    table.add_row(label, f"{dense['top1']:.2f}", human(dense["macs"]), "100.0", human(dense["parameters"]))
-    return table
+    def rows(self, frame: pd.DataFrame, cost: str = "macs") -> list[Row]:
+        """A frame's rows as people read them, `of_dense` by `cost`."""
+        lows, highs = binomial_interval(frame["correct"], frame["total"])
+        return [
+            Row(
+                str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
+                100 * row[cost] / self.dense[cost], human(row["parameters"]),
+                quantity(row["latency_ms"], "latency_ms") if "latency_ms" in row else "",
+            )
+            for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
+        ]  # fmt: skip
 
-
-def terminal_plot(report: Report, width: int = 78, height: int = 18, colour: bool = False) -> str:
-    """Accuracy against MACs in characters, `width` by `height` cells; escape codes only where `colour` asks."""
-    import plotext
-
-    divisor, letter = _unit(report.dense["macs"])
-    key = ["· candidate", "O frontier", "* dense"]
-    figure = plotext.figure  # plotext knows this one figure only: left as clean as it was found
-    try:
-        plotext.terminal.limit(False, False)
-        figure.clear()
-        figure.theme("simple" if colour else "colorless")
-        figure.plot_size(width, height - 1)
-        figure.label(f"MACs per image ({letter})", axis="x")
-        figure.label("top-1 %", axis="y")
-        figure.ruler("y").frequency(max(2, height // 3))
-        if report.budget is not None:
-            figure.line(report.budget / divisor, orientation="vertical")
-            key.append(f"│ budget {human(report.budget)}")
-        for frame, marker, tone in (
-            (report.candidates, "·", "gray"),
-            (report.frontier, "O", "blue"),
-            (pd.DataFrame([dict(report.dense)]), "*", "orange"),
-        ):
-            symbol = plotext.marker(marker, pixel=tone) if colour else marker
-            figure.draw(figure.signal(list(frame["macs"] / divisor), list(frame["top1"]), marker=symbol))
-        drawing = figure.build().string(colorless=not colour)
-    finally:
-        figure.clear()
-        plotext.terminal.limit()
-    return drawing.rstrip("\n") + "\n" + "   ".join(key).center(width).rstrip()
-
-
-def figure_png(report: Report, path: str | Path) -> None:
-    """Accuracy against MACs as a PNG of 1800 × 1125 pixels: candidates, frontier, dense, budget."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    ink, faint = "#1f2933", "#6b7785"
-    divisor, letter = _unit(report.dense["macs"])
-    dense_macs = report.dense["macs"] / divisor
-    figure = Figure(figsize=(9, 5.625), dpi=200)
-    axes = figure.add_axes((0.08, 0.095, 0.9, 0.715))
-    count = len(report.candidates)
-    axes.scatter(
-        report.candidates["macs"] / divisor,
-        report.candidates["top1"],
-        s=14 if count <= SVG_LIMIT else 6,
-        color=CANDIDATE,
-        alpha=_opacity(count),
-        linewidths=0,
-        label="scored candidate",
-    )
-    lows, highs = binomial_interval(report.frontier["correct"], report.frontier["total"])
-    frontier_macs = report.frontier["macs"] / divisor
-    axes.fill_between(
-        frontier_macs, lows, highs, step="post", color=FRONTIER, alpha=0.12, linewidth=0, label="95 % interval"
-    )
-    axes.step(
-        frontier_macs,
-        report.frontier["top1"],
-        where="post",
-        color=FRONTIER,
-        linewidth=1.8,
-        marker="o",
-        markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.9,
-        label="frontier",
-    )
-    axes.scatter(
-        dense_macs,
-        report.dense["top1"],
-        marker="*",
-        s=300,
-        color=DENSE,
-        edgecolors="white",
-        linewidths=0.9,
-        zorder=4,  # above the frontier, which may end here
-        label="dense",
-    )
-    if report.budget is not None:
-        budget = report.budget / divisor
-        label = f"budget {human(report.budget)}"
-        axes.axvline(budget, color=BUDGET, linewidth=1.3, linestyle=(0, (5, 3)), label=label)
-    axes.set_xlabel(f"MACs per image ({letter})", color=ink)
-    axes.set_ylabel("top-1 on search-validation images (%)", color=ink)
-    per_percent = dense_macs / 100
-    share = axes.secondary_xaxis(
-        "top", functions=(lambda macs: np.divide(macs, per_percent), lambda percent: np.multiply(percent, per_percent))
-    )
-    share.set_xlabel("% of the dense network's MACs", color=faint, fontsize=9)
-    share.tick_params(colors=faint, labelsize=8, length=0)
-    share.spines["top"].set_visible(False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#b8c1cc")
-    axes.tick_params(colors=faint)
-    axes.grid(color="#e6eaef", linewidth=0.8)
-    axes.set_axisbelow(True)
-    legend = axes.legend(loc="lower right", facecolor="white", edgecolor="none", labelcolor=ink)
-    for handle in legend.legend_handles:
-        if handle is not None and handle.get_label() == "scored candidate":
-            handle.set_alpha(0.8)  # as faint as its points it could not be seen
-    scored = (
-        f"Certified: all {report.space_size:,} architectures of the space are scored"
-        if report.certified
-        else f"Found: {count:,} of the space's {report.space_size:,} architectures are scored"
-    )
-    # A dollar sign in a title is no formula, hence parse_math.
-    title = textwrap.shorten(report.title, 75, placeholder=" ...")
-    figure.text(0.08, 0.945, title, fontsize=15, fontweight="bold", color=ink, parse_math=False)
-    figure.text(0.08, 0.9, scored, fontsize=11, color=ink)
-    canvas = FigureCanvasAgg(figure)
-    write_whole(Path(path), lambda part: canvas.print_png(part, metadata={"Software": None}))
-
-
-def write_html(report: Report, path: str | Path) -> None:
-    """One page that needs nothing beside itself: plot, verdict, frontier with export commands, facts."""
-    from plotly.io import to_html
-
-    plot = to_html(
-        _plotly_figure(report),
-        full_html=False,
-        include_plotlyjs=True,
-        config=PLOT_CONFIGURATION,
-        div_id="frontier",
-        post_script=RECOLOUR,
-    )
-    rows = []
-    for row in _rows(report, report.frontier):
-        architecture, command = escape(row.architecture), escape(report.export_command(row.architecture))
-        rows.append(
-            f"<tbody><tr><td><code>{architecture}</code></td>"
-            f'<td data-label="top-1"><b>{row.top1:.2f} %</b></td>'
-            f'<td data-label="95 % interval">{row.low:.1f} to {row.high:.1f}</td>'
-            f'<td data-label="MACs">{row.macs}</td><td data-label="of dense">{row.of_dense:.1f} %</td>'
-            f'<td data-label="parameters">{row.parameters}</td></tr>'
-            f'<tr><td colspan="6"><pre>{command}</pre></td></tr></tbody>'
-        )
-    dense = report.dense
-    page = PAGE.substitute(
-        title=escape(report.title),
-        verdict=escape(report.verdict),
-        dense=escape(
-            f"The dense network, {dense['architecture']}, reaches {dense['top1']:.2f} % with "
-            f"{human(dense['macs'])} MACs per image and {human(dense['parameters'])} parameters."
-        ),
-        budget="" if report.budget is None else f"The budget was {human(report.budget)} MACs per image.",
-        plot=plot,
-        rows="\n".join(rows),
-        facts="\n".join(
-            f"<dt>{escape(str(name))}</dt><dd>{escape(str(fact))}</dd>" for name, fact in report.facts.items()
-        ),
-    )
-    write_whole(Path(path), lambda part: part.write_text(page, encoding="utf-8"))
+    def export_command(self, architecture: str) -> str:
+        """The shell command that takes an architecture home."""
+        out = f"{self.run}-export"
+        return shlex.join(["poolshare", "export", self.run, "--architecture", architecture, "--out", out])
 
 
 def human(count: float) -> str:
     """A count in three digits and a unit: 1_261_000_000 → "1.26 G"."""
-    divisor, letter = _unit(count)
+    divisor, letter = unit(count)
     value = count / divisor
     decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{decimals}f} {letter}" if letter else f"{count:,.0f}"
 
 
-def _unit(count: float) -> tuple[float, str]:
+def amount(value: float, cost: str) -> str:
+    """A cost in short: "1.26 G" of MACs or parameters, "12.3 ms"."""
+    return f"{value:.3g} ms" if cost == "latency_ms" else human(value)
+
+
+def quantity(value: float, cost: str) -> str:
+    """A cost with its name: "1.26 G MACs", "5.72 M parameters", "12.3 ms"."""
+    return amount(value, cost) if cost == "latency_ms" else f"{human(value)} {COSTS[cost]}"
+
+
+def axis_unit(dense: float, cost: str) -> tuple[float, str]:
+    """Divisor and name of the unit of an axis that reaches to the dense network's cost."""
+    return (1.0, "ms") if cost == "latency_ms" else unit(dense)
+
+
+def axis_label(cost: str, letter: str) -> str:
+    """What stands along an axis."""
+    return f"{COSTS[cost]} ({letter})" if cost == "parameters" else f"{COSTS[cost]} per image ({letter})"
+
+
+def unit(count: float) -> tuple[float, str]:
     """Divisor and letter of the unit in which a count reads best."""
     for divisor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * divisor:  # 999.6 million reads as 1.00 G, not as 1000 M
             return divisor, letter
     return 1.0, ""
-
-
-def _rows(report: Report, frame: pd.DataFrame) -> list[Row]:
-    lows, highs = binomial_interval(frame["correct"], frame["total"])
-    columns = [frame[column] for column in ("architecture", "top1", "macs", "parameters")]
-    return [
-        Row(str(text), top1, low, high, human(macs), 100 * macs / report.dense["macs"], human(parameters))
-        for text, top1, macs, parameters, low, high in zip(*columns, lows, highs, strict=True)
-    ]
-
-
-def _opacity(points: int) -> float:
-    """Faint enough that a crowd of this many points still shows where it is dense."""
-    return float(np.clip(20 / np.sqrt(points), 0.15, 0.7))
-
-
-def _plotly_figure(report: Report) -> "PlotlyFigure":
-    import plotly.graph_objects as go
-
-    def hover(frame: pd.DataFrame) -> list[list[str]]:
-        # Plotly reads hover texts as markup, hence the escaping; long architectures are folded for phones.
-        return [
-            [
-                "<br>".join(escape(line) for line in textwrap.wrap(row.architecture, 34)),
-                f"top-1 {row.top1:.2f} % (95 %: {row.low:.1f} to {row.high:.1f})",
-                f"{row.macs} MACs, {row.of_dense:.1f} % of dense",
-            ]
-            for row in _rows(report, frame)
-        ]
-
-    template = "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>"
-    crowd = go.Scattergl if len(report.candidates) > SVG_LIMIT else go.Scatter
-    figure = go.Figure(layout={"template": "none"})
-    figure.add_trace(
-        crowd(
-            x=report.candidates["macs"].to_numpy(),
-            y=report.candidates["top1"].to_numpy(),
-            customdata=hover(report.candidates),
-            hovertemplate=template,
-            mode="markers",
-            name="scored candidate",
-            marker={"color": CANDIDATE, "size": 5, "opacity": _opacity(len(report.candidates))},
-        )
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=report.frontier["macs"].to_numpy(),
-            y=report.frontier["top1"].to_numpy(),
-            customdata=hover(report.frontier),
-            hovertemplate=template,
-            mode="lines+markers",
-            name="frontier",
-            line={"color": FRONTIER, "width": 2, "shape": "hv"},
-            marker={"size": 9},
-        )
-    )
-    dense = report.dense
-    figure.add_trace(
-        go.Scatter(
-            x=[dense["macs"]],
-            y=[dense["top1"]],
-            customdata=[[escape(str(dense["architecture"])), human(dense["macs"])]],
-            hovertemplate="<b>dense: %{customdata[0]}</b><br>top-1 %{y:.2f} %<br>%{customdata[1]} MACs<extra></extra>",
-            mode="markers",
-            name="dense",
-            marker={"symbol": "star", "size": 16, "color": DENSE},
-        )
-    )
-    if report.budget is not None:
-        figure.add_vline(
-            report.budget,
-            line={"color": BUDGET, "dash": "dash", "width": 1.5},
-            annotation={"text": f"budget {human(report.budget)}", "font": {"color": BUDGET}},
-        )
-    figure.update_layout(PLOT_LAYOUT)
-    return figure
 
 
 def load_report(folder: RunFolder, budget: str | None = None) -> Report:
@@ -378,28 +231,70 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     Raises RunError where files are missing or damaged, BudgetError for a budget that no candidate keeps.
     """
     summary, candidates = folder.read_summary(), folder.read_candidates()
-    limit = summary["budget_macs"] if budget is None else parse_budget(budget, summary["dense"]["macs"])
-    config = folder.config.model_dump(mode="json", exclude_defaults=True)
-    facts = {name.replace("_", " "): str(value) for name, value in config.items()}
-    facts["images scored on"] = f"{candidates['total'].iloc[0]:,} (search-validation)"
-    facts |= {f"seconds {phase}": f"{seconds:,.0f}" for phase, seconds in summary["seconds"].items()}
-    worst = float(candidates["top1"].min())
-    facts["hypervolume"] = (
-        f"{hypervolume(candidates, (worst, summary['dense']['macs'])):.4f} of the rectangle between "
-        f"{worst:.2f} % at the dense network's MACs and 100 % at none"
-    )
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    out = shlex.quote(str(folder.path))
-    return Report(
+    dense, trust = summary["dense"], folder.read_trust()
+    limit = summary["budget_macs"] if budget is None else parse_budget(budget, dense["macs"])
+    report = Report(
         title=f"{folder.config.model} on {folder.config.data}",
         candidates=candidates,
-        frontier=frontier(candidates, budget=limit),
-        dense=summary["dense"],
-        budget=limit,
+        dense=dense,
         certified=summary["certified"] and len(candidates) == summary["space_size"],
         space_size=summary["space_size"],
-        facts=facts,
-        export_command=lambda architecture: (
-            f"poolshare export {out} --architecture {shlex.quote(architecture)} --out {out}-export"
-        ),
+        run=str(folder.path),
+        limits={} if limit is None else {"macs": limit},
+        facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
+        included=tuple(summary.get("included", ())),
+        trust=trust if trust and "tau" in trust else None,  # else not measured to the end
+        space=SearchSpace(**summary["space"]),
+        retraining=_retraining(folder.config, summary, candidates),
     )
+    _ = report.frontier  # a budget that nothing keeps is refused here
+    return report
+
+
+def write_report(folder: RunFolder) -> Report:
+    """Write the page and the picture of a finished run, and beside them the numbers that no other file holds."""
+    from .figure import figure_png
+    from .page import write_html
+
+    report = load_report(folder)
+    write_csv(folder.path / "layers.csv", report.layer_shares())
+    write_csv(folder.path / "progress.csv", report.progress())
+    figure_png(report, folder.figure)
+    write_html(report, folder.report)
+    return report
+
+
+def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dict[str, dict[str, str]]:
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if value not in (None, {}, [])}
+    configuration = {name.replace("_", " "): _plain(value) for name, value in settings.items()}
+    space = {name.replace("_", " "): _plain(value) for name, value in summary["space"].items() if value is not None}
+    space["architectures"] = f"{summary['space_size']:,}"
+    space["classes"] = _plain(summary["classes"])
+    space["images scored on"] = f"{images:,} (search-validation)"
+    seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
+    return {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
+
+
+def _plain(value: Any) -> str:
+    """A JSON value as people write it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={part}" for name, part in value.items())
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> tuple[int, float] | None:
+    """What retraining would take on the same machine, reckoned from the time the supernet took; None where unknown.
+
+    A supernet's step trains the dense network, the cheapest and two of the space; retraining sees all the images.
+    """
+    epochs, seconds = 15, summary["seconds"].get("training", 0)
+    if not seconds or not config.epochs:
+        return None
+    step = summary["dense"]["macs"] + candidates["macs"].min() + 2 * candidates["macs"].mean()
+    return epochs, seconds / config.epochs / (1 - config.search_fraction) / float(step) * epochs
+
+
+def _names(costs: Sequence[str]) -> str:
+    return ", ".join(COSTS[cost] for cost in costs)

@@ -78,6 +78,7 @@ class RunFolder:
         self.candidates = path / "candidates.csv"
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
+        self.trust = path / "trust.json"
         self.report = path / "report.html"
         self.figure = path / "pareto.png"
 
@@ -221,6 +222,23 @@ class RunFolder:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.summary} is damaged ({error!r}); run the same `poolshare search` again") from None
+
+    def read_trust(self) -> dict[str, Any] | None:
+        """What the verb `trust` wrote, a plan and a recipe before it has finished; None where there is nothing.
+
+        Raises RunError for a damaged file.
+        """
+        try:
+            found = json.loads(self.trust.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or found.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return found
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.trust} is damaged ({error}); remove it and trust.csv to measure trust again"
+            ) from None
 
 
 def versions() -> dict[str, str]:

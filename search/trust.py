@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,9 @@ from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 from .evaluate import count_correct
 from .job import SCORING_BATCH, Job, load_weights, prepare
 from .progress import progress_bar
-from .run import RunFolder, write_csv, write_json
+from .report import write_report
+from .run import FORMAT, RunFolder, write_csv, write_json
 
-FORMAT = 1
 RESAMPLES = 2000  # of the architectures, for the intervals
 POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
 
@@ -102,6 +100,8 @@ def measure_trust(
             write_csv(folder.path / "trust.csv", pd.DataFrame(rows))
     result = header | summarise(pd.DataFrame(rows), plan.seed)
     write_json(folder.path / "trust.json", result)
+    if folder.summary.exists():
+        write_report(folder)  # the page shows it
     return result
 
 
@@ -114,7 +114,7 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
     table = folder.path / "trust.csv"
     if not table.exists():
         return []
-    earlier = read_trust(folder.path)
+    earlier = folder.read_trust()
     changed = [name for name in ("plan", "recipe") if earlier is None or earlier.get(name) != header[name]]
     if changed:
         raise RunError(
@@ -127,20 +127,6 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
         return frame.to_dict("records")
     except ValueError as error:
         raise RunError(f"{table} is damaged ({error}); remove it to measure trust again") from None
-
-
-def read_trust(path: Path) -> dict[str, Any] | None:
-    """trust.json of a run folder, None where there is none. Raises RunError for a damaged one."""
-    file = path / "trust.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({error}); remove it and trust.csv to measure trust again") from None
 
 
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:

@@ -109,6 +109,57 @@ def test_pareto_gives_what_the_table_says(run, verb):
     assert "ask for at least" in err
 
 
+def test_pareto_names_a_point_and_writes_what_it_is_asked_for(run, verb, tmp_path):
+    folder, _ = run
+    table = pd.read_csv(folder / "candidates.csv")
+    files = {name: tmp_path / f"out.{name}" for name in ("png", "html")} | {"csv": tmp_path / "frontier.csv"}
+    words = [part for name, path in files.items() for part in (f"--{name}", path)]
+    status, out, err = verb("pareto", folder, "--cost", "parameters", "--pick", "half-point", *words)
+    assert (status, err) == (0, "")
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line and str(tmp_path) not in line) <= 80
+    assert "parameters (k)" in out
+    assert all(path.exists() for path in files.values())
+    assert len(pd.read_csv(tmp_path / "out.csv")) == len(table)
+    frontier = pd.read_csv(files["csv"])
+    assert frontier["parameters"].is_monotonic_increasing
+    dense = json.loads((folder / "summary.json").read_text())["dense"]
+    close = frontier[frontier["top1"] >= dense["top1"] - 0.5].iloc[0]
+    assert f"half-point: {close['architecture']}\n" in out
+    assert "why: the least parameters that loses at most half a point" in " ".join(out.split())
+    assert f"--architecture '{close['architecture']}'" in out
+
+    status, out, _ = verb("pareto", folder, "--pick", "knee", "--compare", folder, "--compare", folder, "--json")
+    found = json.loads(out)
+    assert len(found["compared"]) == 3
+    assert found["pick"]["architecture"] in set(table["architecture"])
+    assert 0 < found["hypervolume"] < 1
+    for words, problem in (
+        (["--pick", "budget"], "needs a budget"),
+        (["--cost", "latency"], "has no latency"),
+        (["--png", tmp_path / "figure.jpg"], "does not end in .png"),
+        (["--pick", "cheap"], "cheap"),
+    ):
+        status, _, err = verb("pareto", folder, *words)
+        assert status in (1, 2), words
+        assert problem in err
+
+
+def test_show_draws_a_text_or_an_export(run, verb, tmp_path):
+    folder, _ = run
+    status, out, _ = verb("show", "64*2 16@max2d")
+    assert (status, out.count("█") > 10, "max2d 64 → 16" in out) == (0, True, True)
+    layers = json.loads(verb("show", "64*2 16@max2d", "--json")[1])["layers"]
+    assert [layer["tokens"] for layer in layers] == [64, 64, 16]
+    assert verb("export", folder, "--pick", "half-point", "--out", tmp_path / "export")[0] == 0
+    status, out, _ = verb("show", tmp_path / "export")
+    assert status == 0
+    assert "% of dense" in out
+    status, _, err = verb("show", "64 16")
+    assert (status, "needs an operator" in err) == (2, True)
+    status, _, err = verb("show", folder)
+    assert (status, "is no exported folder" in err) == (1, True)
+
+
 def test_an_export_loads_in_a_fresh_process_and_gives_the_supernets_logits(run, verb, tmp_path):
     folder, _ = run
     text = "64*2 4@max2d"
@@ -418,7 +469,11 @@ def test_help_and_version_need_no_heavy_import():
         "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
         "heavy = {'torch', 'optuna', 'pandas', 'timm'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
-    for words in (["--help"], ["--version"], *([name, "--help"] for name in ("space", "search", "pareto", "export"))):
+    for words in (
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("space", "search", "pareto", "show", "export")),
+    ):
         finished = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stderr
         assert finished.stdout

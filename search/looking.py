@@ -1,0 +1,155 @@
+"""The verbs that look at what was found: `pareto` a run, `show` an architecture."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from poolshare.space.errors import ConfigError
+
+from .options import Budget, Json, print_json
+
+if TYPE_CHECKING:
+    from .report import Report
+    from .run import RunFolder
+
+CostName = Annotated[
+    Literal["macs", "parameters", "latency"], typer.Option("--cost", help="What the frontier weighs against accuracy.")
+]
+PickName = Annotated[
+    Literal["half-point", "knee", "budget", "accuracy"] | None,
+    typer.Option(help="Name one point and why. half-point: the cheapest within half a point of dense."),
+]
+
+
+def pareto(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    budget: Budget = None,
+    cost: CostName = "macs",
+    pick: PickName = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Lay another run's frontier over it; repeatable.", metavar="RUN")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the frontier as a table.", metavar="FILE")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw it; the numbers go beside it, with .csv in place of .png.", metavar="FILE")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page of the run anew.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """The frontier of a run, as table and plot.
+
+    pareto.csv, pareto.png and report.html lie in the run folder.
+    """
+    from .report import load_report
+    from .run import RunFolder, write_csv
+
+    folder = RunFolder.open(run)
+    report = load_report(folder, budget)
+    others = [load_report(RunFolder.open(other), budget) for other in compare or []]
+    column = "latency_ms" if cost == "latency" else cost
+    frontier = report.by(column)  # refused before anything is written
+    chosen = None if pick is None else report.pick(pick, column)
+    if csv is not None:
+        write_csv(csv, frontier)
+    if png is not None:
+        from .figure import figure_numbers, figure_png
+
+        if png.suffix.lower() != ".png":
+            raise ConfigError(
+                f"--png {png} does not end in .png; the numbers go beside it, into the same name with .csv"
+            )
+        figure_png(report, png, column, others)
+        figure_numbers([report, *others], png.with_suffix(".csv"), column)
+    if html is not None:
+        from .page import write_html
+
+        write_html(report, html)
+    if as_json:
+        found = outcome(folder, report, column)
+        if chosen is not None:
+            found["pick"] = chosen._asdict()
+        if others:
+            from .terminal import comparison
+
+            found["compared"] = comparison([report, *others], column)
+        return print_json(found)
+    present(report, column, others)
+    console = Console(highlight=False, markup=False)
+    for path in (csv, png, png and png.with_suffix(".csv"), html):
+        if path is not None:
+            console.print(f"written: {path}", soft_wrap=True)
+    if chosen is not None:
+        console.print(f"{chosen.how}: {chosen.architecture}", soft_wrap=True)
+        console.print(f"why: {chosen.why}")
+        console.print(report.export_command(chosen.architecture), soft_wrap=True)
+    else:
+        hint(folder, report, budget)
+
+
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(help='An architecture such as "196*2 100@max2d*3", or an exported folder.', metavar="TEXT|DIR"),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
+    from poolshare.space import Architecture, RunError
+
+    from .report import quantity
+    from .terminal import draw_architecture
+
+    facts: dict[str, Any] = {}
+    if Path(what).is_dir():
+        try:
+            facts = json.loads((Path(what) / "architecture.json").read_text(encoding="utf-8"))
+            architecture = Architecture.parse(facts["architecture"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{what} is no exported folder that can be read ({error!r})") from None
+    else:
+        architecture = Architecture.parse(what)
+    if as_json:
+        layers = [layer._asdict() for layer in architecture.layers]
+        return print_json({"architecture": str(architecture), **architecture.to_json(), "layers": layers})
+    console = Console(highlight=False, markup=False)
+    console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
+    if "macs" in facts:
+        share = facts["macs"] / facts["dense_macs"]
+        parameters = quantity(facts["parameters"], "parameters")
+        console.print(f"{quantity(facts['macs'], 'macs')}, {share:.1%} of dense; {parameters}")
+
+
+def outcome(folder: RunFolder, report: Report, cost: str = "macs") -> dict[str, Any]:
+    """A run in JSON: its summary, and its frontier within the report's budget."""
+    found: dict[str, Any] = {"budget_macs": report.limits.get("macs"), "certified": report.certified}
+    found |= {"hypervolume": report.hypervolume, "frontier": report.by(cost).to_dict("records")}
+    return {"run": str(folder.path), **folder.read_summary(), **found}
+
+
+def present(report: Report, cost: str = "macs", others: list[Report] | None = None) -> None:
+    """Frontier and plot on the terminal."""
+    from .terminal import comparison_table, terminal_plot, terminal_table
+
+    console = Console(highlight=False, markup=False)
+    console.print(terminal_table(report, limit=20, cost=cost))
+    if others:
+        console.print(comparison_table([report, *others], cost))
+    print(terminal_plot(report, colour=console.is_terminal, cost=cost, others=others or ()))
+
+
+def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
+    """Where the report is, and what to do next."""
+    console = Console(highlight=False, markup=False)
+    run = shlex.quote(str(folder.path))
+    budget = budget or folder.config.budget
+    if budget is None and report.frontier["macs"].min() <= 0.6 * report.dense["macs"]:
+        budget = "60%"
+    wish = f"--budget {shlex.quote(budget)}" if budget else "--pick knee"
+    console.print(f"report: {folder.report}", soft_wrap=True)
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)

@@ -1,0 +1,250 @@
+/* What is selected, and everything that follows from it. */
+
+const state = { cost: data.costs[0].name, view: "frontier", row: data.dense, group: "frontier" };
+const costLabel = (cost) => data.costs.find((each) => each.name === cost).label;
+const shellQuote = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
+const plot = new Plot(byId("plot"), state, (row) => select(row));
+
+/* Ranks by accuracy: how many scored candidates are better, and better at no more cost. */
+function ranks(row) {
+  const costs = rows[state.cost];
+  let better = 0, cheaperAndBetter = 0;
+  for (let other = 0; other < data.scored; other++) {
+    if (rows.correct[other] > rows.correct[row]) {
+      better++;
+      if (costs[other] <= costs[row]) cheaperAndBetter++;
+    }
+  }
+  return { better, cheaperAndBetter };
+}
+
+function select(row) {
+  state.row = row;
+  plot.mark();
+  showSelection();
+  showCommands();
+  for (const button of byId("picks").children) button.setAttribute("aria-pressed", String(+button.dataset.row === row));
+  for (const line of byId("frontier").querySelectorAll("tbody tr")) {
+    line.setAttribute("aria-current", String(+line.dataset.row === row));
+  }
+}
+
+/* "cheapest of …", "point 4 of 10", "beaten by …": what this row is. */
+function kindOf(row) {
+  const front = data.frontier[state.cost], place = front.indexOf(row);
+  if (place >= 0) return `Frontier point ${place + 1} of ${front.length}, by ${costLabel(state.cost)}`;
+  if (row === data.dense) return "The dense network";
+  if (data.included.includes(row)) return "Included by hand";
+  return "Scored, not on the frontier";
+}
+
+function showSelection() {
+  const row = state.row, cost = state.cost, costs = rows[cost], front = data.frontier[cost], place = front.indexOf(row);
+  const [low, high] = interval(rows.correct[row]), picked = data.picks[cost].filter((pick) => pick.row === row);
+  byId("selection-kind").textContent = kindOf(row);
+  byId("selection-title").textContent =
+    `${top1[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
+  const { better, cheaperAndBetter } = ranks(row);
+  const why = picked.map((pick) => `${pick.label}: ${pick.why}.`);
+  if (!why.length && row === data.dense) why.push("All tokens, no sharing: the base model as timm has it.");
+  if (!why.length && place < 0) {
+    why.push(cheaperAndBetter
+      ? `${grouped(cheaperAndBetter)} scored architecture${cheaperAndBetter > 1 ? "s are" : " is"} more accurate at no more cost.`
+      : plot.allowed(row) ? "Another is as accurate at less cost." : "Over the budget.");
+  }
+  if (!why.length) why.push("Nothing that was scored is both as cheap and more accurate.");
+  byId("selection-why").textContent = why.join(" ");
+  step("cheaper", "Cheaper", [...front].reverse().find((other) => costs[other] < costs[row]));
+  step("dearer", "Dearer", front.find((other) => costs[other] > costs[row]));
+  byId("architecture").textContent = rows.architecture[row];
+  byId("picture").replaceChildren(drawPicture(rows.architecture[row]));
+
+  const lost = rows.correct[row] - rows.correct[data.dense];
+  const facts = [
+    ["Top-1", `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
+    ["Against dense", `${signed(top1[row] - top1[data.dense], 2)} points`,
+      lost ? `${Math.abs(lost)} ${lost < 0 ? "fewer" : "more"} of ${grouped(data.images)} images right` : "the same number of images right"],
+  ];
+  for (const { name, label } of data.costs) {
+    const share = (100 * rows[name][row]) / rows[name][data.dense];
+    facts.push([label[0].toUpperCase() + label.slice(1), quantity(rows[name][row], name),
+      `${share.toFixed(1)} % of dense, ${signed(share - 100, 1)} %`]);
+  }
+  const scored = grouped(data.scored);
+  const equals = front.length ? "" : "";
+  facts.push(["Accuracy rank", row < data.scored ? `${grouped(better + 1)} of ${scored}` : "not among the scored",
+    `${data.certified ? "of the whole space" : "scored"}; equals share a rank${equals}`]);
+  if (data.numbers) facts.push(["Number in the space", grouped(data.numbers[row]), `of ${grouped(data.spaceSize)}, from 0`]);
+  byId("numbers").replaceChildren(...facts.map(([name, value, note]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, `${value} `, make("small", {}, note)))));
+}
+
+/* A button to the next frontier point, and what it costs or gains. */
+function step(id, word, row) {
+  const button = byId(id), costs = rows[state.cost];
+  button.disabled = row === undefined;
+  button.onclick = () => row === undefined || select(row);
+  if (row === undefined) return button.replaceChildren(id === "cheaper" ? "Cheapest already" : "Nothing better");
+  const points = top1[row] - top1[state.row], share = 100 * (costs[row] / costs[state.row] - 1);
+  button.replaceChildren(id === "cheaper" ? `← ${word}` : `${word} →`,
+    make("small", {}, `${signed(points, 2)} points, ${signed(share, share > -10 && share < 10 ? 1 : 0)} % cost`));
+}
+
+function showCommands() {
+  const row = state.row, text = rows.architecture[row];
+  const out = `${data.run}-export${data.numbers ? `-${data.numbers[row]}` : ""}`;
+  byId("take-which").textContent =
+    `The selected architecture, ${top1[row].toFixed(2)} % at ${quantity(rows[state.cost][row], state.cost)}. ` +
+    "Run these where the search ran.";
+  byId("export").textContent =
+    `poolshare export ${shellQuote(data.run)} --architecture ${shellQuote(text)} --out ${shellQuote(out)}`;
+  byId("retrain").textContent = `poolshare retrain ${shellQuote(out)}`;
+  byId("load").textContent = "import timm, poolshare.supernet\n" +
+    `model = timm.create_model(${JSON.stringify(`local-dir:${out}`)}, pretrained=True)`;
+  const forecast = data.retraining;
+  byId("retrain-time").textContent = forecast
+    ? `By default ${forecast[0]} epochs: reckoned from the search, about ${minutes(forecast[1] * rows.macs[row])} on its machine.` : "";
+}
+
+function minutes(seconds) {
+  if (seconds < 100) return `${Math.max(1, Math.round(seconds))} s`;
+  return seconds < 6000 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+function showPicks() {
+  const cost = state.cost, costs = rows[cost];
+  const picks = [...data.picks[cost]];
+  if (!picks.some((pick) => pick.row === data.dense)) picks.push({ label: "Dense", row: data.dense });
+  byId("picks").replaceChildren(...picks.map((pick) => {
+    const share = ((100 * costs[pick.row]) / costs[data.dense]).toFixed(0);
+    const button = make("button", { type: "button", "data-row": pick.row, "aria-pressed": "false" },
+      make("b", {}, pick.label), make("span", {}, `${top1[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
+    button.addEventListener("click", () => select(pick.row));
+    return button;
+  }));
+  const best = data.picks[cost].find((pick) => pick.how === "half-point");
+  const share = best && (100 * costs[best.row]) / costs[data.dense];
+  byId("headline").textContent = best && share < 99.95
+    ? `Within half a point of dense at ${share.toFixed(0)} % of its ${costLabel(cost)}.`
+    : `Nothing that was scored comes within half a point of dense for fewer ${costLabel(cost)}.`;
+}
+
+function showTable() {
+  const cost = state.cost, costs = rows[cost];
+  const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"), make("th", {}, "Tokens"));
+  for (const name of ["Top-1", "95 % interval", ...data.costs.map((each) => each.label), "Of dense"]) {
+    head.append(make("th", { scope: "col" }, name[0].toUpperCase() + name.slice(1)));
+  }
+  const body = make("tbody");
+  for (const row of data.frontier[cost]) {
+    const [low, high] = interval(rows.correct[row]);
+    const line = make("tr", { "data-row": row, "aria-current": "false" },
+      make("td", { class: "text" }, make("button", { type: "button" }, make("code", {}, rows.architecture[row]))),
+      make("td", {}, drawMini(rows.architecture[row])),
+      make("td", {}, make("b", {}, `${top1[row].toFixed(2)} %`)),
+      make("td", {}, `${low.toFixed(1)} to ${high.toFixed(1)}`),
+      ...data.costs.map(({ name }) => make("td", {}, quantity(rows[name][row], name))),
+      make("td", {}, `${((100 * costs[row]) / costs[data.dense]).toFixed(1)} %`));
+    line.addEventListener("click", () => select(row));
+    body.append(line);
+  }
+  byId("frontier").replaceChildren(make("thead", {}, head), body);
+}
+
+function showCommon() {
+  const group = data.layers[state.group === "all" ? "all" : state.cost];
+  byId("common-words").textContent = group.words;
+  drawHeat(byId("heat"), group);
+}
+
+function showLegend() {
+  const icon = (shape) => make("svg", { viewBox: "0 0 18 14", "aria-hidden": "true" }, shape);
+  const parts = [
+    [make("circle", { cx: 9, cy: 7, r: 3, fill: "var(--crowd)" }), `scored (${grouped(data.scored)})`],
+    [make("path", { class: "front", d: "M1,11 H9 V4 H17" }), "frontier"],
+    [make("rect", { class: "band", x: 1, y: 2, width: 16, height: 10 }), "95 % interval"],
+    [make("polygon", { class: "dense", points: "9,1 15,7 9,13 3,7" }), "dense"],
+  ];
+  if (data.included.length) parts.push([make("rect", { class: "mine", x: 4, y: 2, width: 10, height: 10 }), "included by hand"]);
+  if (data.limits[state.cost]) parts.push([make("line", { class: "budget", x1: 9, x2: 9, y1: 0, y2: 14 }), "budget"]);
+  byId("legend").replaceChildren(...parts.map(([shape, text]) => make("span", {}, icon(shape), text)));
+  if (plot.below) byId("legend").append(make("span", {}, `${grouped(plot.below)} below this view`));
+}
+
+/* A row of choices, exactly one of them on. */
+function choices(id, options, chosen, choose) {
+  for (const [value, label] of options) {
+    const input = make("input", { type: "radio", name: id, value, ...(value === chosen ? { checked: "" } : {}) });
+    input.addEventListener("change", () => choose(value));
+    byId(id).append(make("label", {}, input, make("span", {}, label)));
+  }
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {  // not every viewer of a local file grants that
+    const area = make("textarea", { class: "hidden" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
+let toastTimer = 0;
+function toast(text) {
+  byId("toast").textContent = text;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => (byId("toast").textContent = ""), 1800);
+}
+
+function showAll() {
+  showPicks();
+  showTable();
+  showCommon();
+  plot.draw();
+  showLegend();
+  select(state.row);
+}
+
+byId("main").hidden = false;
+choices("axis", data.costs.map((each) => [each.name, each.label]), state.cost, (cost) => {
+  state.cost = cost;
+  showAll();
+});
+choices("view", [["frontier", "near the frontier"], ["all", "everything"]], state.view, (view) => {
+  state.view = view;
+  plot.draw();
+  showLegend();
+});
+choices("group", [["frontier", "frontier"], ["all", "all scored"]], state.group, (group) => {
+  state.group = group;
+  showCommon();
+});
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    const done = await copy(byId(button.dataset.copy).textContent);
+    toast(done ? "Copied" : "Copying is not allowed here: select the text instead");
+  });
+}
+byId("plot").addEventListener("keydown", (event) => {
+  const front = data.frontier[state.cost], costs = rows[state.cost], at = costs[state.row];
+  const target = {
+    ArrowRight: () => front.find((row) => costs[row] > at) ?? front.at(-1),
+    ArrowLeft: () => [...front].reverse().find((row) => costs[row] < at) ?? front[0],
+    Home: () => front[0],
+    End: () => front.at(-1),
+  }[event.key];
+  if (!target) return;
+  event.preventDefault();
+  select(target());
+});
+const first = data.picks[state.cost].find((pick) => pick.how === "half-point") || data.picks[state.cost][0];
+state.row = first ? first.row : data.dense;
+drawProgress();
+drawTrust();
+showAll();
