@@ -418,7 +418,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except _Stopped:
-        print("stopped; the same command continues from the last finished epoch or generation", file=sys.stderr)
+        print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.supernet import Subnet, measure_macs, measure_parameters
-from poolshare.supernet.checkpoint import load_tensors
 
 from .job import input_config, load_weights, make_supernet, model_options
 from .run import RunFolder, versions
@@ -35,17 +35,17 @@ class Exported:
     model: Subnet
     facts: dict[str, Any]  # architecture.json
     data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
+    digest: str  # of its weights
 
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
     config = folder.config.model_copy(update={"pretrained": False})  # the weights come from the run
     summary = folder.read_summary()
-    tensors, _ = load_tensors(folder.supernet)
     classes = tuple(summary["classes"])
     supernet = make_supernet(config, model_options(config) | {"num_classes": len(classes)})
     supernet.space.check(architecture)
-    load_weights(supernet, tensors, folder.supernet)
+    load_weights(supernet, folder.supernet)
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
     facts = {
@@ -114,6 +114,7 @@ def save_export(
             {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()},
             temporary / "model.safetensors",
         )
+        record["weights_sha256"] = _digest(temporary / "model.safetensors")
         (temporary / "config.json").write_text(config_text + "\n", encoding="utf-8")
         (temporary / "architecture.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8")
@@ -149,6 +150,9 @@ def load_export(path: str | Path) -> Exported:
             raise RunError(f"{path / 'architecture.json'} lacks {', '.join(sorted(missing))}; export it again")
         if json.loads((path / "config.json").read_text(encoding="utf-8"))["architecture"] != "poolshare_vit":
             raise RunError(f"{path / 'config.json'} is of another model than poolshare_vit")
+        digest = _digest(path / "model.safetensors")
+        if facts.get("weights_sha256", digest) != digest:
+            raise RunError(f"{path / 'model.safetensors'} is not what was written there; export it again")
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
         if Architecture.from_json(facts) != model.architecture or str(model.architecture) != facts["architecture"]:
             raise RunError(
@@ -164,7 +168,12 @@ def load_export(path: str | Path) -> Exported:
     except Exception as error:  # damage shows as anything from OSError to RuntimeError inside timm and safetensors
         raise RunError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); export it again") from None
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    return Exported(path, model, facts, {key: model.pretrained_cfg[key] for key in keys})
+    return Exported(path, model, facts, {key: model.pretrained_cfg[key] for key in keys}, digest)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from poolshare.space import (
 )
 from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
-from poolshare.supernet.checkpoint import load_facts, load_tensors, save_tensors
+from poolshare.supernet.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.model import create_base
 from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_epoch, train_supernet
@@ -197,7 +198,7 @@ def _announce(job: Job, folder: RunFolder, console: Console) -> None:
     epochs = recipe.epochs - _epochs_trained(folder)
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe)
-        say(f"training the supernet for {epochs} epochs takes about {_minutes(training)}")
+        say(f"training the supernet for {epochs:.4g} epochs takes about {_minutes(training)}")
     else:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
     whole, images = forecast_space(space, macs), len(job.data.split("search"))
@@ -240,18 +241,16 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _epochs_trained(folder: RunFolder) -> int:
-    for path in (folder.supernet, folder.training):
-        if path.exists():
-            return int(load_facts(path)["epochs"])
-    return 0
+def _epochs_trained(folder: RunFolder) -> float:
+    facts = load_facts(folder.supernet) if folder.supernet.exists() else load_state_facts(folder.training)
+    return float((facts or {}).get("epochs", 0))
 
 
 def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
     trained = _epochs_trained(folder)
     if trained > recipe.epochs:
         raise RunError(
-            f"{folder.path} was trained for {trained} epochs already; ask for --epochs {trained} or more, "
+            f"{folder.path} was trained for {trained:g} epochs already; ask for --epochs {math.ceil(trained)} or more, "
             "or search into a new folder"
         )
 
@@ -261,11 +260,10 @@ def _train(job: Job, folder: RunFolder, console: Console) -> float:
     start, recipe = time.monotonic(), job.recipe
     trained = _epochs_trained(folder)
     if folder.supernet.exists() and trained == recipe.epochs:
-        tensors, _ = load_tensors(folder.supernet)
-        load_weights(job.supernet, tensors, folder.supernet)
+        load_weights(job.supernet, folder.supernet)
         return 0.0
     if folder.candidates.exists():  # scored with weights that now change
-        folder.candidates.rename(folder.path / f"candidates-{trained}-epochs.csv")
+        folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
     total = recipe.epochs * steps_per_epoch(job.data, recipe)
     with progress_bar(console, "training the supernet", total) as advance:
         train_supernet(
@@ -277,12 +275,15 @@ def _train(job: Job, folder: RunFolder, console: Console) -> float:
             workers=job.config.workers,
             state=folder.training,
             progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+            say=partial(console.print, markup=False, soft_wrap=True),
         )
     save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
     return time.monotonic() - start
 
 
-def load_weights(supernet: SuperNet, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def load_weights(supernet: SuperNet, path: Path) -> None:
+    """Put the trained weights of a run into its supernet. Raises RunError where they are damaged or another's."""
+    tensors, _ = load_tensors(path, shapes_of(supernet))
     try:
         supernet.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from rich.console import Console
 from torch import nn
 
 from poolshare.space import ConfigError, DataError
-from poolshare.supernet import count_macs, measure_latency
-from poolshare.supernet.data import Data, open_data
+from poolshare.space.files import held
+from poolshare.supernet import count_macs, distributed, measure_latency
+from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .export import Exported, check_new, load_export, save_export
@@ -36,6 +40,7 @@ def retrain(
     data_dir: str | None = None,
     download: bool = False,
     from_scratch: bool = False,
+    teacher: str | Path | None = None,
     seed: int = 0,
     recipe_changes: Mapping[str, Any] | None = None,
     workers: int = 0,
@@ -45,15 +50,20 @@ def retrain(
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
 
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
-    Returns what the new folder's architecture.json says. An interrupted call continues from its last epoch.
-    Raises RunError where `out` exists, DataError where the data has other classes than the model.
+    teacher: an exported folder of the same classes and input, from whose probabilities it learns too.
+    Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
+    its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
+    processes they train together; the first one tests and writes, the others return nothing.
+    Raises RunError where `out` exists or is being made, DataError where the data has other classes than the model.
     """
     out, console = Path(out), console or Console(quiet=True)
     check_new(out)
+    place = pick_device(device)
     source = load_export(exported)
-    # The seed of the search decides the splits, the seed of the retraining order and augmentation.
-    opened = replace(_open(source, data, data_dir, download), seed=seed)
     recipe = _recipe(source, from_scratch, recipe_changes or {})
+    guide = None if teacher is None else _teacher(source, teacher)
+    # The seed of the search decides the splits, the seed of the retraining order and augmentation.
+    opened = replace(_open(source, data, data_dir, download, recipe.augmentation), seed=seed)
     torch.manual_seed(seed)
     model: Any = source.model
     if from_scratch:
@@ -61,40 +71,74 @@ def retrain(
         fresh = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
         fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
         model = fresh
-    model = model.to(pick_device(device))
-    model_identity = {"model": str(source.path.resolve()), "architecture": str(model.architecture), "data": opened.name}
-    state = out.with_name(f".{out.name}.training.safetensors")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
-    with progress_bar(console, "retraining", total) as advance:
-        train_model(
-            model,
-            opened,
-            recipe,
-            seed=seed,
-            workers=workers,
-            state=state,
-            settings={"from_scratch": from_scratch, "seed": seed, "recipe": recipe.model_dump(), **model_identity},
-            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
-        )
-    correct, images = accuracy(model, opened, workers)
-    start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
-    facts = {key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")}
-    facts |= {
-        "data": opened.name,
-        "data_dir": data_dir or source.facts["data_dir"],
-        "data_fingerprint": opened.fingerprint,
-        "test_top1": 100 * correct / images,
-        "test_correct": correct,
-        "test_total": images,
-        "recipe": recipe.model_dump(),
-        "from_scratch": from_scratch,
-        "retrain_seed": seed,
-        "weights": f"{start}, retrained for {recipe.epochs} epochs on {opened.name}",
+    model = model.to(place)
+    settings = {
+        "architecture": str(model.architecture),
+        "weights": None if from_scratch else source.digest,
+        "teacher": guide and guide.digest,
+        "epochs": recipe.epochs,
+        "data": opened.fingerprint,
     }
-    save_export(out, model.cpu(), opened.classes, source.data_config, facts)
-    state.unlink(missing_ok=True)
+    first = distributed.rank() == 0
+    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
+    with _workplace(out) if first else nullcontext() as kept:
+        with distributed.joined(place), progress_bar(console, "retraining", total) as advance:
+            train_model(
+                model,
+                opened,
+                recipe,
+                teacher=guide and guide.model,
+                seed=seed,
+                workers=workers,
+                state=kept and kept / "training.safetensors",
+                settings=settings,
+                progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+                say=partial(console.print, markup=False, soft_wrap=True),
+            )
+        if not first:
+            return {}
+        correct, images = accuracy(model, opened, workers)
+        start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
+        facts = {
+            key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
+        }
+        facts |= {
+            "data": opened.name,
+            "data_dir": data_dir or source.facts["data_dir"],
+            "data_fingerprint": opened.fingerprint,
+            "test_top1": 100 * correct / images,
+            "test_correct": correct,
+            "test_total": images,
+            "recipe": recipe.model_dump(),
+            "from_scratch": from_scratch,
+            "retrain_seed": seed,
+            "weights": f"{start}, retrained for {recipe.epochs} epochs on {opened.name}"
+            + (f" with {guide.path.name} as teacher" if guide else ""),
+        }
+        save_export(out, model.cpu(), opened.classes, source.data_config, facts)
     return facts
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """The hidden folder beside `out` where a retraining keeps its state; held, and gone when all is done."""
+    folder = out.with_name(f".{out.name}.retraining")
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        check_new(out)  # who held it may have finished
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _teacher(source: Exported, path: str | Path) -> Exported:
+    """The exported folder `path`, if it can teach the source."""
+    teacher = load_export(path)
+    if teacher.facts["classes"] != source.facts["classes"] or teacher.data_config != source.data_config:
+        raise ConfigError(
+            f"--teacher {path} knows other classes or takes other images than {source.path} ({teacher.data_config} "
+            f"there, {source.data_config} here); take an export of the same search, such as its dense model"
+        )
+    return teacher
 
 
 def evaluate(
@@ -148,7 +192,13 @@ def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | 
     return correct, images
 
 
-def _open(source: Exported, data: str | None, data_dir: str | None, download: bool) -> Data:
+def _open(
+    source: Exported,
+    data: str | None,
+    data_dir: str | None,
+    download: bool,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+) -> Data:
     """The data set, in the model's input format. Raises DataError where its classes are not the model's."""
     name = data or source.facts["data"]
     opened = open_data(
@@ -156,6 +206,7 @@ def _open(source: Exported, data: str | None, data_dir: str | None, download: bo
         data_dir=data_dir or (source.facts["data_dir"] if name == source.facts["data"] else None),
         download=download,
         seed=source.facts["seed"],  # where test images had to be set aside, the search has not seen them
+        augmentation=augmentation,
         **opening_options(source.data_config),
     )
     if name == source.facts["data"] and opened.fingerprint != source.facts["data_fingerprint"]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,7 +15,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from poolshare.space import Architecture, ConfigError, RunError
-from poolshare.space.files import write_whole
+from poolshare.space.files import held, write_whole
 
 FORMAT = 1
 MAY_DIFFER = ("trials", "epochs", "workers", "device")  # between two calls on one run folder
@@ -72,7 +70,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: SearchConfig):
         self.path, self.config = path, config
-        self.training = path / "training.safetensors"  # weights and optimiser after the last epoch
+        self.training = path / "training.safetensors"  # state of the training; the one before it is kept beside it
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"
         self.candidates = path / "candidates.csv"
@@ -140,7 +138,7 @@ class RunFolder:
         cls.check(path, config)
         folder = cls(Path(path), config)
         folder.path.mkdir(parents=True, exist_ok=True)
-        with folder._locked():
+        with held(folder.path):
             cls.check(path, config)  # the process that held it may have begun it meanwhile
             yield folder
 
@@ -163,23 +161,6 @@ class RunFolder:
     def data_fingerprint(self) -> str:
         """What `write_config` was given when the run was begun."""
         return str(json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("data"))
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        import fcntl
-
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
-            except OSError:
-                file.seek(0)
-                raise RunError(
-                    f"{self.path} is in use by {file.read().strip() or 'another process'}; wait, or stop it"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
 
     def read_candidates(self) -> pd.DataFrame:
         """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""

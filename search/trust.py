@@ -17,7 +17,6 @@ from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 from poolshare.supernet import Subnet
-from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
@@ -69,7 +68,7 @@ def measure_trust(
     console = console or Console(quiet=True)
     job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
-    load_weights(job.supernet, load_tensors(folder.supernet)[0], folder.supernet)
+    load_weights(job.supernet, folder.supernet)
     recipe = job.recipe.model_copy(update={} if epochs is None else {"epochs": epochs})
     header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
     rows = _earlier_rows(folder, header)

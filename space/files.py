@@ -1,20 +1,69 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and folders held by one process at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import RunError
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place: readers see the old or the new."""
+
+def write_whole(path: Path, write: Callable[[Path], Any], earlier: Path | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place: readers see the old or the new.
+
+    Both are on the disk when this returns, so a power cut leaves one of them too. earlier: where to keep what stood
+    at `path` before; a reader that finds no `path`, because the power failed between the two moves, takes that.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if earlier is not None and path.exists():
+            os.replace(path, earlier)
         os.replace(temporary, path)
+        _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files that killed writers of `path` left. For a process that alone may write it."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens no folders
+        return
+    try:
+        os.fsync(opened)
+    except OSError:  # a file system that syncs none
+        pass
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process; its `.lock` says who does. Raises RunError, naming the owner, if held."""
+    import fcntl
+
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
+        except OSError:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}; wait, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

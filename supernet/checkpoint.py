@@ -1,28 +1,40 @@
-"""Training state on disk: written whole or not at all, read back without pickle."""
+"""Tensors and training state on disk: whole or not at all, with a checksum; read back without pickle, shapes first."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from poolshare.space import RunError
-from poolshare.space.files import write_whole
+from poolshare.space.files import remove_leftovers, write_whole
+
+from . import distributed
 
 FORMAT = 1
 
+Shapes = Mapping[str, tuple[int, ...]]
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and JSON facts as one safetensors file."""
-    metadata = {"poolshare": json.dumps({"format": FORMAT, **facts})}
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], earlier: Path | None = None
+) -> None:
+    """Write tensors and JSON facts as one safetensors file with a checksum; `earlier`: see `write_whole`."""
+    text = json.dumps({"format": FORMAT, **facts})
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {"poolshare": text, "facts sha256": _checksum(text, {}), "sha256": _checksum(text, contiguous)}
     try:
-        write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata))
+        write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata), earlier)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
@@ -31,24 +43,108 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
 
 def load_facts(path: Path) -> dict[str, Any]:
     """The facts that `save_tensors` wrote, without reading the tensors. Raises RunError for anything else."""
-    return _read(path, tensors=False)[1]
+    return _read(path, None, tensors=False)[1]
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: tensors on the CPU, and the facts. Raises RunError for anything else."""
-    return _read(path, tensors=True)
+def load_tensors(path: Path, shapes: Shapes | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: tensors on the CPU, and the facts.
+
+    shapes: which tensors there may be, and of what shape; looked at before any tensor is read.
+    Raises RunError for a file that is not ours, is damaged, or holds other tensors.
+    """
+    return _read(path, shapes, tensors=True)
 
 
-def _read(path: Path, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["poolshare"])
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+            text = metadata["poolshare"]
+            if metadata.get("facts sha256", "") not in ("", _checksum(text, {})):
+                raise ValueError("the checksum of its facts does not match")
+            facts = json.loads(text)
+            names = list(file.keys())
+            if shapes is not None:
+                _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
+            found = {name: file.get_tensor(name) for name in names} if tensors else {}
+        if tensors and metadata.get("sha256", "") not in ("", _checksum(text, found)):
+            raise ValueError("its checksum does not match")
+    except RunError:
+        raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is no file of ours, or damaged ({error}); delete it to begin this part again") from None
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise RunError(f"{path} has another format version than {FORMAT}; use the poolshare version that wrote it")
     return found, facts
+
+
+def _compare(path: Path, found: Shapes, shapes: Shapes) -> None:
+    wrong = [
+        f"{name} is {shape}, not {shapes[name]}" if name in shapes else f"{name} has no place"
+        for name, shape in found.items()
+        if shapes.get(name) != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RunError(f"{path} is of another model: {'; '.join(wrong[:3])}{more}; use the model it was made with")
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Over the facts, and names, types, shapes and bytes of the tensors."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def state_before(path: Path) -> Path:
+    """Where the state before the newest one is kept."""
+    return path.with_name(f"{path.stem}-before{path.suffix}")
+
+
+def save_state(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a training state; the newest before it is kept beside it."""
+    save_tensors(path, tensors, facts, earlier=state_before(path))
+
+
+def load_state(
+    path: Path, shapes: Shapes, say: Callable[[str], None]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest state that is whole, as `load_tensors` gives it; None where there is none.
+
+    say: is told where the newest one was damaged and the one before it is taken. Raises RunError where both are.
+    """
+    before = state_before(path)
+    if not path.exists():  # none yet, or the power failed between the two moves of a save
+        return load_tensors(before, shapes) if before.exists() else None
+    try:
+        return load_tensors(path, shapes)
+    except RunError:
+        if not before.exists():
+            raise
+        found = load_tensors(before, shapes)
+    say(f"{path} is damaged; training goes on from the state before it")
+    os.replace(before, path)  # or the next save would keep the damaged one in its place
+    return found
+
+
+def load_state_facts(path: Path) -> dict[str, Any] | None:
+    """The facts of the newest state that has readable ones; None where there is no state."""
+    before = state_before(path)
+    if path.exists():
+        try:
+            return load_facts(path)
+        except RunError:
+            if not before.exists():
+                raise
+    return load_facts(before) if before.exists() else None
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's weights, by name."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -61,6 +157,16 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
+def optimizer_shapes(optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
+    """What `flatten_optimizer` can give for an AdamW, by name."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, parameter in enumerate(parameters):
+        shapes |= {f"{index}/step": (), f"{index}/exp_avg": tuple(parameter.shape)}
+        shapes[f"{index}/exp_avg_sq"] = tuple(parameter.shape)
+    return shapes
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `flatten_optimizer` took."""
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -68,3 +174,87 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class TrainingState:
+    """What changes in training, and its file: weights, the optimiser's moments, a moving average, the step."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        identity: Mapping[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: ModelEmaV3 | None,
+        say: Callable[[str], None],
+    ):
+        self.path = path if distributed.rank() == 0 else None
+        self.identity = json.loads(json.dumps(identity))
+        self.model, self.optimizer, self.average, self.say = model, optimizer, average, say
+        self.saved = time.monotonic()
+        if self.path is not None:
+            remove_leftovers(self.path)
+
+    @property
+    def seconds(self) -> float:
+        """Since the last save, if there is a file at all."""
+        return time.monotonic() - self.saved if self.path is not None else -1.0
+
+    def save(self, step: int, steps: int) -> None:
+        """Write the file; `step` steps are done, `steps` make an epoch."""
+        if self.path is None:
+            return
+        parts = {"model": self.model.state_dict(), "optimizer": flatten_optimizer(self.optimizer)}
+        if self.average is not None:
+            parts["average"] = self.average.module.state_dict()
+        tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+        save_state(self.path, tensors, {"step": step, "epochs": step / steps, "identity": self.identity})
+        self.saved = time.monotonic()
+
+    def restore(self) -> int:
+        """Put back what the file of the first process holds, on all of them; returns the number of steps done."""
+        step, moments = self._load()
+        step = distributed.from_first(step)
+        if step:  # weights reach the other processes when the model is made parallel, their average is the first's
+            device = next(self.model.parameters()).device
+            restore_optimizer(self.optimizer, distributed.tensors_from_first(moments, device))
+        return step
+
+    def _load(self) -> tuple[int, Mapping[str, torch.Tensor]]:
+        """Steps done and the optimiser's tensors; weights and their average are put back."""
+        if self.path is None:
+            return 0, {}
+        weights = shapes_of(self.model)
+        parts = {"model": weights, "optimizer": optimizer_shapes(self.optimizer)}
+        if self.average is not None:
+            parts["average"] = weights
+        shapes = {f"{part}/{name}": shape for part, names in parts.items() for name, shape in names.items()}
+        facts = load_state_facts(self.path)
+        if facts is not None:
+            self._refuse_another(facts)
+        found = load_state(self.path, shapes, self.say)
+        if found is None:
+            return 0, {}
+        values: dict[str, dict[str, torch.Tensor]] = {part: {} for part in parts}
+        for key, value in found[0].items():
+            part, name = key.split("/", 1)
+            values[part][name] = value
+        if missing := weights.keys() - values["model"].keys():
+            raise RunError(f"{self.path} lacks {', '.join(sorted(missing)[:3])}; delete it to begin this part again")
+        self.model.load_state_dict(values["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(values["average"])
+        return int(found[1]["step"]), values["optimizer"]
+
+    def _refuse_another(self, facts: Mapping[str, Any]) -> None:
+        earlier = facts.get("identity", {})
+        changed = [
+            f"{name}: {earlier.get(name)!r} there, {self.identity.get(name)!r} now"
+            for name in {**self.identity, **earlier}
+            if earlier.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise RunError(
+                f"{self.path} is the state of another training ({'; '.join(changed)}); repeat that one to continue "
+                "it, or delete the file"
+            )

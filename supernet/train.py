@@ -1,112 +1,51 @@
-"""One training loop, for the supernet (sandwich) and for a single model (labels)."""
+"""One training loop, for the supernet (sandwich) and for a single model (labels); it can be stopped at any step."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from timm.data import Mixup
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from poolshare.space import Architecture, Band, BudgetError, CostTable, RunError, SearchSpace, TrainingError
+from poolshare.space import ConfigError, CostTable, TrainingError
 
-from .checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
-from .data import Data
+from . import distributed
+from .checkpoint import TrainingState
+from .data import Data, keyed_generators
+from .interrupt import kept_signals
 from .model import SuperNet
+from .recipe import Recipe
+from .sandwich import Sandwich, sandwich_loss
 
-BatchLoss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # images, labels, step → scalar loss
+# model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
+BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
 Progress = Callable[[int, float], None]  # steps done, loss of the last
+Say = Callable[[str], None]  # what a person should know
 
-
-class Recipe(BaseModel):
-    """How to train. AdamW with a cosine schedule after a linear warm-up."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(30, ge=0)
-    batch_size: int = Field(64, ge=1)  # images of one optimiser step
-    lr: float = Field(2e-3, gt=0)  # peak learning rate
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, le=1)  # share of all steps
-    clip_grad: float | None = Field(1.0, gt=0)  # largest gradient norm
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    layer_decay: float | None = Field(None, gt=0, le=1)  # learning-rate factor from block to block, for warm starts
-    amp: Literal["none", "bf16"] = "none"
-
-
-class Sandwich:
-    """Which architectures a supernet step trains: the largest, the smallest, and `students` drawn across MAC bands.
-
-    Bands are of equal width from the cheapest to the dearest, so that small and large networks get equal shares
-    whatever their numbers. Draws are keyed by (seed, step) alone: nothing to save, and the same on every process.
-    """
-
-    def __init__(self, space: SearchSpace, costs: CostTable, seed: int, students: int = 2, bands: int = 8):
-        self.space, self.seed, self.students = space, seed, students
-        self.largest, self.smallest = space[0], space.cheapest(costs)
-        low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
-        borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
-        self.bands: list[Band] = []
-        for start, stop in pairwise(borders):
-            try:
-                self.bands.append(space.within(costs, start, stop - 1))
-            except BudgetError:  # nothing costs so much: no band to draw from
-                continue
-
-    def at(self, step: int) -> list[Architecture]:
-        """The architectures of one step, the largest first."""
-        rng = random.Random(f"sandwich {self.seed} {step}")
-        drawn = [rng.choice(self.bands).sample(rng) for _ in range(self.students)]
-        return [self.largest, self.smallest, *drawn]
-
-
-def sandwich_loss(
-    supernet: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    architectures: Sequence[Architecture],
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """The first architecture on the labels, the others on its detached logits, in one forward (BigNAS, 2003.11142).
-
-    images (B, channels, H, W), labels (B,). The students' cross-entropies with the teacher's distribution are
-    averaged, so all of them together weigh as much as the teacher.
-    """
-    teacher, *students = supernet(images, architectures).unbind(0)  # each (B, classes)
-    loss = F.cross_entropy(teacher, labels, label_smoothing=label_smoothing)
-    if not students:
-        return loss
-    targets = teacher.detach().softmax(dim=-1)
-    return loss + torch.stack([F.cross_entropy(student, targets) for student in students]).mean()
+SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
 
 
 def train_supernet(
-    supernet: SuperNet,
-    data: Data,
-    costs: CostTable,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    workers: int = 0,
-    state: Path | None = None,
-    progress: Progress | None = None,
+    supernet: SuperNet, data: Data, costs: CostTable, recipe: Recipe, *, seed: int = 0, **options: Any
 ) -> None:
-    """Train all architectures of the supernet's space at once on the `train` split; resumes from `state`."""
+    """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`."""
     sandwich = Sandwich(supernet.space, costs, seed)
 
-    def loss(images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return sandwich_loss(supernet, images, labels, sandwich.at(step), recipe.label_smoothing)
+    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        return sandwich_loss(model, images, labels, sandwich.at(step), _smoothing(recipe, labels))
 
-    fit(supernet, loss, data, recipe, seed=seed, workers=workers, state=state, progress=progress)
+    fit(supernet, loss, data, recipe, seed=seed, **options)
 
 
 def train_model(
@@ -114,30 +53,43 @@ def train_model(
     data: Data,
     recipe: Recipe,
     *,
+    teacher: nn.Module | None = None,
     full: bool = True,
-    seed: int = 0,
-    workers: int = 0,
-    state: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> None:
-    """Train one model on the labels of the full training split, or of `train` alone; resumes from `state`."""
+    """Train one model on the labels of the full training split, or of `train` alone; options: those of `fit`.
 
-    def loss(images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
+    teacher: gives the same classes for the same images; `recipe.distill` of the loss is then the cross-entropy with
+    its distribution. Drop-path is on while training alone.
+    """
 
-    fit(
-        model,
-        loss,
-        data,
-        recipe,
-        full=full,
-        seed=seed,
-        workers=workers,
-        state=state,
-        settings=settings,
-        progress=progress,
-    )
+    def loss(trained: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        logits = trained(images)
+        by_labels = F.cross_entropy(logits, labels, label_smoothing=_smoothing(recipe, labels))
+        if teacher is None:
+            return by_labels
+        with torch.no_grad():
+            targets = teacher(images).softmax(dim=-1)
+        return (1 - recipe.distill) * by_labels + recipe.distill * F.cross_entropy(logits, targets)
+
+    if teacher is not None:
+        teacher.to(next(model.parameters()).device).eval()
+    set_drop_path(model, recipe.drop_path)
+    try:
+        fit(model, loss, data, recipe, full=full, **options)
+    finally:
+        set_drop_path(model, 0.0)
+
+
+def set_drop_path(model: Any, rate: float) -> None:
+    """Let block i of n skip its branches with probability rate · i / (n − 1), as timm does."""
+    blocks = getattr(model, "blocks", ()) if rate else []
+    for block, one in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(one) if one else nn.Identity() for _ in range(2))
+
+
+def _smoothing(recipe: Recipe, labels: torch.Tensor) -> float:
+    return recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels are smoothed already
 
 
 def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
@@ -156,84 +108,153 @@ def fit(
     workers: int = 0,
     state: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    save_seconds: float = SECONDS_BETWEEN_SAVES,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> None:
-    """Minimise `batch_loss` over the training split, in place.
+    """Minimise `batch_loss` over the training split, in place; all processes that torchrun started share the work.
 
-    state: a file that is written after every epoch, and from which the next call continues: the result is the one
-    of an undisturbed run. settings: JSON values that a state must have been begun with, or RunError is raised.
-    Raises TrainingError for a loss that is not finite; `state` then holds the last finite epoch.
+    state: a file from which the next call continues as if nothing had happened. It is written after every epoch,
+    every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
+    kept beside it. Only the first process reads and writes it.
+    settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
+    epochs of the recipe may differ. Raises TrainingError where loss or weights are not finite, ConfigError for a
+    batch that cannot be mixed.
     """
     if recipe.epochs == 0:
         return
     device = next(model.parameters()).device
     steps = steps_per_epoch(data, recipe, full)
+    total = recipe.epochs * steps
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
     )
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=recipe.epochs * steps,
+        t_initial=total,
         lr_min=recipe.lr * 1e-2,
-        warmup_t=math.ceil(recipe.warmup * recipe.epochs * steps),
+        warmup_t=math.ceil(recipe.warmup * total),
         warmup_lr_init=recipe.lr * 1e-2,
         t_in_epochs=False,
     )
-    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
-    first_epoch = _restore(state, model, optimizer, settings) if state is not None and state.exists() else 0
+    average = None if recipe.ema is None else ModelEmaV3(model, recipe.ema, use_warmup=True)
+    mixer = _Mixer(recipe, len(data.classes), seed) if recipe.mixup or recipe.cutmix else None
+    identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
+    kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None))
+    first = kept.restore()
+    trained = distributed.parallel(model)
     model.train()
-    if progress and first_epoch:
-        progress(first_epoch * steps, math.nan)
-    for epoch in range(first_epoch, recipe.epochs):
-        batches = data.train_loader(epoch, recipe.batch_size, full=full, workers=workers)
-        for step, (images, labels) in enumerate(batches, start=epoch * steps):
+    if progress and first:
+        progress(first, math.nan)
+    with kept_signals(state is not None or distributed.world_size() > 1) as stop:
+        for step, images, labels in _batches(data, recipe, full, first, steps, workers):
             # Dropout and drop-path of a resumed run are those of an undisturbed one.
-            torch.manual_seed(_key(seed, step))
+            torch.manual_seed(_key(seed, step, distributed.rank()))
             schedule.step_update(step)
-            with autocast:
-                loss = batch_loss(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step)
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss.item()} at step {step + 1} of {recipe.epochs * steps} (epoch {epoch + 1}); "
-                    f"{'the last finite epoch is kept; ' if state is not None and state.exists() else ''}"
-                    f"try a --lr below {recipe.lr:g} with a new --out"
-                )
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if mixer is not None:
+                images, labels = mixer(images, labels, step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = _backward(trained, batch_loss, images, labels, step, recipe)
+            value, stopping = distributed.agree(loss, stop.number)
+            if not math.isfinite(value):
+                raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
             if recipe.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
             optimizer.step()
+            if average is not None:
+                average.update(model, step + 1)
+            done = step + 1
+            if stopping or done % steps == 0 or kept.seconds >= save_seconds:
+                if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+                    raise _not_finite("a weight is not finite", step, steps, recipe, state)
+                kept.save(done, steps)
             if progress:
-                progress(step + 1, loss.item())
-        if state is not None:
-            _save(state, model, optimizer, epoch + 1, settings)
+                progress(done, value)
+            if stopping:
+                distributed.wait_for_first()  # it may still be writing
+                kept.say(f"stopping after step {done:,} of {total:,}" + (", which is saved" if state else ""))
+                stop.obey(stopping)
+        if stop.number is not None:  # it came after the last step
+            stop.obey(stop.number)
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     model.eval()
 
 
-def _key(seed: int, step: int) -> int:
-    return random.Random(f"step {seed} {step}").getrandbits(63)
-
-
-def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, settings: Mapping[str, Any] | None
-) -> None:
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"optimizer/{name}": value for name, value in flatten_optimizer(optimizer).items()}
-    save_tensors(path, tensors, {"epochs": epochs, "settings": settings})
-
-
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any] | None) -> int:
-    """Put the state back; returns the number of epochs it has seen."""
-    tensors, facts = load_tensors(path)
-    if facts["settings"] != settings:
-        raise RunError(
-            f"{path} is the state of a training with other settings: {facts['settings']} there, {settings} now; "
-            "repeat those to continue it, or delete the file"
+def _batches(
+    data: Data, recipe: Recipe, full: bool, first: int, steps: int, workers: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """From step `first` on, (step, images, labels) of this process's share."""
+    for epoch in range(first // steps, recipe.epochs):
+        start = max(first - epoch * steps, 0)
+        batches = data.train_loader(
+            epoch,
+            recipe.batch_size,
+            full=full,
+            start_step=start,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=workers,
         )
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-    for key, value in tensors.items():
-        part, name = key.split("/", 1)
-        parts[part][name] = value
-    model.load_state_dict(parts["model"])
-    restore_optimizer(optimizer, parts["optimizer"])
-    return int(facts["epochs"])
+        for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
+            yield step, images, labels
+
+
+def _backward(
+    model: nn.Module, batch_loss: BatchLoss, images: torch.Tensor, labels: torch.Tensor, step: int, recipe: Recipe
+) -> torch.Tensor:
+    """Add the gradients of the mean loss, part by part; returns that loss, (). Shared after the last part alone."""
+    autocast = torch.autocast(images.device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
+    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    whole = torch.zeros((), device=images.device)
+    for index, (some, their_labels) in enumerate(parts):
+        with nullcontext() if index == len(parts) - 1 else distributed.without_sync(model):
+            with autocast:
+                loss = batch_loss(model, some, their_labels, step)
+            weighted = loss if len(parts) == 1 else loss * (len(some) / len(images))
+            weighted.backward()
+            whole += weighted.detach()
+    return whole
+
+
+class _Mixer:
+    """timm's Mixup and CutMix, keyed by (seed, step), and the same however many processes share the batch."""
+
+    def __init__(self, recipe: Recipe, num_classes: int, seed: int):
+        self.seed = seed
+        self.mixup = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            prob=recipe.mix_prob,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
+        if len(images) % 2:
+            raise ConfigError(
+                f"mixup and cutmix pair images, and a process has {len(images)} of them in a step: give a --batch-size "
+                f"whose share is even, such as {distributed.world_size() * (len(images) + 1)}"
+            )
+        # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
+        order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
+        with keyed_generators(self.seed, _MIX, step):
+            return self.mixup(images[order], labels[order])
+
+
+_MIX = 17  # sets these draws apart from the others of the same seed
+
+
+def _not_finite(what: str, step: int, steps: int, recipe: Recipe, state: Path | None) -> TrainingError:
+    remains = "the last state before is kept; " if state is not None and state.exists() else ""
+    return TrainingError(
+        f"{what} at step {step + 1} of {recipe.epochs * steps} (epoch {step // steps + 1}); {remains}"
+        f"try a --lr below {recipe.lr:g} with a new --out"
+    )
+
+
+def _key(seed: int, step: int, rank: int = 0) -> int:
+    """For the global generator; two processes skip other branches."""
+    return random.Random(f"step {seed} {step}" + (f" {rank}" if rank else "")).getrandbits(63)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -477,3 +478,33 @@ def test_help_and_version_need_no_heavy_import():
         finished = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stderr
         assert finished.stdout
+
+
+def test_a_retraining_stopped_by_sigterm_continues_to_the_same_weights_and_holds_its_folder(run, verb, tmp_path):
+    export, out = tmp_path / "export", tmp_path / "out"
+    assert verb("export", run[0], "--budget", "60%", "--out", export)[0] == 0
+    words = ("retrain", export, "--epochs", "6", "-q", "--out")
+    assert verb(*words, tmp_path / "undisturbed")[0] == 0
+    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", *map(str, words[:-2]), "--out"]
+    state = tmp_path / ".out.retraining" / "training.safetensors"
+    with subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True) as other:
+        while not state.exists():
+            time.sleep(0.01)
+        status, _, err = verb(*words, out)
+        assert (status, f"is in use by process {other.pid} on" in err) == (1, True), err
+        other.send_signal(signal.SIGTERM)
+        said = other.stderr.read()
+    assert (other.returncode, "stopped; the same command continues" in said) == (1, True), said
+    assert "which is saved" in said
+    assert not out.exists()
+    status, _, err = verb(*words, out, "--lr", "0.1")
+    assert (status, "lr: 0.001 there, 0.1 now" in err) == (1, True), err
+    assert verb(*words, out)[0] == 0
+    weights = [(path / "model.safetensors").read_bytes() for path in (out, tmp_path / "undisturbed")]
+    assert weights[0] == weights[1]
+    assert not state.parent.exists()
+    content = bytearray(weights[0])
+    content[-3] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    status, _, err = verb("evaluate", out)
+    assert (status, "is not what was written there" in err) == (1, True), err

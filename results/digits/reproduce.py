@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 from scipy.stats import t as student_t
 
@@ -33,7 +31,7 @@ from poolshare.search.run import RunFolder, write_csv, write_json
 from poolshare.space import Architecture
 from poolshare.supernet import SuperNet
 from poolshare.supernet.checkpoint import load_tensors
-from poolshare.supernet.train import fit
+from poolshare.supernet.train import train_model
 
 HERE = Path(__file__).parent
 SEEDS = range(5)
@@ -62,10 +60,7 @@ def dense_path(folder: RunFolder) -> dict[str, float]:
     name, options = job.supernet.base
     alone = SuperNet.from_timm(name, job.supernet.space, **options)
 
-    def labels_only(inputs: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return F.cross_entropy(alone(inputs), labels)
-
-    fit(alone, labels_only, job.data, job.recipe, seed=folder.config.seed)
+    train_model(alone, job.data, job.recipe, full=False, seed=folder.config.seed)
     correct_alone, _ = accuracy(alone, job.data)
     return {"supernet_dense_path": 100 * correct / images, "trained_alone": 100 * correct_alone / images}
 
