@@ -31,9 +31,11 @@ def write_html(report: Report, path: str | Path) -> None:
     """
     script = "\n".join(_asset(name) for name in SCRIPTS)
     style = _asset("style.css")
+    certainty, verdict = report.verdict.split(":", 1)
     page = Template(_asset("page.html")).substitute(
         title=escape(report.title),
-        verdict=escape(report.verdict),
+        certainty=escape(certainty),
+        verdict=escape(verdict),
         facts=_facts(report.facts),
         script_hash=_hash(script),
         style_hash=_hash(style),

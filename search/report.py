@@ -45,6 +45,14 @@ class Pick(NamedTuple):
     why: str
 
 
+class Retraining(NamedTuple):
+    """What the time of retraining is reckoned from."""
+
+    epochs: int  # by default
+    seconds: float  # that these epochs would take if each step took as long as one of the supernet's
+    step_macs: float  # of one image in a step of the supernet
+
+
 @dataclass(frozen=True)
 class Report:
     """One run. Frames have the columns of `pareto`; macs are per image, top1 is in percent."""
@@ -60,7 +68,7 @@ class Report:
     included: Sequence[str] = ()  # architectures that the user asked to be scored
     trust: Mapping[str, Any] | None = None  # trust.json
     space: SearchSpace | None = None
-    retraining: tuple[int, float] | None = None  # default epochs; seconds per MAC of one image, all epochs together
+    retraining: Retraining | None = None  # None where its time cannot be told
 
     def __post_init__(self) -> None:
         for name, part, needed in (
@@ -284,16 +292,16 @@ def _plain(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> tuple[int, float] | None:
-    """What retraining would take on the same machine, reckoned from the time the supernet took; None where unknown.
+def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:
+    """Reckoned from the time the supernet took on the same machine.
 
-    A supernet's step trains the dense network, the cheapest and two of the space; retraining sees all the images.
+    A supernet's step trains the dense network, the cheapest, and two between them; retraining sees all the images.
     """
     epochs, seconds = 15, summary["seconds"].get("training", 0)
     if not seconds or not config.epochs:
         return None
-    step = summary["dense"]["macs"] + candidates["macs"].min() + 2 * candidates["macs"].mean()
-    return epochs, seconds / config.epochs / (1 - config.search_fraction) / float(step) * epochs
+    step = 2 * (summary["dense"]["macs"] + float(candidates["macs"].min()))
+    return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)
 
 
 def _names(costs: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 function drawHeat(table, group) {
   const depth = group.rows[0].shares.length;
-  const names = { tokens: (value) => `${value} tokens`, drops: (value) => `${value} drops tokens before`,
+  table.classList.toggle("deep", depth > 14);
+  const names = { tokens: (value) => `${value} token${value === "1" ? "" : "s"}`, drops: (value) => `${value} drops tokens before`,
     shares: () => "shares its neighbour’s map" };
   const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "layer"));
   for (let layer = 0; layer < depth; layer++) head.append(make("th", { scope: "col" }, String(layer)));
@@ -14,7 +15,7 @@ function drawHeat(table, group) {
     before = kind;
     for (const share of shares) {
       const percent = Math.round(100 * share);
-      const cell = make("td", { class: `${kind}${share > 0.6 ? " full" : ""}` },
+      const cell = make("td", { class: kind },
         make("span", {}, percent ? String(percent) : share > 0 ? "<1" : ""));
       cell.style.setProperty("--share", share.toFixed(3));
       line.append(cell);
@@ -45,15 +46,15 @@ function drawProgress() {
   const { evaluations, hypervolume } = data.progress, last = evaluations.length - 1;
   const low = hypervolume[0], high = hypervolume[last], pad = (high - low || 0.01) * 0.08;
   const { svg, toX, toY } = smallChart("Hypervolume over evaluations", [0, evaluations[last]],
-    [Math.max(0, low - pad), Math.min(1, high + pad)], (value) => grouped(value), (value) => String(+value.toPrecision(4)));
+    [Math.max(0, low - pad), Math.min(1, high + pad)], (value) => grouped(Math.round(value) + 0), (value) => String(+value.toPrecision(4)));
   const path = evaluations.map((count, index) =>
     `${index ? `H${toX(count)}V` : `M${toX(count)},`}${toY(hypervolume[index])}`).join("");
   svg.append(make("path", { class: "front", d: path }));
   byId("progress").replaceChildren(svg);
   const reached = evaluations[hypervolume.findIndex((value) => value >= low + 0.99 * (high - low))];
   byId("progress-words").replaceChildren(
-    `Hypervolume: the share of the rectangle between ${data.reference[0].toFixed(1)} % at dense cost and 100 % at none ` +
-    `that is dominated. It ended at ${high.toFixed(4)} after ${grouped(evaluations[last])} evaluations; 99 % of the gain ` +
+    `Hypervolume: the share of the rectangle between ${data.reference[0].toFixed(1)} % at dense cost and 100 % at none ` +
+    `that is dominated. It ended at ${high.toFixed(4)} after ${grouped(evaluations[last])} evaluations; 99 % of the gain ` +
     `was there after ${grouped(reached)}.` +
     (data.certified ? " The whole space was scored in its own order, so this curve says nothing about a searcher." : ""));
 }
@@ -81,14 +82,14 @@ function drawTrust() {
     };
     const { svg, toX, toY } = smallChart("Retrained accuracy against supernet score",
       spread(points.map((point) => point.supernet_top1)), spread(points.flatMap((point) => point.retrained_top1)),
-      (value) => `${+value.toFixed(2)} %`, (value) => `${+value.toFixed(2)} %`);
+      (value) => `${+value.toFixed(2)} %`, (value) => `${+value.toFixed(2)} %`);
     for (const point of points) {
       const x = toX(point.supernet_top1);
       svg.append(make("line", { class: "axis", x1: x, x2: x, y1: toY(Math.min(...point.retrained_top1)),
         y2: toY(Math.max(...point.retrained_top1)) }));
       svg.append(make("circle", { class: "point", cx: x, cy: toY(point.mean), r: 4 },
-        make("title", {}, `${point.architecture}: ${point.supernet_top1.toFixed(2)} % in the supernet, ` +
-          `${point.mean.toFixed(2)} % retrained`)));
+        make("title", {}, `${point.architecture}: ${point.supernet_top1.toFixed(2)} % in the supernet, ` +
+          `${point.mean.toFixed(2)} % retrained`)));
     }
     svg.append(make("text", { x: 408, y: 228, "text-anchor": "end" }, "top-1 in the supernet; upwards: retrained"));
     byId("trust").replaceChildren(svg);

@@ -43,7 +43,7 @@ function showSelection() {
   const [low, high] = interval(rows.correct[row]), picked = data.picks[cost].filter((pick) => pick.row === row);
   byId("selection-kind").textContent = kindOf(row);
   byId("selection-title").textContent =
-    `${top1[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
+    `${top1[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
   const { better, cheaperAndBetter } = ranks(row);
   const why = picked.map((pick) => `${pick.label}: ${pick.why}.`);
   if (!why.length && row === data.dense) why.push("All tokens, no sharing: the base model as timm has it.");
@@ -61,19 +61,19 @@ function showSelection() {
 
   const lost = rows.correct[row] - rows.correct[data.dense];
   const facts = [
-    ["Top-1", `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
+    ["Top-1", `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
     ["Against dense", `${signed(top1[row] - top1[data.dense], 2)} points`,
-      lost ? `${Math.abs(lost)} ${lost < 0 ? "fewer" : "more"} of ${grouped(data.images)} images right` : "the same number of images right"],
+      lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
   for (const { name, label } of data.costs) {
-    const share = (100 * rows[name][row]) / rows[name][data.dense];
-    facts.push([label[0].toUpperCase() + label.slice(1), quantity(rows[name][row], name),
-      `${share.toFixed(1)} % of dense, ${signed(share - 100, 1)} %`]);
+    const here = rows[name][row], there = rows[name][data.dense];
+    const change = here === there ? "no change" : `${here < there ? "−" : "+"}${quantity(Math.abs(here - there), name)}`;
+    facts.push([label[0].toUpperCase() + label.slice(1), quantity(here, name),
+      `${((100 * here) / there).toFixed(1)} % of dense, ${change}`]);
   }
   const scored = grouped(data.scored);
-  const equals = front.length ? "" : "";
   facts.push(["Accuracy rank", row < data.scored ? `${grouped(better + 1)} of ${scored}` : "not among the scored",
-    `${data.certified ? "of the whole space" : "scored"}; equals share a rank${equals}`]);
+    `in the ${data.certified ? "whole space" : "scored part of the space"}`]);
   if (data.numbers) facts.push(["Number in the space", grouped(data.numbers[row]), `of ${grouped(data.spaceSize)}, from 0`]);
   byId("numbers").replaceChildren(...facts.map(([name, value, note]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, `${value} `, make("small", {}, note)))));
@@ -87,14 +87,14 @@ function step(id, word, row) {
   if (row === undefined) return button.replaceChildren(id === "cheaper" ? "Cheapest already" : "Nothing better");
   const points = top1[row] - top1[state.row], share = 100 * (costs[row] / costs[state.row] - 1);
   button.replaceChildren(id === "cheaper" ? `← ${word}` : `${word} →`,
-    make("small", {}, `${signed(points, 2)} points, ${signed(share, share > -10 && share < 10 ? 1 : 0)} % cost`));
+    make("small", {}, `${signed(points, 2)} points, ${signed(share, share > -10 && share < 10 ? 1 : 0)} % cost`));
 }
 
 function showCommands() {
   const row = state.row, text = rows.architecture[row];
   const out = `${data.run}-export${data.numbers ? `-${data.numbers[row]}` : ""}`;
   byId("take-which").textContent =
-    `The selected architecture, ${top1[row].toFixed(2)} % at ${quantity(rows[state.cost][row], state.cost)}. ` +
+    `The selected architecture, ${top1[row].toFixed(2)} % at ${quantity(rows[state.cost][row], state.cost)}. ` +
     "Run these where the search ran.";
   byId("export").textContent =
     `poolshare export ${shellQuote(data.run)} --architecture ${shellQuote(text)} --out ${shellQuote(out)}`;
@@ -102,13 +102,18 @@ function showCommands() {
   byId("load").textContent = "import timm, poolshare.supernet\n" +
     `model = timm.create_model(${JSON.stringify(`local-dir:${out}`)}, pretrained=True)`;
   const forecast = data.retraining;
-  byId("retrain-time").textContent = forecast
-    ? `By default ${forecast[0]} epochs: reckoned from the search, about ${minutes(forecast[1] * rows.macs[row])} on its machine.` : "";
+  byId("retrain-time").textContent = "";
+  if (forecast) {
+    const [epochs, seconds, stepMacs] = forecast;
+    // A step of the supernet runs four networks; one alone does not get faster than a quarter of it.
+    const time = roughly(seconds * Math.max(0.25, rows.macs[row] / stepMacs));
+    byId("retrain-time").textContent = `By default ${epochs} epochs; going by the search, ${time} on its machine.`;
+  }
 }
 
-function minutes(seconds) {
-  if (seconds < 100) return `${Math.max(1, Math.round(seconds))} s`;
-  return seconds < 6000 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+function roughly(seconds) {
+  if (seconds < 60) return "about a minute or less";
+  return seconds < 5400 ? `about ${Math.round(seconds / 60)} min` : `about ${(seconds / 3600).toFixed(1)} h`;
 }
 
 function showPicks() {
@@ -118,21 +123,22 @@ function showPicks() {
   byId("picks").replaceChildren(...picks.map((pick) => {
     const share = ((100 * costs[pick.row]) / costs[data.dense]).toFixed(0);
     const button = make("button", { type: "button", "data-row": pick.row, "aria-pressed": "false" },
-      make("b", {}, pick.label), make("span", {}, `${top1[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
+      make("b", {}, pick.label), make("span", {}, `${top1[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
     button.addEventListener("click", () => select(pick.row));
     return button;
   }));
   const best = data.picks[cost].find((pick) => pick.how === "half-point");
   const share = best && (100 * costs[best.row]) / costs[data.dense];
   byId("headline").textContent = best && share < 99.95
-    ? `Within half a point of dense at ${share.toFixed(0)} % of its ${costLabel(cost)}.`
+    ? `Within half a point of dense at ${share.toFixed(0)} % of its ${costLabel(cost)}.`
     : `Nothing that was scored comes within half a point of dense for fewer ${costLabel(cost)}.`;
 }
 
 function showTable() {
   const cost = state.cost, costs = rows[cost];
-  const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"), make("th", {}, "Tokens"));
-  for (const name of ["Top-1", "95 % interval", ...data.costs.map((each) => each.label), "Of dense"]) {
+  const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"),
+    make("th", { class: "text narrow", scope: "col" }, "Tokens"));
+  for (const name of ["Top-1", "95 % interval", ...data.costs.map((each) => each.label), "Of dense"]) {
     head.append(make("th", { scope: "col" }, name[0].toUpperCase() + name.slice(1)));
   }
   const body = make("tbody");
@@ -140,11 +146,12 @@ function showTable() {
     const [low, high] = interval(rows.correct[row]);
     const line = make("tr", { "data-row": row, "aria-current": "false" },
       make("td", { class: "text" }, make("button", { type: "button" }, make("code", {}, rows.architecture[row]))),
-      make("td", {}, drawMini(rows.architecture[row])),
-      make("td", {}, make("b", {}, `${top1[row].toFixed(2)} %`)),
-      make("td", {}, `${low.toFixed(1)} to ${high.toFixed(1)}`),
-      ...data.costs.map(({ name }) => make("td", {}, quantity(rows[name][row], name))),
-      make("td", {}, `${((100 * costs[row]) / costs[data.dense]).toFixed(1)} %`));
+      make("td", { class: "mini-cell" }, drawMini(rows.architecture[row])),
+      make("td", {}, make("b", {}, `${top1[row].toFixed(2)} %`)),
+      make("td", { class: "spare" }, `${low.toFixed(1)} to ${high.toFixed(1)}`),
+      ...data.costs.map(({ name }) =>
+        make("td", name === cost ? {} : { class: "spare" }, quantity(rows[name][row], name))),
+      make("td", { class: "share" }, `${((100 * costs[row]) / costs[data.dense]).toFixed(1)} %`));
     line.addEventListener("click", () => select(row));
     body.append(line);
   }
@@ -162,10 +169,13 @@ function showLegend() {
   const parts = [
     [make("circle", { cx: 9, cy: 7, r: 3, fill: "var(--crowd)" }), `scored (${grouped(data.scored)})`],
     [make("path", { class: "front", d: "M1,11 H9 V4 H17" }), "frontier"],
-    [make("rect", { class: "band", x: 1, y: 2, width: 16, height: 10 }), "95 % interval"],
+    [make("rect", { class: "band", x: 1, y: 2, width: 16, height: 10 }), "95 % interval"],
     [make("polygon", { class: "dense", points: "9,1 15,7 9,13 3,7" }), "dense"],
   ];
   if (data.included.length) parts.push([make("rect", { class: "mine", x: 4, y: 2, width: 10, height: 10 }), "included by hand"]);
+  if (Object.keys(data.limits).length) {
+    parts.push([make("circle", { cx: 9, cy: 7, r: 3, fill: "var(--crowd)", opacity: 0.35 }), "over the budget"]);
+  }
   if (data.limits[state.cost]) parts.push([make("line", { class: "budget", x1: 9, x2: 9, y1: 0, y2: 14 }), "budget"]);
   byId("legend").replaceChildren(...parts.map(([shape, text]) => make("span", {}, icon(shape), text)));
   if (plot.below) byId("legend").append(make("span", {}, `${grouped(plot.below)} below this view`));
@@ -216,7 +226,7 @@ choices("axis", data.costs.map((each) => [each.name, each.label]), state.cost, (
   state.cost = cost;
   showAll();
 });
-choices("view", [["frontier", "near the frontier"], ["all", "everything"]], state.view, (view) => {
+choices("view", [["frontier", "frontier"], ["all", "all points"]], state.view, (view) => {
   state.view = view;
   plot.draw();
   showLegend();

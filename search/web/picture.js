@@ -25,6 +25,8 @@ function human(count) {
   return String(+count.toPrecision(3));
 }
 const quantity = (value, cost) => cost === "latency_ms" ? `${+value.toPrecision(3)} ms` : human(value);
+/* The same without zeros at its end, for axes. */
+const short = (value, cost) => quantity(value, cost).replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
 const grouped = (number) => number.toLocaleString("en-US");
 const signed = (value, decimals) =>
   `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(decimals)}`.replace(/^[+−](0\.?0*)$/, "±$1");

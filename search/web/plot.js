@@ -4,7 +4,7 @@ const rows = data.candidates;
 const total = rows.architecture.length;
 const top1 = Float64Array.from(rows.correct, (correct) => (100 * correct) / data.images);
 
-/* Wilson's 95 % interval in percent, as pareto.binomial_interval. */
+/* Wilson's 95 % interval in percent, as pareto.binomial_interval. */
 function interval(correct) {
   const z = 1.959963984540054, n = data.images, share = correct / n;
   const centre = (share + (z * z) / (2 * n)) / (1 + (z * z) / n);
@@ -111,12 +111,12 @@ class Plot {
     const decimals = accuracy.step >= 1 ? 0 : accuracy.step >= 0.1 ? 1 : 2;
     for (const value of accuracy.found.filter((value) => value <= 100)) {
       parts.push(make("line", { class: "grid", x1: frame.left, x2: right, y1: toY(value), y2: toY(value) }));
-      label(frame.left - 8, toY(value) + 4, `${value.toFixed(decimals)} %`, "end");
+      label(frame.left - 8, toY(value) + 4, `${value.toFixed(decimals)} %`, "end");
     }
     for (const value of ticks(x0, x1, narrow ? 4 : 7).found) {
       parts.push(make("line", { class: "axis", x1: toX(value), x2: toX(value), y1: bottom, y2: bottom + 4 }));
-      label(toX(value), bottom + 17, quantity(value, cost), "middle");
-      if (!narrow) label(toX(value), bottom + 32, `${Math.round((100 * value) / dense)} %`, "middle", "percent");
+      label(toX(value), bottom + 17, short(value, cost), "middle");
+      if (!narrow) label(toX(value), bottom + 32, `${Math.round((100 * value) / dense)} %`, "middle", "percent");
     }
     parts.push(make("line", { class: "axis", x1: frame.left, x2: right, y1: bottom, y2: bottom }));
     if (narrow) label(right, bottom + 34, data.costs.find((each) => each.name === cost).label, "end");
@@ -188,8 +188,8 @@ class Plot {
       if (row < 0) return this.leave();
       const { cost } = this.state, costs = rows[cost];
       this.tip.replaceChildren(
-        make("b", {}, `${top1[row].toFixed(2)} %`),
-        ` at ${quantity(costs[row], cost)}, ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense`,
+        make("b", {}, `${top1[row].toFixed(2)} %`),
+        ` at ${quantity(costs[row], cost)}, ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense`,
         make("code", {}, rows.architecture[row]));
       this.tip.hidden = false;
       const left = this.x[row] > this.box.width / 2;
