@@ -328,6 +328,7 @@ def test_the_plot_follows_the_colour_scheme(opened):
     distance, light = miss()
     assert distance <= 2
     opened.page.emulate_media(color_scheme="dark")
+    opened.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     distance, dark = miss()
     assert distance <= 2
     assert np.abs(np.subtract(light, dark)).max() > 2

@@ -4,12 +4,14 @@ import base64
 import hashlib
 import json
 import os
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from reports import ATTACK, SPACE, candidates, make_report
 
-from poolshare.search.page import page_data, write_html
+from poolshare.search.page import SCRIPTS, page_data, write_html
 from poolshare.search.report import Report
 
 
@@ -136,3 +138,13 @@ def test_page_survives_a_failed_write(tmp_path, monkeypatch):
         write_html(make_report(), target)
     assert os.listdir(tmp_path) == ["report.html"]
     assert target.read_text() == "old"
+
+
+def test_every_asset_is_packaged():
+    root = Path(__file__).parents[1]
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "poolshare.search"
+    ]
+    covered = {path.name for pattern in packaged for path in (root / "search").glob(pattern)}
+    assert covered == {path.name for path in (root / "search" / "web").iterdir()}
+    assert covered >= {*SCRIPTS, "page.html", "style.css"}
