@@ -33,6 +33,7 @@ from .options import (
     OtherData,
     Quiet,
     Seed,
+    Storage,
     Workers,
     integers,
     make_config,
@@ -179,6 +180,7 @@ def search(
     amp: Amp = "none",
     seed: Seed = 0,
     device: Device = None,
+    storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -195,7 +197,7 @@ def search(
     )  # fmt: skip
     from .job import search as run_search
 
-    folder = run_search(config, out, _progress_console(quiet))
+    folder = run_search(config, out, _progress_console(quiet), storage)
     from .report import load_report
 
     report = load_report(folder)
@@ -203,6 +205,35 @@ def search(
         return print_json(looking.outcome(folder, report))
     looking.present(report)
     looking.hint(folder, report)
+
+
+@app.command(epilog="Example:  poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)")
+def worker(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    storage: Storage = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Where the search's images lie here. Default: as there.", metavar="DATA"),
+    ] = None,
+    data_dir: DataDir = None,
+    workers: Workers = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One more searcher on the study of a running or stopped search.
+
+    Start any number of them, anywhere that sees RUN (or a copy of it and the same database), at any time; stop them at
+    any time. `poolshare search` itself counts as one, and alone writes the report.
+    """
+    from .worker import work
+
+    result = work(run, storage, data, data_dir, workers, device, _progress_console(quiet))
+    if as_json:
+        return print_json(result)
+    console = Console(highlight=False, markup=False)
+    console.print(f"{run}: {result['scored']:,} of its {result['trials']:,} trials were scored here")
+    console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
 
 
 app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -38,7 +40,8 @@ from .evaluate import count_correct
 from .pareto import frontier
 from .progress import no_progress, progress_bar
 from .report import write_report
-from .run import FORMAT, RunFolder, SearchConfig, versions, write_csv, write_json
+from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, versions, write_csv, write_json
+from .storage import open_store, storage_kind
 from .study import Task, run_study, score_everything
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
@@ -159,10 +162,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def search(config: SearchConfig, out: str | Path, console: Console | None = None) -> RunFolder:
+def search(
+    config: SearchConfig, out: str | Path, console: Console | None = None, storage: str | None = None
+) -> RunFolder:
     """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
 
-    console: where forecast and progress go; None: nowhere. Raises a PoolshareError for whatever the user can mend.
+    console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
+    study; None: a journal in the folder. Raises a PoolshareError for whatever the user can mend.
     """
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
@@ -170,12 +176,12 @@ def search(config: SearchConfig, out: str | Path, console: Console | None = None
         job = prepare(config, lambda done, total: advance(done / total))
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
-        folder.write_config(job.data.fingerprint)
+        folder.write_config(job.data.fingerprint, storage_kind(storage))
         for note in job.data.notes:
             console.print(note, markup=False)
         _announce(job, folder, console)
         seconds = {"training": _train(job, folder, console)}
-        candidates, seconds["scoring"] = _score(job, folder, console)
+        candidates, seconds["scoring"] = _score(job, folder, console, storage)
         _conclude(job, folder, candidates, seconds)
     return folder
 
@@ -291,25 +297,43 @@ def load_weights(supernet: SuperNet, path: Path) -> None:
     supernet.eval()
 
 
-def _score(job: Job, folder: RunFolder, console: Console) -> tuple[pd.DataFrame, float]:
-    """Score the whole space or search it; returns the candidates frame and the seconds spent."""
-    start, config = time.monotonic(), job.config
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=config.workers)
-    task = Task(
+def make_task(job: Job) -> Task:
+    """What a search of this job, with its trained supernet, needs to know."""
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+    return Task(
         job.supernet.space,
         job.macs,
         job.parameters,
         job.allowed,
         lambda architectures, progress: count_correct(job.supernet, architectures, batches, progress),
     )
+
+
+def study_name(job: Job, folder: RunFolder) -> str:
+    """The study of this configuration, these images and these trained weights: no worker can score with others."""
+    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
+    for name, tensor in sorted(job.supernet.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().cpu().numpy().tobytes())
+    return f"{sampler_of(job)} after {folder.config.epochs} epochs, {digest.hexdigest()[:16]}"
+
+
+def sampler_of(job: Job) -> str:
+    """The sampler that a search which cannot score everything runs."""
+    return "evolution" if job.config.sampler == "auto" else job.config.sampler
+
+
+def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
+    """Score the whole space or search it; returns the candidates frame and the seconds spent."""
+    start, config, task = time.monotonic(), job.config, make_task(job)
     if job.exhaustive:
         with progress_bar(console, "scoring the whole space", 1.0) as advance:
             frame = score_everything(task, folder, advance)
     else:
-        sampler = "evolution" if config.sampler == "auto" else config.sampler
-        with progress_bar(console, f"searching ({sampler})", config.trials) as advance:
-            name = f"{sampler} after {config.epochs} epochs"
-            frame = run_study(task, folder, sampler, config.trials, config.seed, name, advance)
+        name = study_name(job, folder)
+        with progress_bar(console, f"searching ({sampler_of(job)})", config.trials) as advance:
+            store = open_store(folder.journal, storage, name)
+            frame = run_study(task, folder, sampler_of(job), config.trials, config.seed, name, advance, store)
     return frame, time.monotonic() - start
 
 

@@ -43,6 +43,16 @@ OtherData = Annotated[
 DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
 Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="PostgreSQL that holds the study, for workers on several machines: postgresql://USER:PASSWORD@HOST/DATABASE. "
+        "Default: a journal in RUN.",
+        metavar="URL",
+        envvar="POOLSHARE_STORAGE",
+        show_envvar=True,
+    ),
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]

@@ -72,7 +72,7 @@ class RunFolder:
         self.path, self.config = path, config
         self.training = path / "training.safetensors"  # state of the training; the one before it is kept beside it
         self.supernet = path / "supernet.safetensors"  # trained weights
-        self.journal = path / "study.journal"
+        self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
@@ -142,25 +142,36 @@ class RunFolder:
             cls.check(path, config)  # the process that held it may have begun it meanwhile
             yield folder
 
-    def write_config(self, data: str) -> None:
-        """Write config.json with the fingerprint of the training images.
+    def write_config(self, data: str, storage: str = "journal") -> None:
+        """Write config.json with the fingerprint of the training images, and the kind of storage its study is in.
 
-        Raises RunError where the run was begun with other images, before anything is written.
+        Raises what `check_same` does, before anything is written.
         """
         path = self.path / "config.json"
         if path.exists():
-            earlier = self.data_fingerprint
-            if earlier != data:
-                raise RunError(
-                    f"the training images of {self.config.data} are not those {self.path} was begun with "
-                    f"({data} now, {earlier} there); restore them, or search into a new folder"
-                )
-        write_json(path, {"format": FORMAT, "data": data, "search": self.config.model_dump(mode="json")})
+            self.check_same(data, storage)
+        content = {"format": FORMAT, "data": data, "storage": storage, "search": self.config.model_dump(mode="json")}
+        write_json(path, content)
+
+    def check_same(self, data: str, storage: str) -> None:
+        """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
+        if self.data_fingerprint != data:
+            raise RunError(
+                f"the training images of {self.config.data} are not those {self.path} was begun with "
+                f"({data} now, {self.data_fingerprint} there); restore them, or search into a new folder"
+            )
+        there = self._fact("storage")
+        if there not in (None, storage):
+            remedy = "give --storage, or set POOLSHARE_STORAGE" if there == "postgresql" else "leave out --storage"
+            raise RunError(f"the study of {self.path} is in a {there}: {remedy}, or search into a new folder")
 
     @property
     def data_fingerprint(self) -> str:
         """What `write_config` was given when the run was begun."""
-        return str(json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("data"))
+        return str(self._fact("data"))
+
+    def _fact(self, name: str) -> Any:
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8")).get(name)
 
     def read_candidates(self) -> pd.DataFrame:
         """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""

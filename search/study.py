@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace, forecast
@@ -21,8 +19,10 @@ from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 from .progress import Advance
 from .propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
 from .run import RunFolder
+from .storage import JournalStore, Store
 
-GENERATION = 50  # architectures that are scored in one pass over the images
+GENERATION = 50  # architectures that are proposed together, from all that were scored before
+MAX_FAILURES = 20  # workers that may die over one architecture before the search gives up
 CHUNK = 256  # neighbours in rank that are scored in one pass when the whole space is
 SECONDS_BETWEEN_WRITES = 5
 
@@ -79,31 +79,47 @@ def score_everything(task: Task, folder: RunFolder, advance: Advance) -> pd.Data
 
 
 def run_study(
-    task: Task, folder: RunFolder, sampler: str, trials: int, seed: int, name: str, advance: Advance
+    task: Task,
+    folder: RunFolder,
+    sampler: str,
+    trials: int,
+    seed: int,
+    name: str,
+    advance: Advance,
+    store: Store | None = None,
+    publish: bool = True,
 ) -> pd.DataFrame:
-    """Search until the study holds `trials` finished trials; continues what the journal already has.
+    """Search until the study holds `trials` scored trials, as one of any number of workers; returns the candidates.
 
-    sampler: "evolution", "random", "nsga2" or "tpe". advance: called with the number of finished trials and a note.
+    sampler: "evolution", "random", "nsga2" or "tpe". name: of the study. advance: called with the number of scored
+    trials and a note. store: where the study is kept; None: in the folder's journal. publish: write candidates.csv
+    as it grows.
+
+    A generation is proposed from the complete earlier generations alone, by randomness that is keyed by (seed,
+    generation), so its slots hold the same architectures whoever queues them, how many workers score them, and
+    whichever of them die: what is missing is queued again, what is scored stays.
     """
-    study = open_study(folder.journal, name)
-    _requeue_abandoned(study)
-    while (finished := len(_trials(study, TrialState.COMPLETE))) < trials:
-        count = min(GENERATION, trials - finished)
-        generation = 1 + max(
-            (t.user_attrs.get("generation", -1) for t in _trials(study, TrialState.COMPLETE)), default=-1
-        )
-        if not _trials(study, TrialState.WAITING):
-            if sampler in PROPOSERS:
-                _queue(study, task, sampler, f"{sampler} {seed} {generation}", count, generation)
-                if not _trials(study, TrialState.WAITING):
-                    break  # every architecture within the budget has been tried
-            else:
-                study.sampler = optuna_sampler(sampler, seed * 1_000_003 + generation, GENERATION)
-        asked = [study.ask(distributions(task.space)) for _ in range(len(_trials(study, TrialState.WAITING)) or count)]
-        show = partial(_advance_within, advance, finished, len(asked), f"generation {generation}")
-        _score(study, task, asked, generation, show)
-        folder.write_candidates(candidates(study, task))
-    return candidates(study, task)
+    with store or JournalStore(folder.journal, name) as store, store.errors():
+        search = _Search(task, store.study(), store, sampler, trials, seed)
+        while True:
+            with store.lock():
+                store.fail_abandoned(search.study)
+                generation = search.queue()
+                if generation is None:
+                    break
+                batch = search.take()
+            done = len(search.read()[0])
+            if not batch:
+                advance(done, f"generation {generation}: others are scoring its last architectures")
+                time.sleep(search.patience)
+                continue
+            search.score(batch, partial(_advance_within, advance, done, len(batch), f"generation {generation}"))
+            if publish:
+                folder.write_candidates(search.candidates())
+        frame = search.candidates()
+        if publish:
+            folder.write_candidates(frame)
+        return frame
 
 
 def _advance_within(advance: Advance, start: float, length: float, note: str, share: float) -> None:
@@ -111,103 +127,202 @@ def _advance_within(advance: Advance, start: float, length: float, note: str, sh
     advance(start + share * length, note)
 
 
-def open_study(journal: Path, name: str) -> optuna.Study:
-    """The study of a journal file, begun or continued. The caller holds the run folder's lock."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _cut_torn_line(journal)
-    try:
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=name,
-            directions=["maximize", "minimize"],
-            load_if_exists=True,
+class _Proposal(NamedTuple):
+    """What a slot of a generation asks for."""
+
+    architecture: Architecture
+    params: dict[str, Any]
+    system_attrs: dict[str, Any]  # what an Optuna sampler wants to know of its earlier trials
+
+
+class _Slot(NamedTuple):
+    """A trial as the search sees it: its place, and once it is scored, the correct answers and the images."""
+
+    generation: int
+    position: int  # in the generation
+    architecture: Architecture
+    counts: tuple[int, int] | None
+    trial: FrozenTrial
+
+
+@dataclass
+class _Search:
+    """A study with the task it is about. `queue` and `take` are called under the store's lock."""
+
+    task: Task
+    study: optuna.Study
+    store: Store
+    sampler: str
+    trials: int
+    seed: int
+    patience: float = 0.1  # seconds to wait for other workers
+    _read: dict[int, _Slot] = field(default_factory=dict)  # trial number -> what a complete trial says
+    _proposed: dict[int, list[_Proposal]] = field(default_factory=dict)  # the last generation's
+
+    def read(self) -> tuple[list[_Slot], list[_Slot]]:
+        """The scored slots, and the open ones that wait or are being scored, by generation and position.
+
+        Read at once, for trials are told without the lock. Raises RunError where one cannot be ours.
+        """
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+        slots = sorted(map(self._slot, trials), key=lambda slot: (slot.generation, slot.position))
+        return [slot for slot in slots if slot.counts is not None], [slot for slot in slots if slot.counts is None]
+
+    def candidates(self) -> pd.DataFrame:
+        """The candidates frame: each scored architecture once, by generation and position."""
+        rows: dict[Architecture, dict[str, object]] = {}
+        for slot in self.read()[0]:
+            assert slot.counts is not None
+            rows.setdefault(slot.architecture, self.task.row(slot.architecture, *slot.counts, slot.generation))
+        return pd.DataFrame(rows.values())
+
+    def queue(self) -> int | None:
+        """Queue what the current generation lacks; returns its number, or None where the search is over.
+
+        What it lacks is all of it, or what a worker that was killed has not queued or not scored, or a repetition,
+        which is answered from the record.
+        """
+        scored, open_ = self.read()
+        generation = max((slot.generation for slot in scored + open_), default=0)
+        while True:
+            earlier = [slot for slot in scored if slot.generation < generation]
+            present = {slot.position: slot for slot in scored + open_ if slot.generation == generation}
+            wanted = min(GENERATION, self.trials - len(earlier))
+            if wanted <= 0:
+                return None
+            if len(present) < wanted:
+                proposals = self._proposals(generation, earlier)[:wanted]
+                if not proposals:
+                    return None  # every architecture within the budget has been tried
+                self._queue(generation, proposals, present, scored)
+                scored, open_ = self.read()
+            if open_:
+                return generation
+            generation += 1
+
+    def take(self) -> list[Trial]:
+        """This worker's share of what is queued, as running trials; empty where others work on all of it."""
+        waiting = len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        share = -(-min(GENERATION, self.trials) // self.store.workers())
+        return [self.store.take(self.study) for _ in range(min(waiting, share))]
+
+    def score(self, taken: list[Trial], progress: Callable[[float], None]) -> None:
+        """Score trials in one pass and tell the study; gives back what an error leaves unscored."""
+        start = time.monotonic()
+        numbers = {trial.number for trial in taken}
+        slots = {slot.trial.number: slot for slot in self.read()[1] if slot.trial.number in numbers}
+        try:
+            with self.store.alive(taken):
+                mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
+                counts, total = self.task.score([architecture for _, architecture in mine], progress)
+                for (trial, architecture), correct in zip(mine, counts, strict=True):
+                    macs = self.task.macs.total(architecture)
+                    try:
+                        trial.set_user_attr("counts", [correct, total])
+                        self.study.tell(trial, [100 * correct / total, macs], skip_if_finished=True)
+                    except UpdateFinishedTrialError:
+                        continue  # this worker was silent for so long that another got the trial
+                    numbers.discard(trial.number)
+        except BaseException:
+            for number in numbers:  # so that nobody has to wait until this worker is missed
+                self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+        self.patience = min(max((time.monotonic() - start) / 10, 0.05), 2)
+
+    def _slot(self, trial: FrozenTrial) -> _Slot:
+        if trial.number in self._read:
+            return self._read[trial.number]
+        facts, task = trial.user_attrs, self.task
+        try:
+            generation, position = facts["generation"], facts["position"]
+            architecture = task.space.check(Architecture.parse(facts["architecture"]))
+            counts = None
+            if (
+                type(generation) is not int
+                or type(position) is not int
+                or not 0 <= position < GENERATION
+                or generation < 0
+            ):
+                raise ValueError(f"its place is {generation!r:.20}, {position!r:.20}")
+            if trial.state == TrialState.COMPLETE:
+                correct, total = facts["counts"]
+                if type(correct) is not int or type(total) is not int or not 0 <= correct <= total or total == 0:
+                    raise ValueError(f"its counts are {facts['counts']!r:.40}")
+                if list(trial.values) != [100 * correct / total, task.macs.total(architecture)]:
+                    raise ValueError(f"its values are {trial.values!r:.60}")
+                counts = correct, total
+        except (KeyError, TypeError, ValueError) as error:  # an ArchitectureError is a ValueError
+            raise RunError(
+                f"trial {trial.number} of study {self.study.study_name!r} is damaged or of another search "
+                f"({type(error).__name__}: {str(error)[:100]}); restore the study, or search into a new folder"
+            ) from None
+        slot = _Slot(generation, position, architecture, counts, trial)
+        if trial.state == TrialState.COMPLETE:
+            self._read[trial.number] = slot
+        return slot
+
+    def _queue(
+        self, generation: int, proposals: list[_Proposal], present: dict[int, _Slot], scored: list[_Slot]
+    ) -> None:
+        known = {slot.architecture: slot.counts for slot in scored}
+        open_ = {slot.architecture for slot in present.values()}
+        failures = Counter(
+            (trial.user_attrs.get("generation"), trial.user_attrs.get("position"))
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a line that is no JSON, or no operation
-        raise RunError(f"{journal} is damaged ({error}); delete it to search again from the trained supernet") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the names are for dashboards only
-        study.set_metric_names(["top-1 (%)", "MACs"])
-    return study
+        missing = [item for item in enumerate(proposals) if item[0] not in present]
+        # In the order of ranks, so that a worker's share has long common prefixes.
+        for position, proposal in sorted(missing, key=lambda item: self.task.space.rank(item[1].architecture)):
+            architecture = proposal.architecture
+            if failures[generation, position] >= MAX_FAILURES:
+                raise RunError(
+                    f"{MAX_FAILURES} workers in turn ended while they scored '{architecture}'; see to what ended them, "
+                    "memory perhaps, and search into a new folder"
+                )
+            if architecture in known or architecture not in open_:
+                self._add(generation, position, proposal, known.get(architecture))
+                open_.add(architecture)
 
-
-def candidates(study: optuna.Study, task: Task) -> pd.DataFrame:
-    """The candidates frame of a study's finished trials: each architecture once, in the order it was scored."""
-    rows: dict[Architecture, dict[str, object]] = {}
-    for trial in _trials(study, TrialState.COMPLETE):
-        facts = trial.user_attrs
-        architecture = Architecture.parse(facts["architecture"])
-        rows.setdefault(architecture, task.row(architecture, facts["correct"], facts["total"], facts["generation"]))
-    return pd.DataFrame(rows.values())
-
-
-def _trials(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """A writer that was killed may leave half a line, and the next append would make the file unreadable."""
-    if not journal.exists():
-        return
-    with open(journal, "r+b") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _requeue_abandoned(study: optuna.Study) -> None:
-    """Trials that a killed search left running go back to the queue: nobody else works on this folder."""
-    for trial in _trials(study, TrialState.RUNNING):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.add_trial(
+    def _add(self, generation: int, position: int, proposal: _Proposal, counts: tuple[int, int] | None) -> None:
+        architecture = proposal.architecture
+        macs = self.task.macs.total(architecture)
+        # Feasible where ≤ 0; as an attribute too, since the dashboard does not show constraints.
+        excess = max(0, macs - self.task.allowed.high)
+        facts: dict[str, Any] = {"generation": generation, "position": position, "architecture": str(architecture)}
+        facts |= {"macs_over_budget": excess} | ({} if counts is None else {"counts": list(counts)})
+        self.study.add_trial(
             create_trial(
-                state=TrialState.WAITING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={"generation": trial.user_attrs["generation"]} if "generation" in trial.user_attrs else {},
+                state=TrialState.WAITING if counts is None else TrialState.COMPLETE,
+                values=None if counts is None else [100 * counts[0] / counts[1], macs],
+                params=proposal.params,
+                distributions=distributions(self.task.space),
+                user_attrs=facts,
+                system_attrs=proposal.system_attrs,
+                constraints={"MACs over budget": excess},
             )
         )
 
+    def _proposals(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
+        if generation not in self._proposed:
+            propose = self._by_ourselves if self.sampler in PROPOSERS else self._by_optuna
+            self._proposed = {generation: propose(generation, earlier)}
+        return self._proposed[generation]
 
-def _queue(study: optuna.Study, task: Task, sampler: str, key: str, count: int, generation: int) -> None:
-    """Let our own proposer fill the next generation."""
-    scored = [
-        Scored(Architecture.parse(trial.user_attrs["architecture"]), trial.values[0], int(trial.values[1]))
-        for trial in _trials(study, TrialState.COMPLETE)
-    ]
-    study.add_trials(
-        create_trial(
-            state=TrialState.WAITING,
-            params=encode(architecture, task.space),
-            distributions=distributions(task.space),
-            user_attrs={"generation": generation},
-        )
-        for architecture in PROPOSERS[sampler](task.allowed, task.macs, scored, key, count)
-    )
+    def _by_ourselves(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
+        scored = [Scored(slot.architecture, slot.trial.values[0], int(slot.trial.values[1])) for slot in earlier]
+        key = f"{self.sampler} {self.seed} {generation}"
+        proposals = PROPOSERS[self.sampler](self.task.allowed, self.task.macs, scored, key, GENERATION)
+        return [_Proposal(architecture, encode(architecture, self.task.space), {}) for architecture in proposals]
 
+    def _by_optuna(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
+        """Ask one of Optuna's samplers in memory, over the earlier generations in their own order.
 
-def _score(
-    study: optuna.Study, task: Task, asked: list[Trial], generation: int, progress: Callable[[float], None]
-) -> None:
-    """Score the asked trials in one pass, each architecture once, and tell the study."""
-    known = {
-        trial.user_attrs["architecture"]: (trial.user_attrs["correct"], trial.user_attrs["total"])
-        for trial in _trials(study, TrialState.COMPLETE)
-    }
-    drawn = [decode(trial.params, task.space) for trial in asked]
-    unknown = [architecture for architecture in dict.fromkeys(drawn) if str(architecture) not in known]
-    if unknown:
-        counts, total = task.score(unknown, progress)
-        known |= {str(architecture): (correct, total) for architecture, correct in zip(unknown, counts, strict=True)}
-    for trial, architecture in zip(asked, drawn, strict=True):
-        correct, total = known[str(architecture)]
-        macs = task.macs.total(architecture)
-        facts = {"architecture": str(architecture), "correct": correct, "total": total, "generation": generation}
-        for name, value in facts.items():
-            trial.set_user_attr(name, value)
-        # Feasible where ≤ 0; as an attribute too, since the dashboard does not show constraints.
-        excess = max(0, macs - task.allowed.high)
-        trial.set_constraint("MACs over budget", excess)
-        trial.set_user_attr("macs_over_budget", excess)
-        study.tell(trial, [100 * correct / total, macs])
+        In the shared study trial numbers depend on who queued and who was killed, and samplers look at them.
+        """
+        sampler = optuna_sampler(self.sampler, self.seed * 1_000_003 + generation, GENERATION)
+        study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
+        study.add_trials(slot.trial for slot in earlier)
+        for _ in range(GENERATION):
+            study.ask(distributions(self.task.space))
+        asked = study.get_trials()[len(earlier) :]
+        return [_Proposal(decode(t.params, self.task.space), t.params, t.system_attrs) for t in asked]

@@ -11,7 +11,8 @@ from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.run import RunFolder, SearchConfig
-from poolshare.search.study import Task, open_study, run_study, score_everything
+from poolshare.search.storage import JournalStore
+from poolshare.search.study import Task, run_study, score_everything
 from poolshare.space import CostTable, SearchSpace
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)
@@ -98,7 +99,8 @@ def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sample
     for row in frame.itertuples():
         architecture = SPACE[SPACE.rank(type(SPACE[0]).parse(row.architecture))]
         assert (row.correct, row.total, row.macs) == (accuracy(architecture), IMAGES, MACS.total(architecture))
-    trials = open_study(folder.journal, "study").get_trials()
+    with JournalStore(folder.journal, "study") as store:
+        trials = store.study().get_trials()
     assert len(trials) == 120
     assert all(trial.state.name == "COMPLETE" for trial in trials)
     for trial in trials:

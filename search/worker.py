@@ -1,0 +1,83 @@
+"""One more searcher on the study of a run: waits for its supernet, then scores until the search is over."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from poolshare.space import ConfigError
+from poolshare.supernet.checkpoint import load_facts
+
+from .job import load_weights, make_task, prepare, sampler_of, study_name
+from .progress import progress_bar
+from .run import RunFolder
+from .storage import open_store, storage_kind
+from .study import run_study
+
+SECONDS_BETWEEN_LOOKS = 2
+
+
+def work(
+    run: str | Path,
+    storage: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
+
+    data, data_dir: where the images of the search lie here, if elsewhere. workers: processes that load images.
+    Returns how many trials were scored here and in all. Raises a PoolshareError for whatever the user can mend, for
+    instance other images than those of the search.
+    """
+    console = console or Console(quiet=True)
+    kind = storage_kind(storage)
+    folder = RunFolder.open(run)
+    folder.check_same(folder.data_fingerprint, kind)
+    here = {"data": data, "data_dir": data_dir, "device": device, "download": False, "workers": workers}
+    folder = _wait_for_supernet(folder, console)
+    job = prepare(folder.config.model_copy(update={name: value for name, value in here.items() if value is not None}))
+    folder.check_same(job.data.fingerprint, kind)
+    load_weights(job.supernet, folder.supernet)
+    if job.exhaustive:
+        raise ConfigError(
+            f"{folder.path} scores its whole space, which one process does; leave it to `poolshare search`"
+        )
+    name, trials = study_name(job, folder), folder.config.trials
+    scored = 0
+    task = make_task(job)
+
+    def score(architectures: Any, progress: Any) -> Any:
+        nonlocal scored
+        result = task.score(architectures, progress)
+        scored += len(architectures)
+        return result
+
+    with progress_bar(console, f"searching ({sampler_of(job)})", trials) as advance:
+        store = open_store(folder.journal, storage, name)
+        run_study(
+            replace(task, score=score), folder, sampler_of(job), trials, job.config.seed, name, advance, store, False
+        )
+    return {"run": str(folder.path), "scored": scored, "trials": trials}
+
+
+def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
+    """The run as it is once its supernet has all its epochs."""
+    told = False
+    while not folder.supernet.exists() or load_facts(folder.supernet)["epochs"] != folder.config.epochs:
+        if not told:
+            console.print(
+                f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",
+                markup=False,
+                soft_wrap=True,
+            )
+            told = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        folder = RunFolder.open(folder.path)
+    return folder

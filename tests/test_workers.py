@@ -1,0 +1,267 @@
+"""Several workers on one search: a journal and a real PostgreSQL, workers killed at random, passwords kept."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from optuna.trial import TrialState
+
+from poolshare.search import storage
+from poolshare.search.job import load_weights, make_task, prepare, study_name
+from poolshare.search.progress import no_progress
+from poolshare.search.propose import PROPOSERS
+from poolshare.search.run import RunFolder
+from poolshare.search.storage import JournalStore, PostgresStore, open_store
+from poolshare.search.study import run_study
+from poolshare.space import ConfigError, RunError
+
+PASSWORD = "se{c}ret%20p@ss:w/ord"
+QUOTED = "se%7Bc%7Dret%2520p%40ss%3Aw%2Ford"  # as an address has it
+TRIALS = 200
+SEARCH = ["search", "--data", "digits", "--model-args", "depth=6,embed_dim=16,num_heads=2", "--batch-size", "128"]
+SEARCH += ["--levels", "64,36,16,4", "--epochs", "1", "--sampler", "evolution", "--device", "cpu"]
+MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
+
+
+def verb(*words, **environment):
+    """A verb in a process of its own: (exit status, standard output, standard error)."""
+    done = subprocess.run(
+        [*MAIN, *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A private PostgreSQL cluster with a password, in a temporary folder, run by an ordinary user; its address."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    command = shutil.which("initdb")
+    binaries = found[-1] if found else Path(command).parent if command else None
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed; on Debian: apt-get install postgresql")
+    as_user = []
+    if os.geteuid() == 0:  # PostgreSQL does not run as root
+        as_user = ["runuser", "-u", "nobody", "--"]
+        if shutil.which("runuser") is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no runuser to become an ordinary user")
+    folder = Path(tempfile.mkdtemp(prefix="poolshare-postgres-"))
+    if as_user:
+        shutil.chown(folder, "nobody")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "password").write_text(PASSWORD)
+    (folder / "password").chmod(0o644)
+    run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, capture_output=True, cwd=folder)
+    run(binaries / "initdb", "-D", folder / "data", "-U", "searcher", "-A", "scram-sha-256", "-E", "UTF8",
+        "--no-locale", "--pwfile", folder / "password")  # fmt: skip
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
+    run(binaries / "pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start")
+    yield f"postgresql://searcher:{QUOTED}@127.0.0.1:{port}/postgres"
+    run(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A search that one undisturbed process did, over the journal."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    status, _, err = verb(*SEARCH, "--trials", TRIALS, "--out", folder, "-q")
+    assert status == 0, err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(alone):
+    """That search's data and trained supernet, in this process."""
+    job = prepare(RunFolder.open(alone).config)
+    load_weights(job.supernet, alone / "supernet.safetensors")
+    return job
+
+
+def begun(alone, path, kind="journal"):
+    """A copy of the run before anything was scored."""
+    path.mkdir()
+    content = json.loads((alone / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | {"storage": kind}))
+    shutil.copy(alone / "supernet.safetensors", path)
+    return RunFolder.open(path)
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def place(request, alone, job, tmp_path, monkeypatch):
+    """An empty study on either storage: (run folder, a function that makes a store of it)."""
+    url = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 2)
+    folder = begun(alone, tmp_path / "run", request.param)
+    name = f"{study_name(job, folder)} {tmp_path}"
+    return folder, lambda: open_store(folder.journal, url, name)
+
+
+def searcher(job, place, trials):
+    folder, make_store = place
+    run_study(make_task(job), folder, "evolution", trials, 0, "", no_progress, make_store(), publish=False)
+
+
+def trials_of(place):
+    with place[1]() as store:
+        return store.study().get_trials()
+
+
+def table(trials):
+    """What was found, in the order of the candidates: architectures, their counts and their costs."""
+    rows = sorted(
+        (t.user_attrs["generation"], t.user_attrs["position"], t) for t in trials if t.state.name == "COMPLETE"
+    )
+    return [(t.user_attrs["architecture"], *t.user_attrs["counts"], int(t.values[1])) for *_, t in rows]
+
+
+def expected(alone, trials):
+    found = pd.read_csv(alone / "candidates.csv")
+    return list(found[["architecture", "correct", "total", "macs"]].itertuples(index=False, name=None))[:trials]
+
+
+@pytest.mark.parametrize(
+    ("workers", "trials", "kills"), [(2, 60, 4), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
+)
+def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(workers, trials, kills, place, alone, job):
+    forking, rng = multiprocessing.get_context("fork"), random.Random(kills)
+    crew, killed = [], 0
+    while crew or not killed:
+        while len(crew) < workers:
+            crew.append(forking.Process(target=searcher, args=(job, place, trials)))
+            crew[-1].start()
+        crew[0].join(rng.uniform(0.1, 0.4))
+        for process in [process for process in crew if process.exitcode is not None]:
+            assert process.exitcode == 0
+            crew.remove(process)
+            workers -= 1
+        if crew and killed < kills:
+            victim = crew.pop(rng.randrange(len(crew)))
+            victim.kill()
+            victim.join()
+            killed += victim.exitcode == -signal.SIGKILL
+    found = trials_of(place)
+    assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.FAIL}
+    scored = Counter(trial.user_attrs["architecture"] for trial in found if trial.state == TrialState.COMPLETE)
+    assert set(scored.values()) == {1}
+    assert table(found) == expected(alone, trials)
+    print(f"{killed} kills, {sum(trial.state == TrialState.FAIL for trial in found)} trials given back")
+
+
+def test_a_worker_waits_for_the_supernet_then_shares_the_search_and_no_password_is_kept(alone, tmp_path, request):
+    for kind in ("journal", "postgresql"):
+        folder = begun(alone, tmp_path / kind, kind).path
+        (folder / "supernet.safetensors").unlink()
+        hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | hidden}
+        with subprocess.Popen([*MAIN, "worker", str(folder), "--json"], **pipes) as worker:
+            assert "waiting for `poolshare search` to train it" in worker.stderr.readline()
+            words = [*SEARCH, "--trials", str(TRIALS), "--out", str(folder), "--json"]
+            search = subprocess.Popen([*MAIN, *words], **pipes)
+            rest = search.communicate()
+            out, err = worker.communicate()
+        assert worker.returncode == 0, err
+        assert search.returncode == 0, rest
+        assert json.loads(out) == {"run": str(folder), "scored": json.loads(out)["scored"], "trials": TRIALS}
+        for name in ("candidates.csv", "pareto.csv"):
+            assert (folder / name).read_bytes() == (alone / name).read_bytes()
+        assert not list(folder.glob(".worker-*"))
+        texts = [out, err, *rest, *(path.read_bytes().decode(errors="replace") for path in folder.iterdir())]
+        assert not any(secret in text for text in texts for secret in (PASSWORD, QUOTED))
+        assert (folder / "study.journal").exists() == (kind == "journal")
+    status, _, err = verb("worker", folder)
+    assert (status, "is in a postgresql: give --storage" in err) == (1, True), err
+    status, _, err = verb("worker", alone, "--storage", request.getfixturevalue("postgres"))
+    assert (status, "is in a journal: leave out --storage" in err) == (1, True), err
+
+
+def test_database_errors_say_what_to_do_and_nothing_of_the_address(postgres):
+    host = postgres.rpartition("@")[2]
+    for url, error, says in (
+        (postgres.replace(QUOTED, "wr0ng" + QUOTED), RunError, "refuses this user or password"),
+        (postgres.replace("/postgres", "/absent"), RunError, "does not exist"),
+        (f"postgresql://searcher:{QUOTED}@127.0.0.1:1/postgres", RunError, "cannot be reached"),
+        (f"postgresql://searcher:{QUOTED}@host.invalid/postgres", RunError, "cannot be reached"),
+        (f"postgresql://searcher:{PASSWORD}@{host}", ConfigError, "is not understood"),
+        (f"postgresql://searcher:ss:w@{QUOTED}@{host}", RunError, "cannot be reached"),  # half of it taken for a host
+        (f"postgresql://searcher:{QUOTED}@127.0.0.1:port/postgres", ConfigError, "is not understood"),
+        (f"mysql://searcher:{QUOTED}@{host}", ConfigError, "is not understood"),
+        (f"sqlite:///{QUOTED}", ConfigError, "is not understood"),
+        (QUOTED, ConfigError, "is not understood"),
+    ):
+        with pytest.raises(error, match=says) as raised:
+            PostgresStore(url, "study")
+        told = "".join(traceback.format_exception(raised.value))
+        assert not any(piece in told for piece in (PASSWORD, QUOTED, "c}ret", "ss:w", "searcher", "7Bc")), told
+
+
+def test_a_database_that_breaks_off_is_a_clear_error_and_the_search_goes_on(place, postgres, alone, job, monkeypatch):
+    if isinstance(place[1](), JournalStore):
+        pytest.skip("a journal has no server")
+    psycopg = pytest.importorskip("psycopg")
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    propose = PROPOSERS["evolution"]
+
+    def cut_off(*arguments):  # while the lock is held
+        monkeypatch.setitem(PROPOSERS, "evolution", propose)
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            connection.execute(others)
+        return propose(*arguments)
+
+    monkeypatch.setitem(PROPOSERS, "evolution", cut_off)
+    with pytest.raises(RunError, match="broke off") as raised:
+        searcher(job, place, 60)
+    assert "searcher:" not in "".join(traceback.format_exception(raised.value))
+    searcher(job, place, 60)
+    assert table(trials_of(place)) == expected(alone, 60)
+
+
+def test_a_killed_holder_of_the_lock_blocks_nobody_and_its_half_line_is_cut(alone, job, tmp_path):
+    folder = begun(alone, tmp_path / "run")
+    place = folder, lambda: JournalStore(folder.journal, "study")
+    searcher(job, place, 10)
+
+    def hold_and_die():
+        with JournalStore(folder.journal, "study") as store, store.lock():
+            store.journal._held.write(b'{"op_code":5,"worker')
+            store.journal._held.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with place[1]() as open_already:
+        study = open_already.study()
+        dying = multiprocessing.get_context("fork").Process(target=hold_and_die)
+        dying.start()
+        dying.join()
+        assert not folder.journal.read_bytes().endswith(b"\n")
+        study.set_user_attr("note", "written after the half line")
+        assert len(study.get_trials()) == 10
+        assert open_already.workers() == 1
+    searcher(job, place, 60)
+    assert table(trials_of(place)) == expected(alone, 60)
+
+
+def test_a_worker_with_other_images_or_another_supernet_is_refused_or_apart(alone, tmp_path):
+    folder = begun(alone, tmp_path / "run")
+    config = (folder.path / "config.json").read_text()
+    (folder.path / "config.json").write_text(config.replace("1257 images", "1256 images"))
+    status, _, err = verb("worker", folder.path)
+    assert (status, "are not those" in err) == (1, True), err
+    (folder.path / "config.json").write_text(config)
+    job = prepare(folder.config)
+    trained = prepare(folder.config)
+    load_weights(trained.supernet, folder.supernet)
+    assert study_name(job, folder) != study_name(trained, folder)
