@@ -16,7 +16,7 @@ from rich.console import Console
 
 from poolshare.space.errors import ConfigError, PoolshareError
 
-from . import looking
+from . import looking, using
 from .options import (
     Amp,
     Budget,
@@ -30,14 +30,15 @@ from .options import (
     MaxRun,
     ModelArgs,
     Operators,
-    OtherData,
     Quiet,
     Seed,
     Storage,
     Workers,
+    helping,
     integers,
     make_config,
     print_json,
+    progress_console,
     settings_of,
     words,
 )
@@ -197,7 +198,9 @@ def search(
     )  # fmt: skip
     from .job import search as run_search
 
-    folder = run_search(config, out, _progress_console(quiet), storage)
+    folder = run_search(config, out, progress_console(quiet), storage)
+    if helping():
+        return None
     from .report import load_report
 
     report = load_report(folder)
@@ -228,7 +231,7 @@ def worker(
     """
     from .worker import work
 
-    result = work(run, storage, data, data_dir, workers, device, _progress_console(quiet))
+    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet))
     if as_json:
         return print_json(result)
     console = Console(highlight=False, markup=False)
@@ -286,84 +289,8 @@ def export(
     console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
 
 
-@app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")
-def retrain(
-    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
-    data: OtherData = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images of one training step. Default: as in the search.")
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
-    ] = None,
-    data_dir: DataDir = None,
-    download: Download = False,
-    workers: Workers = 0,
-    amp: Amp = "none",
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train an exported model further and test it.
-
-    It trains on all training images, search-validation included, and is kept in a new folder.
-    """
-    from .retrain import retrain as run_retrain
-
-    exported = exported.resolve() if exported.name in ("", "..") else exported
-    target = out or exported.with_name(f"{exported.name}-retrained")
-    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
-    facts = run_retrain(
-        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, seed=seed,
-        recipe_changes=changes, workers=workers, device=device, console=_progress_console(quiet),
-    )  # fmt: skip
-    if as_json:
-        return print_json({"out": str(target), **facts})
-    Console(highlight=False, markup=False).print(
-        f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
-        f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
-    )
-
-
-@app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")
-def evaluate(
-    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
-    data: OtherData = None,
-    data_dir: DataDir = None,
-    download: Download = False,
-    workers: Workers = 0,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Test accuracy and speed of an exported model."""
-    from .retrain import evaluate as run_evaluate
-
-    result = run_evaluate(
-        exported,
-        data=data,
-        data_dir=data_dir,
-        download=download,
-        workers=workers,
-        device=device,
-        console=_progress_console(quiet),
-    )
-    if as_json:
-        return print_json(result)
-    console = Console(highlight=False, markup=False)
-    low, high = result["interval"]
-    console.print(
-        f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
-    )
-    console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
-    for batch, latency in result["latency_ms"].items():
-        console.print(
-            f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {result['device']}"
-        )
+app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")(using.retrain)
+app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(using.evaluate)
 
 
 @app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")
@@ -390,7 +317,7 @@ def trust(
 
     plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
     folder = RunFolder.open(run)
-    found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=_progress_console(quiet))
+    found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=progress_console(quiet))
     if as_json:
         return print_json(found)
     console = Console(highlight=False, markup=False)
@@ -413,10 +340,6 @@ def _with_interval(estimate: dict[str, float | None]) -> str:
     if estimate["value"] is None:
         return "not known"
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
-
-
-def _progress_console(quiet: bool) -> Console:
-    return Console(stderr=True, quiet=quiet, highlight=False, markup=False)
 
 
 class _Stopped(BaseException):
@@ -446,13 +369,19 @@ def main() -> None:
         with _stopping_on_signals():
             app()
     except PoolshareError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" in process {os.environ['RANK']}" if helping() else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except _Stopped:
-        print("stopped; the same command continues where it was", file=sys.stderr)
+        if not helping():
+            print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"error: {error}; check the path and its permissions", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # torchrun -m poolshare.search.cli
+    main()

@@ -30,11 +30,13 @@ from poolshare.space import (
     parse_budget,
 )
 from poolshare.space.presets import space_for
-from poolshare.supernet import SuperNet, measure_macs, measure_parameters
+from poolshare.supernet import SuperNet, distributed, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.model import create_base
-from poolshare.supernet.train import Recipe, Sandwich, sandwich_loss, steps_per_epoch, train_supernet
+from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.sandwich import Sandwich, sandwich_loss
+from poolshare.supernet.train import steps_per_epoch, train_supernet
 
 from .evaluate import count_correct
 from .pareto import frontier
@@ -153,7 +155,9 @@ def opening_options(data_config: dict[str, Any]) -> dict[str, Any]:
 def pick_device(name: str | None) -> torch.device:
     """A usable device; "auto" or None: the GPU where there is one. Raises ModelError for one that is not there."""
     if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{distributed.local_rank()}"  # each process that torchrun started has its own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -168,12 +172,16 @@ def search(
     """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
 
     console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
-    study; None: a journal in the folder. Raises a PoolshareError for whatever the user can mend.
+    study; None: a journal in the folder. Raises a PoolshareError for whatever the user can mend. Where
+    torchrun started several processes they train together, and the first one does all the rest.
     """
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
     with progress_bar(console, "checking images", 1.0) if _is_folder(config) else nullcontext(no_progress) as advance:
         job = prepare(config, lambda done, total: advance(done / total))
+    if distributed.rank() > 0:
+        _train(job, None, console)
+        return RunFolder(Path(out), config)
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         folder.write_config(job.data.fingerprint, storage_kind(storage))
@@ -203,7 +211,7 @@ def _announce(job: Job, folder: RunFolder, console: Console) -> None:
     step, per_mac = calibrate(job)
     epochs = recipe.epochs - _epochs_trained(folder)
     if epochs > 0:
-        training = step * epochs * steps_per_epoch(job.data, recipe)
+        training = step * epochs * steps_per_epoch(job.data, recipe) / distributed.launched_size()
         say(f"training the supernet for {epochs:.4g} epochs takes about {_minutes(training)}")
     else:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
@@ -261,29 +269,33 @@ def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _train(job: Job, folder: RunFolder, console: Console) -> float:
-    """Train what is missing; returns the seconds spent."""
+def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
+    """Train what is missing; returns the seconds spent. folder: None in a process that only helps the first one."""
     start, recipe = time.monotonic(), job.recipe
-    trained = _epochs_trained(folder)
-    if folder.supernet.exists() and trained == recipe.epochs:
-        load_weights(job.supernet, folder.supernet)
-        return 0.0
-    if folder.candidates.exists():  # scored with weights that now change
-        folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
+    trained = _epochs_trained(folder) if folder else 0
+    finished = folder is not None and folder.supernet.exists() and trained == recipe.epochs
     total = recipe.epochs * steps_per_epoch(job.data, recipe)
-    with progress_bar(console, "training the supernet", total) as advance:
-        train_supernet(
-            job.supernet,
-            job.data,
-            job.macs,
-            recipe,
-            seed=job.config.seed,
-            workers=job.config.workers,
-            state=folder.training,
-            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
-            say=partial(console.print, markup=False, soft_wrap=True),
-        )
-    save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
+    with distributed.joined(next(job.supernet.parameters()).device):
+        if distributed.from_first(finished):
+            if folder:
+                load_weights(job.supernet, folder.supernet)
+            return 0.0
+        if folder and folder.candidates.exists():  # scored with weights that now change
+            folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
+        with progress_bar(console, "training the supernet", total) as advance:
+            train_supernet(
+                job.supernet,
+                job.data,
+                job.macs,
+                recipe,
+                seed=job.config.seed,
+                workers=job.config.workers,
+                state=folder and folder.training,
+                progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+                say=partial(console.print, markup=False, soft_wrap=True),
+            )
+    if folder:
+        save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
     return time.monotonic() - start
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
-from poolshare.space.errors import ModelError, SpaceError
+from poolshare.space.errors import ConfigError, SpaceError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -55,6 +57,15 @@ Storage = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
+RecipeChanges = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; "
+        "the README lists all.",
+        metavar="KEY=VALUE,…",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]
 
 
@@ -80,15 +91,36 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
         raise SpaceError(f"{option} {text!r} is no list of whole numbers; write for example 196,100,49") from None
 
 
-def settings_of(text: str | None) -> dict[str, Any]:
+def settings_of(
+    text: str | None, option: str = "--model-args", example: str = "depth=6,patch_size=4"
+) -> dict[str, Any]:
     """ "depth=6,patch_size=4" → {"depth": 6, "patch_size": 4}; values are JSON where they can be, else text."""
     settings: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         name, equals, value = part.partition("=")
         if not equals or not name.strip().isidentifier():
-            raise ModelError(f"--model-args {part!r} is not KEY=VALUE; write for example depth=6,patch_size=4")
+            raise ConfigError(f"{option} {part!r} is not KEY=VALUE; write for example {example}")
         try:
             settings[name.strip()] = json.loads(value)
         except ValueError:
             settings[name.strip()] = value.strip()
     return settings
+
+
+def recipe_of(text: str | None) -> dict[str, Any]:
+    """--recipe read: fields of `Recipe`; those that have a flag of their own are refused."""
+    changes = settings_of(text, "--recipe", "mixup=0.8,label_smoothing=0.1")
+    for name in ("epochs", "batch_size", "lr", "amp"):
+        if name in changes:
+            raise ConfigError(f"--recipe {name}={changes[name]}: leave it out, --{name.replace('_', '-')} decides it")
+    return changes
+
+
+def helping() -> bool:
+    """Whether torchrun started this process to help another one, which writes and prints."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def progress_console(quiet: bool) -> Console:
+    """Where progress goes: standard error."""
+    return Console(stderr=True, quiet=quiet or helping(), highlight=False, markup=False)

@@ -26,6 +26,11 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def launched_size() -> int:
+    """How many processes torchrun started, joined or not."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
 def local_rank() -> int:
     """Which of this machine's processes this is: its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
@@ -39,7 +44,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """How many processes have joined to train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -58,12 +63,12 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    """The model as it is to be called in training: its gradients are then the mean over all processes."""
-    if world_size() == 1:
-        return model
-    # A step's architectures leave some parameters out, others at each step.
-    return DistributedDataParallel(model, find_unused_parameters=True)
+def parallel(model: nn.Module, some_unused: bool) -> nn.Module:
+    """The model as it is to be called in training: its gradients are then the mean over all processes.
+
+    some_unused: whether a step may leave parameters out; looking for them costs a walk over the autograd graph.
+    """
+    return model if world_size() == 1 else DistributedDataParallel(model, find_unused_parameters=some_unused)
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[Any]:

@@ -1,0 +1,111 @@
+"""The verbs that take an exported model further: `retrain` it, `evaluate` it, let it `predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .options import (
+    Amp,
+    DataDir,
+    Device,
+    Download,
+    Json,
+    OtherData,
+    Quiet,
+    RecipeChanges,
+    Seed,
+    Workers,
+    helping,
+    print_json,
+    progress_console,
+    recipe_of,
+)
+
+
+def retrain(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: OtherData = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of one training step. Default: as in the search.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="An export to learn from beside the labels, such as the dense model's.", metavar="DIR"),
+    ] = None,
+    recipe: RecipeChanges = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    amp: Amp = "none",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an exported model further and test it.
+
+    It trains on all training images, search-validation included, and is kept in a new folder.
+    """
+    from .retrain import retrain as run_retrain
+
+    exported = exported.resolve() if exported.name in ("", "..") else exported
+    target = out or exported.with_name(f"{exported.name}-retrained")
+    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
+    facts = run_retrain(
+        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, teacher=teacher,
+        seed=seed, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet),
+    )  # fmt: skip
+    if helping():
+        return None
+    if as_json:
+        return print_json({"out": str(target), **facts})
+    Console(highlight=False, markup=False).print(
+        f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
+        f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
+    )
+
+
+def evaluate(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: OtherData = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Test accuracy and speed of an exported model."""
+    from .retrain import evaluate as run_evaluate
+
+    result = run_evaluate(
+        exported,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        workers=workers,
+        device=device,
+        console=progress_console(quiet),
+    )
+    if as_json:
+        return print_json(result)
+    console = Console(highlight=False, markup=False)
+    low, high = result["interval"]
+    console.print(
+        f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
+    )
+    console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
+    for batch, latency in result["latency_ms"].items():
+        console.print(
+            f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {result['device']}"
+        )

@@ -1,0 +1,160 @@
+"""Two real processes under torchrun against one: gradients, training continued by another number, and the command."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poolshare.space import SearchSpace
+from poolshare.supernet import SuperNet, distributed, measure_macs
+from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.data import open_data
+from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.train import train_model, train_supernet
+
+SPACE = SearchSpace(depth=3, levels=(64, 16, 4), operators=("max2d_conv",))  # one that learns
+RECIPES = {
+    "plain": Recipe(epochs=1, batch_size=256, clip_grad=None),
+    "mixed in parts": Recipe(epochs=1, batch_size=256, clip_grad=None, mixup=0.8, cutmix=1.0, accumulate=3),
+    "averaged": Recipe(epochs=3, batch_size=128, ema=0.9),
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def make_net(seed):
+    torch.manual_seed(seed)
+    return SuperNet.from_timm("digits_vit", SPACE, depth=3, embed_dim=16, num_heads=2, mlp_ratio=1.0)
+
+
+def gradients(name, data, seed):
+    """Of the first step of a supernet."""
+    net, found = make_net(seed), {}
+
+    def take(step, loss):
+        found.update({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        found["loss"] = torch.tensor(loss)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train_supernet(net, data, measure_macs(net), RECIPES[name], seed=3, progress=take)
+    return found
+
+
+def train(data, seed, state=None, stop_at=None):
+    net, losses = make_net(seed), []
+
+    def progress(step, loss):
+        losses.append(loss)
+        if step == stop_at:
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        train_supernet(
+            net, data, measure_macs(net), RECIPES["averaged"], seed=3, state=state, save_seconds=0, progress=progress
+        )
+    return net, losses
+
+
+def digits():
+    return open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
+
+
+def in_each_process(folder):
+    """What torchrun runs. The second process begins with other weights: the first one's count."""
+    torch.set_num_threads(1)
+    data = digits()
+    with distributed.joined(torch.device("cpu")):
+        rank = distributed.rank()
+        for name in ("plain", "mixed in parts"):
+            save_file(gradients(name, data, seed=rank), folder / f"{name}-{rank}.safetensors")
+        train(data, rank, folder / "stopped.safetensors" if rank == 0 else None, stop_at=5)
+        state = folder / "state.safetensors" if rank == 0 else None
+        if rank == 0:
+            shutil.copy(folder / "stopped.safetensors", state)
+        net, _ = train(data, 50 + rank, state)
+        model = make_net(rank)
+        train_model(model, data, Recipe(epochs=1, batch_size=256, drop_path=0.3), seed=3)
+        save_file(net.state_dict() | {"alone": model.head.weight.data.clone()}, folder / f"end-{rank}.safetensors")
+
+
+def torchrun(*words, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, timeout=300, check=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    finished = torchrun(__file__, folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed in parts"])
+def test_two_processes_give_the_gradients_of_one(name, together):
+    alone = gradients(name, digits(), seed=0)
+    first, second = (load_file(together / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    assert alone.keys() == first.keys() == second.keys()
+    assert any("poolings" in key for key in alone)
+    for key, gradient in alone.items():
+        torch.testing.assert_close(first[key], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[key], second[key]), key
+
+
+def test_both_processes_end_with_the_same_weights(together):
+    first, second = (load_file(together / f"end-{rank}.safetensors") for rank in (0, 1))
+    assert torch.equal(first.pop("alone"), second.pop("alone"))
+    assert load_tensors(together / "state.safetensors")[1]["step"] == 3 * 7
+    # The moving average is the first process's: only that one writes.
+    undisturbed, _ = train(digits(), seed=0)
+    for name, value in undisturbed.state_dict().items():
+        assert (first[name] - value).norm() < 0.02 * value.norm() + 1e-2, name
+
+
+def test_training_continues_with_another_number_of_processes(together, tmp_path):
+    """Two processes stopped after 5 steps, one goes on: its losses are those of one process from the start."""
+    assert load_tensors(together / "stopped.safetensors")[1]["step"] == 5
+    shutil.copy(together / "stopped.safetensors", tmp_path)
+    _, losses = train(digits(), seed=0)
+    _, continued = train(digits(), seed=9, state=tmp_path / "stopped.safetensors")
+    assert len(continued) == 1 + len(losses) - 5  # the first call tells how many steps are done
+    torch.testing.assert_close(continued[1:], losses[5:], rtol=2e-3, atol=2e-3)
+
+
+def test_the_command_trains_in_two_processes_of_which_one_writes_and_prints(tmp_path):
+    words = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
+    words += ["--sampler", "random", "--trials", "10", "--device", "cpu", "--json", "--out", str(tmp_path / "run")]
+    finished = torchrun("-m", "poolshare.search.cli", *words, "--epochs", "2")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("training the supernet: 100%") == 1
+    json.loads(finished.stdout)
+    assert load_tensors(tmp_path / "run" / "training.safetensors")[1]["epochs"] == 2
+    assert len(pd.read_csv(tmp_path / "run" / "candidates.csv")) == 10
+    alone = subprocess.run(
+        [sys.executable, "-m", "poolshare.search.cli", *words, "--epochs", "3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert "training the supernet for 1 epochs" in alone.stderr
+    refused = torchrun("-m", "poolshare.search.cli", *words, "--epochs", "3", "--lr", "0.5")
+    assert refused.returncode != 0
+    assert "lr: 0.002 there, 0.5 now" in refused.stderr
+
+
+if __name__ == "__main__":
+    in_each_process(Path(sys.argv[1]))
