@@ -177,8 +177,9 @@ def search(
     """
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
-    with progress_bar(console, "checking images", 1.0) if _is_folder(config) else nullcontext(no_progress) as advance:
-        job = prepare(config, lambda done, total: advance(done / total))
+    checking = progress_bar(console, "checking images", 1, "images") if _is_folder(config) else nullcontext(no_progress)
+    with checking as advance:
+        job = prepare(config, lambda done, total: advance(done, total=total))
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
@@ -282,7 +283,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             return 0.0
         if folder and folder.candidates.exists():  # scored with weights that now change
             folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
-        with progress_bar(console, "training the supernet", total) as advance:
+        with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,
                 job.data,
@@ -339,11 +340,12 @@ def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -
     """Score the whole space or search it; returns the candidates frame and the seconds spent."""
     start, config, task = time.monotonic(), job.config, make_task(job)
     if job.exhaustive:
-        with progress_bar(console, "scoring the whole space", 1.0) as advance:
-            frame = score_everything(task, folder, advance)
+        size = task.space.size
+        with progress_bar(console, "scoring the whole space", size, "architectures") as advance:
+            frame = score_everything(task, folder, lambda share, note: advance(share * size, note))
     else:
         name = study_name(job, folder)
-        with progress_bar(console, f"searching ({sampler_of(job)})", config.trials) as advance:
+        with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
             store = open_store(folder.journal, storage, name)
             frame = run_study(task, folder, sampler_of(job), config.trials, config.seed, name, advance, store)
     return frame, time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a line now and then elsewhere, nothing when quiet."""
+"""Progress of long work with its rate: a bar in a terminal, a line now and then elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -7,43 +7,109 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-SECONDS_BETWEEN_LINES = 10
+SECONDS_BETWEEN_LINES = 10  # at first; later a twentieth of the time spent, so that a day's log stays readable
 
-Advance = Callable[..., None]  # (units done so far, note="")
+Advance = Callable[..., None]  # (units done so far, note="", total=None)
 
 
-def no_progress(done: float, note: str = "") -> None:
+def no_progress(done: float, note: str = "", total: float | None = None) -> None:
     """An Advance that shows nothing."""
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, total: float) -> Iterator[Advance]:
-    """Yields a function to call with the units done so far, of `total`, and a short note."""
-    if console.is_terminal and not console.quiet:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(title, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
-        return
+def progress_bar(console: Console, title: str, total: float, unit: str) -> Iterator[Advance]:
+    """Yields a function to call with the units done so far, of `total`, and a short note; it may correct the total.
+
+    unit: plural of what is counted, such as "steps". What the first call reports as done counts as done before, so
+    that continued work has an honest rate.
+    """
+    if console.quiet:
+        yield no_progress
+    elif console.is_terminal:
+        with _bar(console, title, total) as advance:
+            yield advance
+    else:
+        yield _lines(console, title, total, unit)
+
+
+def rate_text(per_second: float, unit: str = "") -> str:
+    """A rate such as "12.3 steps/s", or "4.2 s per step" where one takes longer; without a unit "12.3/s", "4.2 s each"."""
+    if per_second <= 0:
+        return ""
+    number = max(per_second, 1 / per_second)
+    digits = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    if per_second >= 1:
+        return f"{digits} {unit}/s" if unit else f"{digits}/s"
+    return f"{digits} s per {unit.removesuffix('s')}" if unit else f"{digits} s each"
+
+
+def time_text(seconds: float) -> str:
+    """A time in two digits or three: "45 s", "12 min", "3.1 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second, over the last samples."""
+
+    def render(self, task: Task) -> Text:
+        return Text(rate_text(task.finished_speed or task.speed or 0))
+
+
+@contextmanager
+def _bar(console: Console, title: str, total: float) -> Iterator[Advance]:
+    line = Column(no_wrap=True)
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=line),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        TaskProgressColumn(table_column=line.copy()),
+        _RateColumn(table_column=line.copy()),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=line.copy()),
+        TextColumn("{task.fields[note]}", markup=False, table_column=line.copy()),
+    )
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task(title, total=total, note="")
+        begun = False
+
+        def advance(done: float, note: str = "", total: float | None = None) -> None:
+            nonlocal begun
+            if not begun:  # not a step of now: only where this call begins
+                bar.reset(task, completed=0, start=True)
+                begun = True
+                bar.tasks[0].completed = done
+            bar.update(task, completed=done, note=note, total=total)
+
+        yield advance
+
+
+def _lines(console: Console, title: str, total: float, unit: str) -> Advance:
     start = last = time.monotonic()
+    first: float | None = None
+    whole = total
 
-    def advance(done: float, note: str = "") -> None:
-        nonlocal last
+    def advance(done: float, note: str = "", total: float | None = None) -> None:
+        nonlocal start, last, first, whole
         now = time.monotonic()
-        if done >= total or now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            left = (now - start) * (total - done) / done if done else float("nan")
-            rest = f"{now - start:.0f} s, about {left:.0f} s left" if done < total else f"done in {now - start:.0f} s"
-            console.print(f"{title}: {done / total:.0%}, {rest} {note}".rstrip(), markup=False, highlight=False)
+        whole = whole if total is None else total
+        if first is None:
+            first, start = (done, now) if done < whole else (0, start)
+        spent = now - start
+        if done < whole and now - last < max(SECONDS_BETWEEN_LINES, spent / 20):
+            return
+        last = now
+        parts = [f"{done / whole:.0%}" if done < whole else f"100%, done in {time_text(spent)}"]
+        if spent > 0 and done > first:
+            rate = (done - first) / spent
+            parts.append(rate_text(rate, unit))
+            if done < whole:
+                parts.append(f"about {time_text((whole - done) / rate)} left")
+        console.print(
+            f"{title}: {', '.join(parts)}{note and f', {note}'}", markup=False, highlight=False, soft_wrap=True
+        )
 
-    yield advance
+    return advance

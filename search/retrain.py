@@ -82,7 +82,7 @@ def retrain(
     first = distributed.rank() == 0
     total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
     with _workplace(out) if first else nullcontext() as kept:
-        with distributed.joined(place), progress_bar(console, "retraining", total) as advance:
+        with distributed.joined(place), progress_bar(console, "retraining", total, "steps") as advance:
             train_model(
                 model,
                 opened,
@@ -184,7 +184,7 @@ def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | 
     device = next(model.parameters()).device
     batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
     correct = images = 0
-    with progress_bar(console or Console(quiet=True), "testing", len(batches)) as advance:
+    with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
         for index, (inputs, labels) in enumerate(batches, start=1):
             correct += int((model(inputs.to(device)).argmax(dim=-1) == labels.to(device)).sum())
             images += len(labels)

@@ -286,10 +286,10 @@ class _Search:
     def _add(self, generation: int, position: int, proposal: _Proposal, counts: tuple[int, int] | None) -> None:
         architecture = proposal.architecture
         macs = self.task.macs.total(architecture)
-        # Feasible where ≤ 0; as an attribute too, since the dashboard does not show constraints.
         excess = max(0, macs - self.task.allowed.high)
         facts: dict[str, Any] = {"generation": generation, "position": position, "architecture": str(architecture)}
-        facts |= {"macs_over_budget": excess} | ({} if counts is None else {"counts": list(counts)})
+        facts |= {"macs": macs, "feasible": excess == 0, "macs_over_budget": excess}
+        facts |= {} if counts is None else {"counts": list(counts)}
         self.study.add_trial(
             create_trial(
                 state=TrialState.WAITING if counts is None else TrialState.COMPLETE,
@@ -297,8 +297,8 @@ class _Search:
                 params=proposal.params,
                 distributions=distributions(self.task.space),
                 user_attrs=facts,
-                system_attrs=proposal.system_attrs,
-                constraints={"MACs over budget": excess},
+                # Feasible where ≤ 0. This older form of a constraint is the one that Optuna and its dashboard both read.
+                system_attrs=proposal.system_attrs | {"constraints": [excess]},
             )
         )
 

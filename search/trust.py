@@ -84,7 +84,7 @@ def measure_trust(
         if (str(drawn[index][0]), repeat) not in {(row["architecture"], row["repeat"]) for row in rows}
     ]
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)
-    with progress_bar(console, "training alone", max(1, len(missing) * steps)) as advance:
+    with progress_bar(console, "training alone", max(1, len(missing) * steps), "steps") as advance:
         for done, (repeat, index) in enumerate(missing):
             architecture, band = drawn[index]
             note = f"{done + 1} of {len(missing)}: {architecture}"

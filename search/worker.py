@@ -59,7 +59,7 @@ def work(
         scored += len(architectures)
         return result
 
-    with progress_bar(console, f"searching ({sampler_of(job)})", trials) as advance:
+    with progress_bar(console, f"searching ({sampler_of(job)})", trials, "architectures") as advance:
         store = open_store(folder.journal, storage, name)
         run_study(
             replace(task, score=score), folder, sampler_of(job), trials, job.config.seed, name, advance, store, False
