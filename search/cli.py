@@ -25,12 +25,14 @@ from .options import (
     Device,
     Download,
     ImgSize,
+    InChans,
     Json,
     Levels,
     MaxRun,
     ModelArgs,
     Operators,
     Quiet,
+    RecipeChanges,
     Seed,
     Storage,
     Workers,
@@ -39,6 +41,7 @@ from .options import (
     make_config,
     print_json,
     progress_console,
+    recipe_of,
     settings_of,
     words,
 )
@@ -82,6 +85,7 @@ def space(
     max_run: MaxRun = None,
     budget: Budget = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
     model_args: ModelArgs = None,
     as_json: Json = False,
 ) -> None:
@@ -99,6 +103,7 @@ def space(
         max_run=max_run,
         budget=budget,
         img_size=img_size,
+        in_chans=in_chans,
         model_args=settings_of(model_args),
     )
     net = make_supernet(config, model_options(config))
@@ -152,6 +157,9 @@ def search(
     out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
     model: Annotated[str | None, typer.Option(help="A timm Vision Transformer. Default: vit_tiny_patch16_224.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Begin with these instead: a safetensors file for --model.", metavar="FILE")
+    ] = None,
     budget: Budget = None,
     levels: Levels = None,
     operators: Operators = None,
@@ -162,15 +170,14 @@ def search(
     ] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
     epochs: Annotated[
-        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, with --pretrained 10.")
+        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 10.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate. Default: 2e-3, or 3e-4 with --pretrained.")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 2e-3, warm start 3e-4.")] = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
     model_args: ModelArgs = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -179,6 +186,7 @@ def search(
     ] = None,
     workers: Workers = 0,
     amp: Amp = "none",
+    recipe: RecipeChanges = None,
     seed: Seed = 0,
     device: Device = None,
     storage: Storage = None,
@@ -192,7 +200,8 @@ def search(
     config = make_config(
         data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
         model_args=settings_of(model_args),
-        pretrained=pretrained, img_size=img_size, levels=integers("--levels", levels), operators=words(operators),
+        pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
+        recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,
     )  # fmt: skip
@@ -250,7 +259,9 @@ app.command(epilog='Example:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 4
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
-    architecture: Annotated[str | None, typer.Option(help="This architecture, scored or not.", metavar="TEXT")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
+    ] = None,
     pick: Annotated[
         Literal["half-point", "knee", "budget", "accuracy"] | None,
         typer.Option(
@@ -271,6 +282,8 @@ def export(
     from .run import RunFolder
 
     folder = RunFolder.open(run)
+    if architecture == "dense":
+        architecture = folder.read_summary()["dense"]["architecture"]
     if architecture is None:
         report = load_report(folder, budget)
         chosen = Architecture.parse(report.pick(pick or ("budget" if budget else "knee")).architecture)

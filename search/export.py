@@ -40,7 +40,7 @@ class Exported:
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
-    config = folder.config.model_copy(update={"pretrained": False})  # the weights come from the run
+    config = folder.config.without_weights
     summary = folder.read_summary()
     classes = tuple(summary["classes"])
     supernet = make_supernet(config, model_options(config) | {"num_classes": len(classes)})
@@ -58,11 +58,11 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "data_fingerprint": folder.data_fingerprint,
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "pretrained": folder.config.pretrained,
+        "pretrained": folder.config.warm,
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }
     model = Subnet.from_supernet(supernet, architecture)
-    save_export(out, model, classes, input_config(config.model, config.img_size, config.model_args), facts)
+    save_export(out, model, classes, input_config(config.model, model_options(config)), facts)
     return facts
 
 

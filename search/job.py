@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,14 @@ from typing import Any
 import pandas as pd
 import timm
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from timm.data import resolve_data_config
 
 from poolshare.space import (
     Architecture,
     Band,
+    ConfigError,
     CostTable,
     ModelError,
     RunError,
@@ -37,12 +39,13 @@ from poolshare.supernet.model import create_base
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.sandwich import Sandwich, sandwich_loss
 from poolshare.supernet.train import steps_per_epoch, train_supernet
+from poolshare.supernet.weights import load_base_weights
 
 from .evaluate import count_correct
 from .pareto import frontier
 from .progress import no_progress, progress_bar
 from .report import write_report
-from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, versions, write_csv, write_json
+from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, first_problem, versions, write_csv, write_json
 from .storage import open_store, storage_kind
 from .study import Task, run_study, score_everything
 
@@ -62,6 +65,7 @@ class Job:
     macs: CostTable
     parameters: CostTable
     allowed: Band  # the architectures within the budget
+    notes: tuple[str, ...] = ()  # what the user should know of data and weights
 
     @property
     def dense(self) -> Architecture:
@@ -71,15 +75,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """How to train the supernet."""
-        config = self.config
-        return Recipe(
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=0.75 if config.pretrained else None,
-            amp=config.amp,
-        )
+        return supernet_recipe(self.config)
 
     @property
     def exhaustive(self) -> bool:
@@ -90,13 +86,36 @@ class Job:
         return whole.cost <= EXHAUSTIVE_PRICE * whole.one_by_one / whole.architectures
 
 
+def supernet_recipe(config: SearchConfig) -> Recipe:
+    """How a configuration trains its supernet. Raises ConfigError naming what the recipe cannot have."""
+    for name in ("drop_path", "distill"):
+        if name in config.recipe:
+            raise ConfigError(
+                f"--recipe {name}={config.recipe[name]}: that belongs to `poolshare retrain`; leave it out"
+            )
+    situation: dict[str, Any] = {"layer_decay": 0.75 if config.warm else None}
+    flags = ("epochs", "batch_size", "lr", "weight_decay", "amp")
+    return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
+
+
+def checked_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe. Raises ConfigError naming the field and what it may be."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        name, problem = str(error.errors()[0]["loc"][0]), first_problem(error)
+        if name not in ("epochs", "batch_size", "lr", "amp"):  # those that are flags
+            problem = f"--recipe {name}={values[name]}: {error.errors()[0]['msg']}; there are {', '.join(Recipe.model_fields)}"
+        raise ConfigError(problem) from None
+
+
 def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = None) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
     Raises the PoolshareError of whatever does not fit.
     """
-    options = model_options(config)
-    data_config = input_config(config.model, config.img_size, config.model_args)
+    options, recipe = model_options(config), supernet_recipe(config)
+    data_config = input_config(config.model, options)
     data = open_data(
         config.data,
         data_dir=config.data_dir,
@@ -104,24 +123,36 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
         search_fraction=config.search_fraction,
         seed=config.seed,
         progress=progress,
+        augmentation=recipe.augmentation,
         **opening_options(data_config),
     )
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(config, options)
+    notes = data.notes
+    if config.weights is not None:
+        notes += load_base_weights(supernet, Path(config.weights).expanduser(), config.model)
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
     limit = None if config.budget is None else parse_budget(config.budget, dense)
     allowed = supernet.space.within(macs, None, limit)
-    return Job(config, data, supernet.to(pick_device(config.device)), macs, measure_parameters(supernet), allowed)
+    supernet.to(pick_device(config.device))
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, notes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
     """What timm.create_model is given beside the name."""
-    for name, instead in (("img_size", "--img-size"), ("num_classes", "the data"), ("pretrained_cfg", "--pretrained")):
+    if config.pretrained and config.weights is not None:
+        raise ConfigError(f"--pretrained and --weights {config.weights} are two beginnings; leave one out")
+    decided = {"img_size": "--img-size", "num_classes": "the data", "pretrained_cfg": "--pretrained"}
+    decided |= {"drop_path_rate": "--recipe drop_path of retrain"} | (
+        {"in_chans": "--in-chans"} if config.in_chans else {}
+    )
+    for name, instead in decided.items():
         if name in config.model_args:
             raise ModelError(f"--model-args {name}={config.model_args[name]}: leave it out, {instead} decides it")
-    return dict(config.model_args) | ({} if config.img_size is None else {"img_size": config.img_size})
+    given = {"img_size": config.img_size, "in_chans": config.in_chans}
+    return dict(config.model_args) | {name: value for name, value in given.items() if value is not None}
 
 
 def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
@@ -133,14 +164,14 @@ def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
     return SuperNet.from_timm(config.model, space, config.pretrained, **options)
 
 
-def input_config(model: str, img_size: int | None, model_args: dict[str, Any]) -> dict[str, Any]:
-    """timm's input_size, mean, std, interpolation and crop_pct for a model, at the image size at hand."""
+def input_config(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's input_size, mean, std, interpolation and crop_pct for a model made with `options`."""
     known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if known is None:
         create_base(model)  # raises ModelError with what is wrong
     config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
-    channels = model_args.get("in_chans", config["input_size"][0])
-    height, width = (img_size, img_size) if img_size else config["input_size"][1:]
+    channels = options.get("in_chans", config["input_size"][0])
+    height, width = (options["img_size"],) * 2 if "img_size" in options else config["input_size"][1:]
     keys = ("mean", "std", "interpolation", "crop_pct")
     return {"input_size": (channels, height, width)} | {key: config[key] for key in keys}
 
@@ -186,7 +217,7 @@ def search(
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         folder.write_config(job.data.fingerprint, storage_kind(storage))
-        for note in job.data.notes:
+        for note in job.notes:
             console.print(note, markup=False)
         _announce(job, folder, console)
         seconds = {"training": _train(job, folder, console)}

@@ -33,6 +33,9 @@ ModelArgs = Annotated[
     typer.Option(help="Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"),
 ]
 ImgSize = Annotated[int | None, typer.Option(help="Side of the square input image in pixels. Default: the model's.")]
+InChans = Annotated[
+    int | None, typer.Option(help="Channels of the input: 3, or 1 for grey images. Default: the model's.")
+]
 DataName = Annotated[
     str,
     typer.Option(

@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 
@@ -23,10 +22,9 @@ from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, op
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .export import Exported, check_new, load_export, save_export
-from .job import opening_options, pick_device
+from .job import checked_recipe, opening_options, pick_device
 from .pareto import binomial_interval
 from .progress import progress_bar
-from .run import first_problem
 
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
@@ -230,7 +228,4 @@ def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) ->
         "lr": 2e-3 if from_scratch else 3e-4 if warm_vit else 1e-3,
         "layer_decay": 0.75 if warm_vit else None,
     }
-    try:
-        return Recipe(**(situation | {name: value for name, value in changes.items() if value is not None}))
-    except ValidationError as error:
-        raise ConfigError(first_problem(error)) from None
+    return checked_recipe(situation | {name: value for name, value in changes.items() if value is not None})

@@ -34,7 +34,9 @@ class SearchConfig(BaseModel):
     model: str
     model_args: dict[str, Any] = {}
     pretrained: bool = False
+    weights: str | None = None  # a safetensors file, instead of timm's pretrained ones
     img_size: int | None = Field(None, ge=1)
+    in_chans: Literal[1, 3] | None = None
     levels: tuple[int, ...] | None = None
     operators: tuple[str, ...] | None = None
     max_run: int | None = Field(None, ge=1)
@@ -46,6 +48,7 @@ class SearchConfig(BaseModel):
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     amp: Literal["none", "bf16"] = "none"
+    recipe: dict[str, Any] = {}  # other fields of `Recipe`
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
@@ -54,7 +57,8 @@ class SearchConfig(BaseModel):
     @classmethod
     def _decide(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in values.items() if value is not None}
-        warm, digits = bool(given.get("pretrained")), given.get("data") == "digits"
+        warm = bool(given.get("pretrained") or given.get("weights"))
+        digits = given.get("data") == "digits"
         decided = {
             "model": "digits_vit" if digits else "vit_tiny_patch16_224",
             "search_fraction": 0.3 if digits else 0.2,  # few images: enough of them to tell architectures apart,
@@ -63,6 +67,16 @@ class SearchConfig(BaseModel):
             "lr": 3e-4 if warm else 2e-3,
         }
         return decided | given
+
+    @property
+    def warm(self) -> bool:
+        """Whether the supernet begins with pretrained weights."""
+        return self.pretrained or self.weights is not None
+
+    @property
+    def without_weights(self) -> SearchConfig:
+        """The same for those who take the weights from the run folder."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
 
 
 class RunFolder:

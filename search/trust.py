@@ -181,7 +181,7 @@ def _train_alone(
     base, options = job.supernet.base
     device = next(job.supernet.parameters()).device
     model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
-    if job.config.pretrained:
+    if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
     train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)

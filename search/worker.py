@@ -42,7 +42,11 @@ def work(
     folder.check_same(folder.data_fingerprint, kind)
     here = {"data": data, "data_dir": data_dir, "device": device, "download": False, "workers": workers}
     folder = _wait_for_supernet(folder, console)
-    job = prepare(folder.config.model_copy(update={name: value for name, value in here.items() if value is not None}))
+    job = prepare(
+        folder.config.without_weights.model_copy(
+            update={name: value for name, value in here.items() if value is not None}
+        )
+    )
     folder.check_same(job.data.fingerprint, kind)
     load_weights(job.supernet, folder.supernet)
     if job.exhaustive:

@@ -74,16 +74,18 @@ def train_model(
 
     if teacher is not None:
         teacher.to(next(model.parameters()).device).eval()
-    set_drop_path(model, recipe.drop_path)
+    if recipe.drop_path:
+        set_drop_path(model, recipe.drop_path)
     try:
         fit(model, loss, data, recipe, full=full, **options)
     finally:
-        set_drop_path(model, 0.0)
+        if recipe.drop_path:
+            set_drop_path(model, 0.0)
 
 
 def set_drop_path(model: Any, rate: float) -> None:
     """Let block i of n skip its branches with probability rate · i / (n − 1), as timm does."""
-    blocks = getattr(model, "blocks", ()) if rate else []
+    blocks = model.blocks
     for block, one in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         block.drop_path1, block.drop_path2 = (DropPath(one) if one else nn.Identity() for _ in range(2))
 

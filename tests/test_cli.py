@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from poolshare.search import cli
 from poolshare.search.run import RunFolder, SearchConfig
@@ -508,3 +509,64 @@ def test_a_retraining_stopped_by_sigterm_continues_to_the_same_weights_and_holds
     (out / "model.safetensors").write_bytes(content)
     status, _, err = verb("evaluate", out)
     assert (status, "is not what was written there" in err) == (1, True), err
+
+
+def test_retraining_with_the_dense_model_as_teacher_and_a_recipe(run, verb, tmp_path):
+    export, dense = tmp_path / "export", tmp_path / "dense"
+    assert verb("export", run[0], "--budget", "60%", "--out", export)[0] == 0
+    assert verb("export", run[0], "--architecture", "dense", "--out", dense)[0] == 0
+    assert json.loads((dense / "architecture.json").read_text())["architecture"] == "64 64 64"
+    recipe = "mixup=0.4,drop_path=0.1,ema=0.9,distill=0.7,accumulate=2"
+    words = ("retrain", export, "--teacher", dense, "--epochs", "1", "--recipe", recipe, "--json", "-q")
+    status, out, err = verb(*words)
+    assert status == 0, err
+    facts = json.loads(out)
+    assert {name: facts["recipe"][name] for name in ("mixup", "drop_path", "ema", "distill", "accumulate", "epochs")} == {
+        "mixup": 0.4, "drop_path": 0.1, "ema": 0.9, "distill": 0.7, "accumulate": 2, "epochs": 1,
+    }  # fmt: skip
+    assert "with dense as teacher" in facts["weights"]
+    plain = json.loads(verb("retrain", export, "--epochs", "1", "--out", tmp_path / "plain", "--json", "-q")[1])
+    assert plain["recipe"]["mixup"] == 0
+    weights = [
+        load_file(path / "model.safetensors")["head.weight"]
+        for path in (tmp_path / "plain", tmp_path / "export-retrained")
+    ]
+    assert not torch.equal(*weights)
+    for words, says in (
+        (("--recipe", "lr=3"), "--lr decides it"),
+        (("--recipe", "mixup"), "--recipe 'mixup' is not KEY=VALUE"),
+        (("--recipe", "drop_path=2"), "--recipe drop_path=2: Input should be less than 1"),
+        (("--teacher", tmp_path / "nowhere"), "nowhere is no exported folder"),
+    ):
+        status, _, err = verb("retrain", export, "--out", tmp_path / "other", *words)
+        assert (status != 0, says in err) == (True, True), err
+    assert not (tmp_path / "other").exists()
+    facts = json.loads((dense / "architecture.json").read_text())
+    facts["classes"][0] = "ten"
+    (dense / "architecture.json").write_text(json.dumps(facts))
+    status, _, err = verb("retrain", export, "--out", tmp_path / "other", "--teacher", dense)
+    assert (status, "knows other classes" in err) == (2, True), err
+
+
+def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
+    options = {"depth": 3, "embed_dim": 16, "num_heads": 2}
+    torch.manual_seed(1)
+    model = timm.create_model("digits_vit", num_classes=4, **options)
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    words = ("search", *SMALL, "--epochs", "0", "--sampler", "random", "--trials", "3", "--out", tmp_path / "run")
+    status, _, err = verb(*words, "--weights", tmp_path / "start.safetensors")
+    assert status == 0, err
+    assert "start.safetensors has 4 classes, the data 10: the head is a new one" in err
+    assert RunFolder.open(tmp_path / "run").config.lr == 3e-4
+    (tmp_path / "start.safetensors").unlink()  # from now on the weights are the run's
+    assert verb("export", tmp_path / "run", "--architecture", "dense", "--out", tmp_path / "export")[0] == 0
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(exported[name], value), name
+    assert json.loads((tmp_path / "export" / "architecture.json").read_text())["pretrained"] is True
+    status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", tmp_path / "none.safetensors")
+    assert (status, "none.safetensors cannot be read" in err) == (2, True), err
+    status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", "x", "--pretrained")
+    assert (status, "are two beginnings" in err) == (2, True), err
+    assert not (tmp_path / "other").exists()
