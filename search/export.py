@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
-from poolshare.supernet import Subnet, measure_macs, measure_parameters
+from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
 
 from .job import input_config, load_weights, make_supernet, model_options
 from .run import RunFolder, versions
@@ -38,14 +38,20 @@ class Exported:
     digest: str  # of its weights
 
 
+def load_supernet(folder: RunFolder) -> SuperNet:
+    """The trained supernet of a finished search, in evaluation mode. Raises RunError where it is missing or damaged."""
+    config = folder.config.without_weights  # the weights come from the run
+    supernet = make_supernet(config, model_options(config) | {"num_classes": len(folder.read_summary()["classes"])})
+    load_weights(supernet, folder.supernet)
+    return supernet
+
+
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
-    config = folder.config.without_weights
-    summary = folder.read_summary()
+    config, summary = folder.config, folder.read_summary()
     classes = tuple(summary["classes"])
-    supernet = make_supernet(config, model_options(config) | {"num_classes": len(classes)})
+    supernet = load_supernet(folder)
     supernet.space.check(architecture)
-    load_weights(supernet, folder.supernet)
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
     facts = {
@@ -58,7 +64,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "data_fingerprint": folder.data_fingerprint,
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "pretrained": folder.config.warm,
+        "pretrained": config.warm,
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }
     model = Subnet.from_supernet(supernet, architecture)

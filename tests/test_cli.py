@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from poolshare.search import cli
+from poolshare.search.job import prepare
 from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.space import Architecture, RunError
 from poolshare.supernet import SuperNet
@@ -78,8 +80,6 @@ def test_search_announces_its_time_shows_progress_and_ends_with_frontier_report_
 def test_the_whole_space_was_scored_with_the_supernets_own_accuracy(run):
     folder, _ = run
     config = RunFolder.open(folder).config
-    from poolshare.search.job import prepare
-
     job = prepare(config)
     tensors, facts = load_tensors(folder / "supernet.safetensors")
     assert facts["epochs"] == 2
@@ -144,6 +144,23 @@ def test_pareto_names_a_point_and_writes_what_it_is_asked_for(run, verb, tmp_pat
         status, _, err = verb("pareto", folder, *words)
         assert status in (1, 2), words
         assert problem in err
+
+
+def test_the_walk_through_of_the_readme_works_as_written(run, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("<!-- walk-through -->\n```python\n")[1].split("```")[0]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(run[0])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    row = names["candidates"].set_index("architecture").loc[names["choice"].architecture]
+    assert row["top1"] >= names["report"].dense["top1"] - 0.5
+    # The model rebuilt from the run answers as the search counted.
+    job = prepare(names["folder"].config)
+    [(images, labels)] = job.data.eval_loader("search", 1000)
+    with torch.inference_mode():
+        assert int((names["model"].eval()(images).argmax(-1) == labels).sum()) == row["correct"]
 
 
 def test_show_draws_a_text_or_an_export(run, verb, tmp_path):
