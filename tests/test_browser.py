@@ -1,9 +1,14 @@
 """The page in a real browser: it opens alone, points select, axes switch, copying and keys work, text stays text."""
 
+import json
 import shlex
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from browser import LAPTOP, PHONE, Opened, launched
 from reports import ATTACK, SPACE, candidates, make_report
 
@@ -244,8 +249,9 @@ def test_progress_trust_budget_and_hand_made_architectures_are_shown(opened, rep
     assert f"{report.hypervolume:.4f} after 400 evaluations" in words
     trust = opened.text("#trust-words")
     assert "0.61 (0.40 to 0.78)" in trust
-    assert "agrees by 0.70" in trust
-    assert "2 architectures, 3 retrainings" in trust
+    assert "agrees by 0.70;" in trust
+    assert "of like cost τ is not measured, its ceiling 0.61 (0.40 to 0.78)" in trust
+    assert "2 architectures, 3 trainings" in trust
     assert opened.page.locator("#trust circle").count() == 2
     assert opened.texts("#trust-bands tbody td") == ["10.0 M to 20.0 M", "6", "0.61 (0.40 to 0.78)", "not measured"]
     assert opened.page.locator("#plot .budget-text").text_content() == "budget 30.0 M MACs"
@@ -381,4 +387,33 @@ def test_thirty_thousand_candidates_are_all_there(browser, tmp_path):
         at = opened.place(texts.index(opened.text("#architecture")))
         assert np.hypot(at[0] - x, at[1] - y) < 12
     assert opened.problems == []
+    opened.context.close()
+
+
+def test_from_the_page_alone_to_a_model_in_timm(browser, tmp_path, monkeypatch):
+    """Open, copy, run what was copied: the cheapest within half a point of dense, exported and loaded."""
+    monkeypatch.chdir(tmp_path)
+    poolshare = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
+    words = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--epochs", "2"]
+    subprocess.run([*poolshare, *words, "-q", "--device", "cpu", "--out", "runs/my digits"], check=True, timeout=300)
+    opened = Opened(browser, tmp_path / "runs" / "my digits" / "report.html")
+
+    def copied(name):
+        opened.page.locator(f"button[data-copy={name}]").click()
+        opened.page.locator("#toast", has_text="Copied").wait_for()
+        return opened.page.evaluate("navigator.clipboard.readText()")
+
+    opened.page.locator("#picks button", has_text="Half a point from dense").click()
+    command = shlex.split(copied("export"))
+    assert command[0] == "poolshare"
+    subprocess.run([*poolshare, *command[1:]], check=True, timeout=300)
+    names: dict = {}
+    exec(compile(copied("load"), "the page", "exec"), names)
+    assert str(names["model"].architecture) == opened.text("#architecture")
+    table = pd.read_csv(tmp_path / "runs" / "my digits" / "candidates.csv")
+    dense = json.loads((tmp_path / "runs" / "my digits" / "summary.json").read_text())["dense"]
+    close = table[table["top1"] >= dense["top1"] - 0.5]
+    row = close[close["macs"] == close["macs"].min()].sort_values("top1").iloc[-1]
+    assert opened.text("#architecture") == row["architecture"]
+    assert names["model"](torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     opened.context.close()

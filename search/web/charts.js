@@ -72,15 +72,17 @@ function drawTrust() {
     mean: point.retrained_top1.reduce((sum, value) => sum + value, 0) / point.retrained_top1.length }));
   const runs = points.reduce((sum, point) => sum + point.retrained_top1.length, 0);
   byId("trust-words").replaceChildren(
-    `Kendall τ between supernet score and retrained accuracy: ${withInterval(trust.tau)}` +
-    (trust.ceiling ? `; one retraining against another agrees by ${withInterval(trust.ceiling)}, so more cannot be had` : "") +
-    `. ${points.length} architectures, ${runs} retrainings.`);
+    `Kendall τ between the supernet’s scores and the same architectures trained alone: ${withInterval(trust.tau)}. ` +
+    (trust.ceiling ? `One training against another agrees by ${withInterval(trust.ceiling)}; more cannot be had. ` : "") +
+    (trust.within ? `Among architectures of like cost τ is ${withInterval(trust.within.tau)}, ` +
+      `its ceiling ${withInterval(trust.within.ceiling)}. ` : "") +
+    `${points.length} architectures, ${runs} trainings; intervals are 95 % ones.`);
   if (points.length) {
     const spread = (values) => {
       const low = Math.min(...values), high = Math.max(...values), pad = (high - low || 1) * 0.08;
       return [low - pad, high + pad];
     };
-    const { svg, toX, toY } = smallChart("Retrained accuracy against supernet score",
+    const { svg, toX, toY } = smallChart("Accuracy trained alone against supernet score",
       spread(points.map((point) => point.supernet_top1)), spread(points.flatMap((point) => point.retrained_top1)),
       (value) => `${+value.toFixed(2)} %`, (value) => `${+value.toFixed(2)} %`);
     for (const point of points) {
@@ -89,9 +91,10 @@ function drawTrust() {
         y2: toY(Math.max(...point.retrained_top1)) }));
       svg.append(make("circle", { class: "point", cx: x, cy: toY(point.mean), r: 4 },
         make("title", {}, `${point.architecture}: ${point.supernet_top1.toFixed(2)} % in the supernet, ` +
-          `${point.mean.toFixed(2)} % retrained`)));
+          `${point.mean.toFixed(2)} % trained alone`)));
     }
-    svg.append(make("text", { x: 408, y: 228, "text-anchor": "end" }, "top-1 in the supernet; upwards: retrained"));
+    svg.setAttribute("viewBox", "0 0 420 250");
+    svg.append(make("text", { x: 408, y: 244, "text-anchor": "end" }, "top-1 in the supernet; upwards: trained alone"));
     byId("trust").replaceChildren(svg);
   }
   const bands = trust.bands || [];

@@ -1,0 +1,127 @@
+"""Pictures of the pages of real runs, and how fast a page of 31,294 candidates is in a real browser.
+
+    python results/page/reproduce.py runs/digits runs/eurosat      # a minute; chromium must be installed
+
+1. Each run's report.html is written anew and photographed: laptop in light, phone in dark colours; on EuroSAT also what
+   lies below the first window.
+2. A page with every architecture of DeiT-Tiny's space, at its exact costs and with made-up accuracies (only the speed is
+   looked at), is opened, drawn, pointed at and clicked: medians in speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from playwright.sync_api import Browser, sync_playwright
+
+from poolshare.search.page import write_html
+from poolshare.search.report import Report, write_report
+from poolshare.search.run import RunFolder, versions, write_json
+from poolshare.space import SearchSpace
+from poolshare.supernet import SuperNet, measure_macs, measure_parameters
+
+HERE = Path(__file__).parent
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+OPENINGS, TRIES = 7, 50
+
+
+def photograph(browser: Browser, page: Path, name: str) -> None:
+    """The first window on a laptop and on a phone, and the whole page on a laptop."""
+    for kind, width, height, scheme in (("laptop", 1280, 860, "light"), ("phone", 390, 844, "dark")):
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            is_mobile=kind == "phone",
+            device_scale_factor=2 if kind == "phone" else 1,
+        )
+        window = context.new_page()
+        window.goto(page.resolve().as_uri())
+        window.screenshot(path=HERE / f"{name}-{kind}.png")
+        if kind == "laptop":
+            window.screenshot(path=HERE / f"{name}-whole.png", full_page=True)
+        context.close()
+
+
+def crowd(path: Path) -> None:
+    """Write the page of 31,294 made-up candidates."""
+    space = SearchSpace(depth=12, levels=(196, 100, 49), operators=("max2d",), max_run=3)
+    net = SuperNet.from_timm("deit_tiny_patch16_224", space, num_classes=10)
+    macs, parameters = measure_macs(net), measure_parameters(net)
+    rng, rows = random.Random(0), []
+    for architecture in space:
+        cost = macs.total(architecture)
+        correct = min(5000, max(0, round(50 * (88 + 8 * (cost / macs.total(space[0])) ** 0.3 + rng.gauss(0, 1.5) - 8))))
+        rows.append((str(architecture), correct / 50, correct, 5000, cost, parameters.total(architecture), 0))
+    columns = ["architecture", "top1", "correct", "total", "macs", "parameters", "generation"]
+    frame = pd.DataFrame(rows, columns=columns)
+    dense = frame.iloc[0][["architecture", "top1", "macs", "parameters"]].to_dict()
+    write_html(Report("made up, for speed only", frame, dense, True, space.size, "runs/none", space=space), path)
+
+
+def speed(browser: Browser, page: Path) -> dict[str, Any]:
+    """Milliseconds: until a fresh window shows the page, and for what follows a pointer, a click and a switch."""
+    opening = []
+    for _ in range(OPENINGS):
+        window = browser.new_page(viewport={"width": 1280, "height": 860})
+        start = time.perf_counter()
+        window.goto(page.as_uri())
+        window.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        opening.append(1000 * (time.perf_counter() - start))
+        if len(opening) < OPENINGS:
+            window.close()
+
+    def median(action: str) -> float:
+        return window.evaluate(
+            f"""() => {{ const times = [], box = plot.root.getBoundingClientRect();
+              for (let n = 0; n < {TRIES}; n++) {{ const start = performance.now(); {action};
+                document.body.offsetHeight; times.push(performance.now() - start); }}
+              return times.sort((a, b) => a - b)[{TRIES // 2}]; }}"""
+        )
+
+    return {
+        "candidates": window.evaluate("data.scored"),
+        "megabytes": round(page.stat().st_size / 1e6, 2),
+        "open_ms": [round(value) for value in opening],
+        "open_ms_median": round(statistics.median(opening)),
+        "draw_ms": round(median("plot.draw()"), 1),
+        "find_point_under_pointer_ms": round(
+            median("plot.nearest({ clientX: box.left + 100 + 9 * n, clientY: box.top + 200 }, 20)"), 2
+        ),
+        "select_ms": round(median("select(600 * n)"), 1),
+        "switch_axis_ms": round(median("state.cost = data.costs[n % 2].name; showAll()"), 1),
+        "browser": browser.version,
+    }
+
+
+def main() -> None:
+    """Photograph, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="finished run folders; pictures are named after them")
+    runs = parser.parse_args().runs
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        for run in runs:
+            opened = RunFolder.open(run)
+            write_report(opened)
+            photograph(browser, opened.report, run.name)
+        page = Path(folder, "crowd.html")
+        crowd(page)
+        result = speed(browser, page)
+        browser.close()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    write_json(HERE / "speed.json", result | {"commit": commit, "versions": versions()})
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
