@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from browser import LAPTOP, PHONE, Opened, launched
+from PIL import Image
 from reports import ATTACK, SPACE, candidates, make_report
+from sklearn.datasets import load_digits
 
 from poolshare.search.page import write_html
 from poolshare.search.report import human, quantity
@@ -416,4 +418,33 @@ def test_from_the_page_alone_to_a_model_in_timm(browser, tmp_path, monkeypatch):
     row = close[close["macs"] == close["macs"].min()].sort_values("top1").iloc[-1]
     assert opened.text("#architecture") == row["architecture"]
     assert names["model"](torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    opened.context.close()
+
+
+def test_a_data_set_with_hostile_names_is_text_in_terminal_and_page(browser, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attack = "<script>alert(1)</script>"  # as a path: a folder within a folder
+    classes = ["<img src=x onerror=alert(1)>", "[red]\x1b[31mred"]
+    digits = load_digits()
+    for label, name in enumerate(classes):
+        folder = tmp_path / attack / name
+        folder.mkdir(parents=True)
+        for index, image in enumerate(digits.images[digits.target == label][:60]):
+            Image.fromarray((image * 15).astype("uint8")).save(folder / f"{index}.png")
+    words = ["search", "--data", attack, "--model", "digits_vit", "--model-args", "depth=3,embed_dim=16,num_heads=2"]
+    words += ["--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out", attack.replace("/", "-")]
+    command = "from poolshare.search.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert attack in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    opened = Opened(browser, tmp_path / attack.replace("/", "-") / "report.html")
+    opened.page.wait_for_timeout(200)  # an alert would need a moment
+    assert opened.problems == []
+    assert opened.requests == [opened.address]
+    assert opened.page.locator("script").count() == 2
+    assert opened.page.locator("img").count() == 0
+    assert opened.text("h1") == f"digits_vit on {attack}"
+    facts = dict(zip(opened.texts(".facts dt"), opened.texts(".facts dd"), strict=True))
+    assert classes[0] in facts["classes"]
     opened.context.close()

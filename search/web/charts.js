@@ -2,9 +2,9 @@
 
 function drawHeat(table, group) {
   const depth = group.rows[0].shares.length;
-  table.classList.toggle("deep", depth > 14);
-  const names = { tokens: (value) => `${value} token${value === "1" ? "" : "s"}`, drops: (value) => `${value} drops tokens before`,
-    shares: () => "shares its neighbour’s map" };
+  for (const part of [table, table.closest(".pair")]) part.classList.toggle("deep", depth > 14);
+  const names = { tokens: (value) => `${value} token${value === "1" ? "" : "s"}`, drops: (value) => `dropped by ${value}`,
+    shares: () => "shares a map" };
   const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "layer"));
   for (let layer = 0; layer < depth; layer++) head.append(make("th", { scope: "col" }, String(layer)));
   const body = make("tbody");
