@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from poolshare.space.errors import ConfigError, PoolshareError
 
 from . import looking, using
+from .console import PlainConsole, printable
 from .options import (
     Amp,
     Budget,
@@ -127,7 +127,7 @@ def space(
     }
     if as_json:
         return print_json(result)
-    out = Console(highlight=False, markup=False)
+    out = PlainConsole()
     out.print(
         f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
         f"operators {', '.join(graph.operators)}, at most {graph.max_run} layers on one attention map"
@@ -243,7 +243,7 @@ def worker(
     result = work(run, storage, data, data_dir, workers, device, progress_console(quiet))
     if as_json:
         return print_json(result)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(f"{run}: {result['scored']:,} of its {result['trials']:,} trials were scored here")
     console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
 
@@ -296,7 +296,7 @@ def export(
     facts = export_architecture(folder, chosen, out)
     if as_json:
         return print_json({"out": str(out), "architecture": str(chosen), **facts})
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(f"{out}: {chosen}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
     console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
@@ -333,7 +333,7 @@ def trust(
     found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=progress_console(quiet))
     if as_json:
         return print_json(found)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(
         f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
         f"scored on {found['images']:,} search-validation images; Kendall tau with 95 % intervals"
@@ -383,7 +383,7 @@ def main() -> None:
             app()
     except PoolshareError as error:
         where = f" in process {os.environ['RANK']}" if helping() else ""
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(printable(f"error{where}: {error}"), file=sys.stderr)
         sys.exit(error.exit_status)
     except _Stopped:
         if not helping():
@@ -392,7 +392,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"error: {error}; check the path and its permissions", file=sys.stderr)
+        print(printable(f"error: {error}; check the path and its permissions"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from poolshare.space.errors import ConfigError
 
+from .console import PlainConsole
 from .options import Budget, Json, print_json
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def pareto(
             found["compared"] = comparison([report, *others], column)
         return print_json(found)
     present(report, column, others)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     for path in (csv, png, png and png.with_suffix(".csv"), html):
         if path is not None:
             console.print(f"written: {path}", soft_wrap=True)
@@ -117,7 +117,7 @@ def show(
     if as_json:
         layers = [layer._asdict() for layer in architecture.layers]
         return print_json({"architecture": str(architecture), **architecture.to_json(), "layers": layers})
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
     if "macs" in facts:
         share = facts["macs"] / facts["dense_macs"]
@@ -136,7 +136,7 @@ def present(report: Report, cost: str = "macs", others: list[Report] | None = No
     """Frontier and plot on the terminal."""
     from .terminal import comparison_table, terminal_plot, terminal_table
 
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(terminal_table(report, limit=20, cost=cost))
     if others:
         console.print(comparison_table([report, *others], cost))
@@ -145,7 +145,7 @@ def present(report: Report, cost: str = "macs", others: list[Report] | None = No
 
 def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
     """Where the report is, and what to do next."""
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     run = shlex.quote(str(folder.path))
     budget = budget or folder.config.budget
     if budget is None and report.frontier["macs"].min() <= 0.6 * report.dense["macs"]:

@@ -7,9 +7,10 @@ import os
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from poolshare.space.errors import ConfigError, SpaceError
+
+from .console import PlainConsole
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -124,6 +125,6 @@ def helping() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
-def progress_console(quiet: bool) -> Console:
+def progress_console(quiet: bool) -> PlainConsole:
     """Where progress goes: standard error."""
-    return Console(stderr=True, quiet=quiet or helping(), highlight=False, markup=False)
+    return PlainConsole(stderr=True, quiet=quiet or helping())

@@ -14,6 +14,7 @@ import pandas as pd
 
 from poolshare.space import Architecture, ConfigError, RunError
 
+from .console import printable
 from .pareto import HALF_POINT, hypervolume
 from .report import Report, amount, axis_label, axis_unit, human, quantity
 
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RUN_MARKS = "OXHVWZ"  # one per run that is compared: told apart without colour
-
-
-def printable(text: str) -> str:
-    """Text from outside, its control characters written out, so that none of them reaches the terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def terminal_table(report: Report, limit: int | None = None, cost: str = "macs") -> Table:

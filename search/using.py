@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from .console import PlainConsole
 from .options import (
     Amp,
     DataDir,
@@ -69,7 +69,7 @@ def retrain(
         return None
     if as_json:
         return print_json({"out": str(target), **facts})
-    Console(highlight=False, markup=False).print(
+    PlainConsole().print(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
@@ -99,7 +99,7 @@ def evaluate(
     )
     if as_json:
         return print_json(result)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     low, high = result["interval"]
     console.print(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"

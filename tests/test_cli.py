@@ -163,6 +163,13 @@ def test_the_walk_through_of_the_readme_works_as_written(run, tmp_path, monkeypa
         assert int((names["model"].eval()(images).argmax(-1) == labels).sum()) == row["correct"]
 
 
+def test_no_name_of_a_file_reaches_the_terminal_raw(verb, tmp_path):
+    hostile = tmp_path / "\x1b[31m[red]x"
+    for words in (["pareto", hostile], ["search", "--data", hostile, "--out", tmp_path / "run"], ["show", "9\x1b[2J"]):
+        status, out, err = verb(*words)
+        assert (status in (1, 2), "\x1b" in out + err, r"\x1b[" in err) == (True, False, True), err
+
+
 def test_show_draws_a_text_or_an_export(run, verb, tmp_path):
     folder, _ = run
     status, out, _ = verb("show", "64*2 16@max2d")

@@ -8,12 +8,12 @@ import pytest
 from reports import candidates, make_report
 from rich.console import Console
 
+from poolshare.search.console import PlainConsole, printable
 from poolshare.search.pareto import binomial_interval
 from poolshare.search.terminal import (
     comparison,
     comparison_table,
     draw_architecture,
-    printable,
     terminal_plot,
     terminal_table,
 )
@@ -62,7 +62,11 @@ def test_control_characters_never_reach_the_terminal():
     shown += terminal_plot(report, others=[report])
     assert not set("\x1b\x07\r\x9b") & set(shown)
     assert r"\x1b[2Jgone" in shown
-    assert printable("Kätzchen 猫 <b>") == "Kätzchen 猫 <b>"
+    assert printable("Kätzchen 猫 <b>\n") == "Kätzchen 猫 <b>\n"
+    assert printable("a\u202eb") == r"a\u202eb"
+    file = StringIO()
+    PlainConsole(file=file, force_terminal=True, color_system=None).print("[red]\x1b[31m", "\x07")
+    assert file.getvalue() == "[red]\\x1b[31m \\x07\n"
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(1, [0]), (2, [0, 11]), (4, [0, 4, 7, 11]), (99, range(12))])
