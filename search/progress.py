@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -55,10 +55,15 @@ def time_text(seconds: float) -> str:
 
 
 class _RateColumn(ProgressColumn):
-    """Units per second, over the last samples."""
+    """Units per second over the last samples, and the time left; at the end the time it took."""
 
     def render(self, task: Task) -> Text:
-        return Text(rate_text(task.finished_speed or task.speed or 0))
+        parts = [rate_text(task.finished_speed or task.speed or 0)]
+        if task.finished_time is not None:
+            parts.append(time_text(task.finished_time))
+        elif task.time_remaining is not None:
+            parts.append(f"{time_text(task.time_remaining)} left")
+        return Text(", ".join(filter(None, parts)))
 
 
 @contextmanager
@@ -69,7 +74,6 @@ def _bar(console: Console, title: str, total: float) -> Iterator[Advance]:
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         TaskProgressColumn(table_column=line.copy()),
         _RateColumn(table_column=line.copy()),
-        TimeRemainingColumn(elapsed_when_finished=True, table_column=line.copy()),
         TextColumn("{task.fields[note]}", markup=False, table_column=line.copy()),
     )
     with Progress(*columns, console=console, expand=True) as bar:

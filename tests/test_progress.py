@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -90,13 +91,15 @@ def test_a_terminal_shows_one_line_with_bar_share_and_note(continued):
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
     with progress_bar(console, "training the [supernet]", 1000, "steps") as advance:
-        for done in range(continued, 1001, 10):
+        for done in range(continued, 1001, (1000 - continued) // 10):
             advance(done, "loss 0.123")
+            time.sleep(0.05)  # the bar is drawn ten times a second
     last = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", file.getvalue()).strip().split("\r")[-1]
     assert "training the [supernet]" in last
     assert "100%" in last
     assert "loss 0.123" in last
-    assert re.search(r"[\d,]+/s", last)
+    assert re.search(r"[\d,]+/s, 0 s", last)
+    assert " s left" in file.getvalue()
     assert len(last) <= 80
     assert "\n" not in last
 
