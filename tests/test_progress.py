@@ -98,7 +98,7 @@ def test_a_terminal_shows_one_line_with_bar_share_and_note(continued):
     assert "training the [supernet]" in last
     assert "100%" in last
     assert "loss 0.123" in last
-    assert re.search(r"[\d,]+/s, 0 s", last)
+    assert re.search(r"[\d,]+/s, \d s", last)
     assert " s left" in file.getvalue()
     assert len(last) <= 80
     assert "\n" not in last
