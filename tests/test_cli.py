@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from poolshare.search import cli
 from poolshare.search.job import prepare
 from poolshare.search.run import RunFolder, SearchConfig
-from poolshare.space import Architecture, RunError
-from poolshare.supernet import SuperNet
+from poolshare.space import Architecture, RunError, SearchSpace
+from poolshare.supernet import SuperNet, count_macs
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.data import open_data
 
@@ -594,3 +594,25 @@ def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", "x", "--pretrained")
     assert (status, "are two beginnings" in err) == (2, True), err
     assert not (tmp_path / "other").exists()
+
+
+def test_operators_are_mixed_from_search_to_retraining_on_levels_that_are_no_squares(tmp_path, verb):
+    """Grid, map-, key- and content-based operators in one supernet; the exported model has two of them."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ["--operators", "max2d,wkmedoids,mstm,tome,max1d_conv", "--levels", "64,32,9"]
+    status, stdout, stderr = verb("search", *SMALL, *words, "--epochs", "1", "--out", run, "--json")
+    assert status == 0, stderr
+    folder = RunFolder.open(run)
+    scored = folder.read_candidates()["architecture"]
+    space = SearchSpace(3, (64, 32, 9), ("max2d", "wkmedoids", "mstm", "tome", "max1d_conv"))
+    assert sorted(scored) == sorted(map(str, space))
+    assert any("@max2d" in text for text in scored)
+
+    architecture = "64 32@mstm 9@tome"
+    assert verb("export", run, "--architecture", architecture, "--out", out)[0] == 0
+    status, stdout, stderr = verb("retrain", out, "--epochs", "1", "--device", "cpu", "--json", "--quiet")
+    assert status == 0, stderr
+    facts = json.loads(stdout)
+    assert (facts["architecture"], facts["test_total"]) == (architecture, 540)
+    model = timm.create_model(f"local-dir:{out}-retrained", pretrained=True).eval()
+    assert count_macs(model, (torch.zeros(1, 1, 8, 8),)) == facts["macs"]
