@@ -264,6 +264,20 @@ def test_progress_trust_budget_and_hand_made_architectures_are_shown(opened, rep
     assert "included by hand" in opened.text("#legend")
 
 
+def test_where_half_a_point_is_out_of_reach_the_page_says_what_the_nearest_loses(browser, tmp_path):
+    report = many(dense={**make_report().dense, "top1": 100.0, "latency_ms": 11.0}, limits={"macs": 20e6})
+    write_html(report, tmp_path / "report.html")
+    opened = Opened(browser, tmp_path / "report.html")
+    best = report.frontier.iloc[-1]
+    assert best["top1"] < 99.5
+    assert opened.text("#headline") == (
+        f"Nothing that was scored comes within half a point of dense; the nearest loses {100 - best['top1']:.1f} points at "
+        f"{best['macs'] / 4e5:.0f} % of its MACs."
+    )
+    assert "over the budget" in opened.text("#legend")
+    opened.context.close()
+
+
 def test_a_run_without_latency_trust_or_budget_has_none_of_them(browser, tmp_path):
     write_html(make_report(), tmp_path / "report.html")
     opened = Opened(browser, tmp_path / "report.html")

@@ -2,8 +2,8 @@
 
     python results/page/reproduce.py runs/digits runs/eurosat      # a minute; chromium must be installed
 
-1. Each run's report.html is written anew and photographed: laptop in light, phone in dark colours; on EuroSAT also what
-   lies below the first window.
+1. Each run's report.html is written anew and photographed: the first window on a laptop in light and on a phone in dark
+   colours, and the whole page; the run's numbers are copied beside the pictures.
 2. A page with every architecture of DeiT-Tiny's space, at its exact costs and with made-up accuracies (only the speed is
    looked at), is opened, drawn, pointed at and clicked: medians in speed.json.
 """
@@ -18,10 +18,12 @@ import statistics
 import subprocess
 import tempfile
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from poolshare.search.page import write_html
@@ -42,13 +44,13 @@ def photograph(browser: Browser, page: Path, name: str) -> None:
             viewport={"width": width, "height": height},
             color_scheme=scheme,
             is_mobile=kind == "phone",
-            device_scale_factor=2 if kind == "phone" else 1,
         )
         window = context.new_page()
         window.goto(page.resolve().as_uri())
-        window.screenshot(path=HERE / f"{name}-{kind}.png")
-        if kind == "laptop":
-            window.screenshot(path=HERE / f"{name}-whole.png", full_page=True)
+        shots = {kind: False, "whole": True} if kind == "laptop" else {kind: False}
+        for part, full in shots.items():
+            picture = Image.open(BytesIO(window.screenshot(full_page=full)))
+            picture.convert("RGB").quantize(128).save(HERE / f"{name}-{part}.png", optimize=True)
         context.close()
 
 
@@ -114,6 +116,8 @@ def main() -> None:
             opened = RunFolder.open(run)
             write_report(opened)
             photograph(browser, opened.report, run.name)
+            for part in ("candidates.csv", "layers.csv", "progress.csv", "summary.json"):
+                shutil.copy(run / part, HERE / f"{run.name}-{part}")
         page = Path(folder, "crowd.html")
         crowd(page)
         result = speed(browser, page)

@@ -131,7 +131,16 @@ function showPicks() {
   const share = best && (100 * costs[best.row]) / costs[data.dense];
   byId("headline").textContent = best && share < 99.95
     ? `Within half a point of dense at ${share.toFixed(0)} % of its ${costLabel(cost)}.`
-    : `Nothing that was scored comes within half a point of dense for fewer ${costLabel(cost)}.`;
+    : nearest(cost);
+}
+
+/* What to say where half a point is out of reach. */
+function nearest(cost) {
+  const cheaper = data.frontier[cost].filter((row) => rows[cost][row] < rows[cost][data.dense]), row = cheaper.at(-1);
+  if (row === undefined) return `Nothing that was scored costs fewer ${costLabel(cost)} than dense.`;
+  return `Nothing that was scored comes within half a point of dense; the nearest loses ` +
+    `${(top1[data.dense] - top1[row]).toFixed(1)} points at ${((100 * rows[cost][row]) / rows[cost][data.dense]).toFixed(0)} % of its ` +
+    `${costLabel(cost)}.`;
 }
 
 function showTable() {
@@ -173,7 +182,7 @@ function showLegend() {
     [make("polygon", { class: "dense", points: "9,1 15,7 9,13 3,7" }), "dense"],
   ];
   if (data.included.length) parts.push([make("rect", { class: "mine", x: 4, y: 2, width: 10, height: 10 }), "included by hand"]);
-  if (Object.keys(data.limits).length) {
+  if (plot.over) {
     parts.push([make("circle", { cx: 9, cy: 7, r: 3, fill: "var(--crowd)", opacity: 0.35 }), "over the budget"]);
   }
   if (data.limits[state.cost]) parts.push([make("line", { class: "budget", x1: 9, x2: 9, y1: 0, y2: 14 }), "budget"]);

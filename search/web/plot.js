@@ -83,17 +83,19 @@ class Plot {
     paint.clip();
     paint.fillStyle = colour("--crowd");
     const alpha = Math.min(0.75, Math.max(0.2, 22 / Math.sqrt(total))), radius = total > 3000 ? 2 : 3;
-    let below = 0;
+    let below = 0, over = 0;
     for (let row = 0; row < total; row++) {
       const x = (this.x[row] = toX(costs[row])), y = (this.y[row] = toY(top1[row]));
       if (top1[row] < y0) below++;
       if (row >= data.scored) continue;
-      paint.globalAlpha = this.allowed(row) ? alpha : alpha * 0.45;
+      const allowed = this.allowed(row);
+      if (!allowed) over++;
+      paint.globalAlpha = allowed ? alpha : alpha * 0.45;
       paint.beginPath();
       paint.arc(x, y, radius, 0, 2 * Math.PI);
       paint.fill();
     }
-    this.below = below;
+    Object.assign(this, { below, over });
     this.drawAxes(x0, x1, y0, y1, narrow);
   }
 
@@ -126,8 +128,8 @@ class Plot {
     if (limit) {
       const x = toX(limit.value);
       parts.push(make("line", { class: "budget", x1: x, x2: x, y1: frame.top - 6, y2: bottom }));
-      const flip = x > box.width * 0.7;
-      label(x + (flip ? -6 : 6), bottom - 8, `budget ${limit.text}`, flip ? "end" : "start", "budget-text");
+      const text = `budget ${limit.text}`, flip = x + 6.6 * text.length > right;
+      label(x + (flip ? -6 : 6), bottom - 8, text, flip ? "end" : "start", "budget-text");
     }
     const front = data.frontier[cost];
     const step = (values) => front.map((row, index) =>
