@@ -50,7 +50,7 @@ def photograph(browser: Browser, page: Path, name: str) -> None:
         shots = {kind: False, "whole": True} if kind == "laptop" else {kind: False}
         for part, full in shots.items():
             picture = Image.open(BytesIO(window.screenshot(full_page=full)))
-            picture.convert("RGB").quantize(128).save(HERE / f"{name}-{part}.png", optimize=True)
+            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / f"{name}-{part}.png", optimize=True)
         context.close()
 
 
@@ -122,8 +122,8 @@ def main() -> None:
         crowd(page)
         result = speed(browser, page)
         browser.close()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    write_json(HERE / "speed.json", result | {"commit": commit, "versions": versions()})
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    write_json(HERE / "speed.json", result | {"commit": commit.stdout.strip(), "versions": versions()})
     print(json.dumps(result, indent=2))
 
 
