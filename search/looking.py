@@ -39,21 +39,25 @@ def pareto(
     png: Annotated[
         Path | None, typer.Option(help="Draw it; the numbers go beside it, with .csv in place of .png.", metavar="FILE")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the page of the run anew.", metavar="FILE")] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Write report.html, pareto.png and their numbers in the run folder anew.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The frontier of a run, as table and plot.
 
     pareto.csv, pareto.png and report.html lie in the run folder.
     """
-    from .report import load_report
+    from .report import load_report, write_report
     from .run import RunFolder, write_csv
+    from .terminal import comparison
 
     folder = RunFolder.open(run)
     report = load_report(folder, budget)
     others = [load_report(RunFolder.open(other), budget) for other in compare or []]
     column = "latency_ms" if cost == "latency" else cost
-    frontier = report.by(column)  # refused before anything is written
+    frontier = report.by(column)  # what cannot be is refused before anything is written
+    compared = comparison([report, *others], column)
     chosen = None if pick is None else report.pick(pick, column)
     if csv is not None:
         write_csv(csv, frontier)
@@ -66,22 +70,18 @@ def pareto(
             )
         figure_png(report, png, column, others)
         figure_numbers([report, *others], png.with_suffix(".csv"), column)
-    if html is not None:
-        from .page import write_html
-
-        write_html(report, html)
+    if refresh:
+        write_report(folder)
     if as_json:
         found = outcome(folder, report, column)
         if chosen is not None:
             found["pick"] = chosen._asdict()
         if others:
-            from .terminal import comparison
-
-            found["compared"] = comparison([report, *others], column)
+            found["compared"] = compared
         return print_json(found)
     present(report, column, others)
     console = PlainConsole()
-    for path in (csv, png, png and png.with_suffix(".csv"), html):
+    for path in (csv, png, png and png.with_suffix(".csv"), folder.report if refresh else None):
         if path is not None:
             console.print(f"written: {path}", soft_wrap=True)
     if chosen is not None:

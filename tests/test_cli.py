@@ -114,10 +114,14 @@ def test_pareto_gives_what_the_table_says(run, verb):
 def test_pareto_names_a_point_and_writes_what_it_is_asked_for(run, verb, tmp_path):
     folder, _ = run
     table = pd.read_csv(folder / "candidates.csv")
-    files = {name: tmp_path / f"out.{name}" for name in ("png", "html")} | {"csv": tmp_path / "frontier.csv"}
+    files = {"png": tmp_path / "out.png", "csv": tmp_path / "frontier.csv"}
+    folder = shutil.copytree(folder, tmp_path / "run")
+    for name in ("report.html", "pareto.png", "layers.csv", "progress.csv"):
+        (folder / name).unlink()
     words = [part for name, path in files.items() for part in (f"--{name}", path)]
-    status, out, err = verb("pareto", folder, "--cost", "parameters", "--pick", "half-point", *words)
+    status, out, err = verb("pareto", folder, "--cost", "parameters", "--pick", "half-point", *words, "--refresh")
     assert (status, err) == (0, "")
+    assert all((folder / name).exists() for name in ("report.html", "pareto.png", "layers.csv", "progress.csv"))
     assert max(len(line) for line in out.splitlines() if str(folder) not in line and str(tmp_path) not in line) <= 80
     assert "parameters (k)" in out
     assert all(path.exists() for path in files.values())

@@ -50,7 +50,9 @@ def photograph(browser: Browser, page: Path, name: str) -> None:
         shots = {kind: False, "whole": True} if kind == "laptop" else {kind: False}
         for part, full in shots.items():
             picture = Image.open(BytesIO(window.screenshot(full_page=full)))
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / f"{name}-{part}.png", optimize=True)
+            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
+                HERE / f"{name}-{part}.png", optimize=True
+            )
         context.close()
 
 
