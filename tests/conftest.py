@@ -1,4 +1,4 @@
-"""What several test files need: timm without fused attention, and weights that leave nothing trivial."""
+"""What several test files need: timm without fused attention, weights that leave nothing trivial, a browser."""
 
 from collections.abc import Iterator
 
@@ -15,6 +15,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """The system's browser; the tests that ask for it skip, and say so, where there is none."""
+    from browser import launched
+
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture
