@@ -304,6 +304,7 @@ def export(
 
 app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")(using.retrain)
 app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(using.evaluate)
+app.command(epilog="Example:  poolshare predict exports/photos-retrained holiday.jpg more-photos/")(using.predict)
 
 
 @app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")

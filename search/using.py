@@ -109,3 +109,22 @@ def evaluate(
         console.print(
             f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {result['device']}"
         )
+
+
+def predict(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE…")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The most probable classes of images."""
+    from .predict import predict as run_predict
+
+    found = run_predict(exported, images, top=top, device=device)
+    if as_json:
+        return print_json(found)
+    console = Console(highlight=False, markup=False)
+    for one in found:
+        named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
+        console.print(f"{one['image']}: {named}", soft_wrap=True)

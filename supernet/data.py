@@ -313,6 +313,22 @@ def open_data(
     return Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
 
 
+def evaluation_transform(
+    *,
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+) -> Callable[[Image.Image], Tensor]:
+    """What makes an image into a model's input (channels, H, W), as evaluation sees it; arguments as in `open_data`."""
+    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
+    options = {"input_size": img_size, "mean": means, "std": stds, "interpolation": interpolation, "crop_pct": crop_pct}
+    pictures = _picture_transforms("RGB" if in_chans == 3 else "L", Augmentation.none(), options)
+    return lambda image: pictures(image, None)
+
+
 def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
     if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
         return (sum(values) / 3,)

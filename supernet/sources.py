@@ -159,7 +159,7 @@ def _open_timm(name: str, data_dir: StrPath | None, download: bool, image_key: s
             ) from error
 
     def split(items: Any, labels: Sequence[Any], num_classes: int | None) -> Split:
-        return _whole(_Images(items, name), _class_indices(labels, num_classes, name))
+        return _whole(Images(items, name), _class_indices(labels, num_classes, name))
 
     items, labels = open_part("train")
     names: Any = items.class_to_idx if hub else getattr(items, "classes", None) or getattr(items, "all_categories", ())
@@ -186,7 +186,7 @@ def _class_indices(labels: Sequence[Any], num_classes: int | None, name: str) ->
 
 
 @dataclass(frozen=True, eq=False)
-class _Images:
+class Images:
     """Reads the images of `items`, by index (a path, an open file or an image, …)."""
 
     items: Any
@@ -225,9 +225,9 @@ def _open_folder(root: Path, progress: Progress | None) -> Found:
             )
         notes += test_notes
     notes += tuple(f"{str(one)!r} is not used: test images come from {str(others[0])!r}." for one in others[1:])
-    _check_images(_Images(samples + tests, str(root)), progress)
+    check_images(Images(samples + tests, str(root)), progress)
     train, test = (
-        _whole(_Images(part, str(root)), np.array([label for _, label in part], dtype=np.int64))
+        _whole(Images(part, str(root)), np.array([label for _, label in part], dtype=np.int64))
         for part in (samples, tests)
     )
     return Found(classes, train, (lambda: test) if tests else None, notes)
@@ -258,7 +258,7 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], tu
     return tuple(folder.name for folder in folders), samples, (note,) * bool(passed_over)
 
 
-def _check_images(read: _Images, progress: Progress | None) -> None:
+def check_images(read: Images, progress: Progress | None) -> None:
     """Decode every image, in threads, and raise one BrokenDataError for all that cannot be."""
 
     def fault(index: int) -> str:

@@ -1,0 +1,43 @@
+"""An exported model as an ONNX file, for runtimes other than torch; needs the extra `onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poolshare.space import ModelError
+
+from .subnet import Subnet
+
+
+def write_onnx(model: Subnet, path: str | Path) -> None:
+    """Write `model` with a free batch size: "images" (B, channels, H, W) → "logits" (B, classes), both float32.
+
+    Raises ModelError where onnx and onnxscript are not there.
+    """
+    try:
+        from onnxscript import opset18 as onnx
+    except ImportError as error:
+        raise ModelError(f"writing ONNX needs onnx and onnxscript ({error}); pip install 'poolshare[onnx]'") from None
+
+    def stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        # torch's exporter does not know it; ONNX's TopK gives equal values in the order of their indices, too.
+        axis = dim % len(values.shape)
+        count = onnx.Shape(values, start=axis, end=axis + 1)
+        return onnx.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+
+    images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
+    torch.onnx.export(
+        model.eval().cpu().float(),
+        (images,),
+        path,
+        dynamo=True,
+        external_data=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=["logits"],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        verbose=False,
+    )
