@@ -124,7 +124,7 @@ def predict(
     found = run_predict(exported, images, top=top, device=device)
     if as_json:
         return print_json(found)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     for one in found:
         named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
         console.print(f"{one['image']}: {named}", soft_wrap=True)
