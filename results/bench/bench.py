@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import time
@@ -114,7 +116,40 @@ def training_step(net: SuperNet, costs: Any, batch: int, repeats: int) -> dict[s
         "supernet_over_timm_fused": round(seconds["supernet"] / seconds["timm_fused"], 3),
         "sandwich_of_four_in_dense_steps": round(seconds["sandwich"] / seconds["supernet"], 3),
         "sandwich_of_four_counted": round(dense_steps, 3),
+        "sandwich_over_counted": round(seconds["sandwich"] / seconds["supernet"] / dense_steps, 3),
     }
+
+
+def peak_memory(batch: int) -> dict[str, Any]:
+    """Megabytes that training steps need beyond the loaded program, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Any] = {"batch": batch}
+    for what in ("timm", "supernet_dense", "sandwich"):
+        with context.Pool(1) as pool:
+            found[f"{what}_mb"] = pool.apply(_memory_of, (what, batch))
+    return found
+
+
+def _memory_of(what: str, batch: int) -> int:
+    torch.set_num_threads(1)
+    net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10).eval()
+    sandwich = Sandwich(net.space, measure_macs(net), seed=0)
+    set_fused_attn(False)
+    model = timm.create_model(MODEL, num_classes=10) if what == "timm" else net
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+    for step in range(3):
+        optimizer.zero_grad()
+        architectures = sandwich.at(step) if what == "sandwich" else [net.space[0]]
+        loss = (
+            F.cross_entropy(model(images), labels)
+            if what == "timm"
+            else sandwich_loss(net, images, labels, architectures)
+        )
+        loss.backward()
+        optimizer.step()
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def arithmetic(net: SuperNet, costs: Any) -> dict[str, Any]:
@@ -162,25 +197,25 @@ def main() -> None:
     net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10).eval()
     costs = measure_macs(net)
     figures: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
-    figures |= {
+    facts = {
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU, {torch.get_num_threads()} threads",
         "versions": versions(),
-        "model": MODEL,
-        "space_size": net.space.size,
     }
+    figures |= {} if options.only else {**facts, "model": MODEL, "space_size": net.space.size}
     steps = {
         "arithmetic": lambda: arithmetic(net, costs),
         "scoring_50": lambda: scoring(net, costs, 50, torch.randn(4, 3, 224, 224), options.repeats),
         "scoring_500": lambda: scoring(net, costs, 500, torch.randn(4, 3, 224, 224), max(3, options.repeats // 2)),
         "training_step": lambda: training_step(net, costs, 8, 2 * options.repeats),
+        "peak_memory": lambda: peak_memory(32),
     }
     for name, run in steps.items():
         if options.only not in (None, name):
             continue
-        figures[name] = run()
+        figures[name] = run() | (facts if options.only else {})  # run apart from the others: with its own commit
         print(name, json.dumps(figures[name], indent=2), flush=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
