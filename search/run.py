@@ -88,6 +88,7 @@ class RunFolder:
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
+        self.partial = path / "candidates.part.csv"  # of a whole space that is being scored
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
