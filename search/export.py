@@ -10,21 +10,57 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
+from poolshare.supernet.checkpoint import read_weights, shapes_of
 
 from .job import input_config, load_weights, make_supernet, model_options
-from .run import RunFolder, versions
+from .run import RunFolder, read_json, versions, write_json
 
 FORMAT = 1
-FACTS = {"architecture", "macs", "dense_macs", "parameters", "data", "data_dir", "data_fingerprint", "seed"}
-FACTS |= {"batch_size", "pretrained", "weights", "classes"}  # what architecture.json must hold
+
+
+class Facts(BaseModel):
+    """What architecture.json must hold; it may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    architecture: str
+    classes: list[str]
+    macs: int = Field(gt=0)
+    dense_macs: int = Field(gt=0)
+    parameters: int = Field(gt=0)
+    search_top1: float | None = Field(None, ge=0, le=100)
+    test_top1: float | None = Field(None, ge=0, le=100)
+    data: str
+    data_dir: str | None
+    data_fingerprint: str
+    seed: int = Field(ge=0, lt=2**32)
+    batch_size: int = Field(ge=1)
+    pretrained: bool
+    weights: str
+    weights_sha256: str
+    config_sha256: str
+
+
+class DataConfig(BaseModel):
+    """What an exported model takes for an image; part of timm's config.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_size: tuple[Literal[1, 3], Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]
+    mean: list[Annotated[float, Field(ge=-1e3, le=1e3)]] = Field(min_length=1, max_length=3)
+    std: list[Annotated[float, Field(gt=0, le=1e3)]] = Field(min_length=1, max_length=3)
+    interpolation: str
+    crop_pct: float = Field(gt=0, le=10)
 
 
 @dataclass(frozen=True)
@@ -120,9 +156,10 @@ def save_export(
             {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()},
             temporary / "model.safetensors",
         )
-        record["weights_sha256"] = _digest(temporary / "model.safetensors")
         (temporary / "config.json").write_text(config_text + "\n", encoding="utf-8")
-        (temporary / "architecture.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record["weights_sha256"] = _digest(temporary / "model.safetensors")
+        record["config_sha256"] = _digest(temporary / "config.json")
+        write_json(temporary / "architecture.json", record)
         (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -148,18 +185,22 @@ def load_export(path: str | Path) -> Exported:
                 f"{path} is no exported folder: it holds no {name}; `poolshare export RUN --out {path}` makes one"
             )
     try:
-        facts = json.loads((path / "architecture.json").read_text(encoding="utf-8"))
+        facts = read_json(path / "architecture.json")
         if facts["format"] != FORMAT:
-            raise RunError(f"{path} has format version {facts['format']!r}, this poolshare reads {FORMAT}")
-        missing = FACTS - set(facts)
-        if missing:
-            raise RunError(f"{path / 'architecture.json'} lacks {', '.join(sorted(missing))}; export it again")
-        if json.loads((path / "config.json").read_text(encoding="utf-8"))["architecture"] != "poolshare_vit":
+            raise RunError(f"{path} has format version {facts['format']!r:.40}, this poolshare reads {FORMAT}")
+        Facts(**facts)
+        for name, key in (("config.json", "config_sha256"), ("model.safetensors", "weights_sha256")):
+            if _digest(path / name) != facts[key]:
+                raise RunError(f"{path / name} is not what was written there; export it again")
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config["architecture"] != "poolshare_vit":
             raise RunError(f"{path / 'config.json'} is of another model than poolshare_vit")
-        digest = _digest(path / "model.safetensors")
-        if facts.get("weights_sha256", digest) != digest:
-            raise RunError(f"{path / 'model.safetensors'} is not what was written there; export it again")
-        model = timm.create_model(f"local-dir:{path}", pretrained=True)
+        data_config = DataConfig(**config["pretrained_cfg"]).model_dump()
+        with torch.device("meta"):  # nothing is allocated before the file is known to hold as much
+            shapes = shapes_of(timm.create_model(f"local-dir:{path}"))
+        weights = read_weights(path / "model.safetensors", shapes)
+        model: Any = timm.create_model(f"local-dir:{path}")
+        model.load_state_dict(weights)
         if Architecture.from_json(facts) != model.architecture or str(model.architecture) != facts["architecture"]:
             raise RunError(
                 f"config.json of {path} holds '{model.architecture}', architecture.json '{facts['architecture']}': "
@@ -171,10 +212,13 @@ def load_export(path: str | Path) -> Exported:
             )
     except PoolshareError:
         raise
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise RunError(f"{path} was not written by poolshare, or is damaged ({where}: {problem['msg']})") from None
     except Exception as error:  # damage shows as anything from OSError to RuntimeError inside timm and safetensors
         raise RunError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); export it again") from None
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    return Exported(path, model, facts, {key: model.pretrained_cfg[key] for key in keys}, digest)
+    return Exported(path, model, facts, data_config, facts["weights_sha256"])
 
 
 def _digest(path: Path) -> str:

@@ -42,13 +42,12 @@ from poolshare.supernet.train import steps_per_epoch, train_supernet
 from poolshare.supernet.weights import load_base_weights
 
 from .evaluate import count_correct
-from .exhaustive import score_everything
 from .pareto import frontier
 from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, first_problem, versions, write_csv, write_json
 from .storage import open_store, storage_kind
-from .study import Task, run_study
+from .study import Task, run_study, score_everything
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
 # spends on the candidates it happens to try (ALGORITHMS: 3,350).
@@ -313,9 +312,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             if folder:
                 load_weights(job.supernet, folder.supernet)
             return 0.0
-        if folder:
-            folder.partial.unlink(missing_ok=True)  # scored with weights that now change
-        if folder and folder.candidates.exists():  # likewise
+        if folder and folder.candidates.exists():  # scored with weights that now change
             folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(

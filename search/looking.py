@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -103,13 +102,16 @@ def show(
     from poolshare.space import Architecture, RunError
 
     from .report import quantity
+    from .run import read_json
     from .terminal import draw_architecture
 
     facts: dict[str, Any] = {}
     if Path(what).is_dir():
         try:
-            facts = json.loads((Path(what) / "architecture.json").read_text(encoding="utf-8"))
+            facts = read_json(Path(what) / "architecture.json")
             architecture = Architecture.parse(facts["architecture"])
+            if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
+                raise ValueError("a cost is no positive whole number")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{what} is no exported folder that can be read ({error!r})") from None
     else:
@@ -119,7 +121,7 @@ def show(
         return print_json({"architecture": str(architecture), **architecture.to_json(), "layers": layers})
     console = PlainConsole()
     console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
-    if "macs" in facts:
+    if facts:
         share = facts["macs"] / facts["dense_macs"]
         parameters = quantity(facts["parameters"], "parameters")
         console.print(f"{quantity(facts['macs'], 'macs')}, {share:.1%} of dense; {parameters}")

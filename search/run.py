@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +91,6 @@ class RunFolder:
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
-        self.partial = path / "candidates.part.csv"  # of a whole space that is being scored
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
@@ -104,7 +106,7 @@ class RunFolder:
                 f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
             )
         try:
-            content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            content = read_json(path / "config.json")
             found = content["format"]
             config = SearchConfig(**content["search"]) if found == FORMAT else None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -186,14 +188,14 @@ class RunFolder:
         return str(self._fact("data"))
 
     def _fact(self, name: str) -> Any:
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8")).get(name)
+        return read_json(self.path / "config.json").get(name)
 
     def read_candidates(self) -> pd.DataFrame:
         """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""
         if not self.candidates.exists():
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
         try:
-            frame = pd.read_csv(self.candidates)
+            frame = read_csv(self.candidates)
             if tuple(frame.columns) != CANDIDATES:
                 raise ValueError(f"its columns are {', '.join(frame.columns)}")
             if frame.isna().any(axis=None):
@@ -211,12 +213,12 @@ class RunFolder:
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
         """Replace candidates.csv."""
-        write_csv(self.candidates, frame[list(CANDIDATES)])
+        write_csv(self.candidates, frame[list(CANDIDATES)], checked=True)
 
     def read_summary(self) -> dict[str, Any]:
         """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary = read_json(self.summary)
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
             missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
@@ -236,8 +238,8 @@ class RunFolder:
         Raises RunError for a damaged file.
         """
         try:
-            found = json.loads(self.trust.read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or found.get("format") != FORMAT:
+            found = read_json(self.trust)
+            if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
         except FileNotFoundError:
@@ -254,15 +256,48 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as readable JSON with a checksum, whole or not at all."""
+    text = json.dumps({**value, "checksum": _checksum(value)}, indent=2) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table, whole or not at all."""
-    write_whole(path, lambda temporary: frame.to_csv(temporary, index=False))
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that `write_json` wrote. Raises OSError, or ValueError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no object")
+    # A file of another format version is told as that, whatever its checksum.
+    if value.get("format") == FORMAT and value.pop("checksum", None) != _checksum(value):
+        raise ValueError("its checksum does not fit, so it was edited or damaged")
+    return value
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_csv(path: Path, frame: pd.DataFrame, checked: bool = False) -> None:
+    """Write a table, whole or not at all; checked: with a checksum in each row, for `read_csv`."""
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if checked:
+        head, *rows = text.splitlines()
+        text = "\n".join([f"{head},check", *(f"{row},{zlib.crc32(row.encode())}" for row in rows)]) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """The table that `write_csv` wrote with checksums. Raises OSError, or ValueError for anything else."""
+    text = path.read_text(encoding="utf-8")
+    for number, row in enumerate(text.splitlines()[1:], start=1):
+        content, _, check = row.rpartition(",")
+        if check != str(zlib.crc32(content.encode())):
+            raise ValueError(f"row {number} does not fit its checksum, so it was edited or damaged")
+    frame = pd.read_csv(StringIO(text))
+    return frame.drop(columns="check", errors="ignore")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -24,7 +24,7 @@ from .evaluate import count_correct
 from .job import SCORING_BATCH, Job, load_weights, prepare
 from .progress import progress_bar
 from .report import write_report
-from .run import FORMAT, RunFolder, write_csv, write_json
+from .run import FORMAT, RunFolder, read_csv, write_csv, write_json
 
 RESAMPLES = 2000  # of the architectures, for the intervals
 POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
@@ -96,7 +96,7 @@ def measure_trust(
             rows.append(
                 dict(zip(POINTS, (str(architecture), band, macs, scores[index], repeat, correct, total), strict=True))
             )
-            write_csv(folder.path / "trust.csv", pd.DataFrame(rows))
+            write_csv(folder.path / "trust.csv", pd.DataFrame(rows), checked=True)
     result = header | summarise(pd.DataFrame(rows), plan.seed)
     write_json(folder.path / "trust.json", result)
     if folder.summary.exists():
@@ -120,7 +120,7 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
             f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or remove {table}"
         )
     try:
-        frame = pd.read_csv(table)
+        frame = read_csv(table)
         if tuple(frame.columns) != POINTS or frame.isna().any(axis=None):
             raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
         return frame.to_dict("records")

@@ -55,6 +55,14 @@ def load_tensors(path: Path, shapes: Shapes | None = None) -> tuple[dict[str, to
     return _read(path, shapes, tensors=True)
 
 
+def read_weights(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """The weights of an exported model, shapes first. Raises RunError for other shapes, SafetensorError for damage."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
+        return {name: file.get_tensor(name) for name in names}
+
+
 def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:

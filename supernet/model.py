@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -13,6 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
+from poolshare.space.architecture import MAX_DEPTH
 
 from .block import Attended, run_block
 from .pooling import make_poolings, pooling_name
@@ -25,19 +28,47 @@ def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTr
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
         raise ModelError(f"timm knows no model {name!r}{hint}")
     try:
+        if options:
+            check_options(name, options)
+            _check_memory(name, options)
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except (
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as error:
-        raise ModelError(f"timm cannot make model {name!r} with options {options}: {error}") from None
+    except ModelError:
+        raise
+    except Exception as error:  # what odd options raise inside timm may be anything
+        problem = str(error).strip() or type(error).__name__
+        raise ModelError(f"timm cannot make model {name!r} with options {options!r:.200}: {problem:.300}") from None
     reason = unsupported_part(model)
     if reason:
         raise ModelError(f"model {name!r} cannot be searched: {reason}")
     return model
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ModelError for an option that is no property of a VisionTransformer.
+
+    Options come from files too, and timm's own ones beside these would read other files, or load weights from them.
+    """
+    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
+    for option, value in options.items():
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ModelError(f"{option}={value!r:.80} is no option of model {name!r} that may be given here{hint}")
+    depth = options.get("depth")
+    if isinstance(depth, int) and depth > MAX_DEPTH:
+        raise ModelError(f"depth={depth} of model {name!r}: at most {MAX_DEPTH} layers are supported")
+
+
+def _check_memory(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ModelError where the weights would not fit the machine, before any is allocated."""
+    with torch.device("meta"):
+        weights = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights > memory:
+        raise ModelError(
+            f"model {name!r} with options {dict(options)!r:.200} has {weights / 1e9:,.1f} GB of weights, more than this "
+            f"machine's memory of {memory / 1e9:,.1f} GB"
+        )
 
 
 def unsupported_part(model: Any) -> str | None:

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 
 from .block import Attended, SharedAttention, run_block
-from .model import SuperNet, check_fit, create_base, needs_attention
+from .model import SuperNet, check_fit, check_options, create_base, needs_attention
 from .pooling import make_poolings, pooling_name
 
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
@@ -210,6 +210,8 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
             'poolshare_vit needs base= (a timm ViT) and architecture= (such as "196*2 196 100@max2d*9"); '
             'an exported folder holds both: timm.create_model("local-dir:FOLDER", pretrained=True)'
         )
+    from_file = options.get("pretrained_model_args") or {}  # model_args of an exported folder's config.json
+    check_options(base, {name: value for name, value in from_file.items() if name not in ("base", "architecture")})
     if not options.get("pretrained_cfg"):
         # Input size, statistics and number of classes are the base model's, whose weights this is not.
         options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}

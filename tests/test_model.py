@@ -456,7 +456,7 @@ def refused(error: type[PoolshareError], fragments: list[str], name: Any, space:
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, ["dynamic_img_size", "leave it off"]),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0"]),
         ("vit_tiny_patch16_224", {"img_size": (64, 32)}, ["(4, 2)", "only square images"]),
-        ("vit_tiny_patch16_224", {"colour": "red"}, ["'vit_tiny_patch16_224'", "{'colour': 'red'}", "'colour'"]),
+        ("vit_tiny_patch16_224", {"colour": "red"}, ["'vit_tiny_patch16_224'", "colour='red'"]),
         ("vit_tiny_patch16_224", {"global_pool": "most"}, ["{'global_pool': 'most'}", "Only avg, avgmax"]),
         ("vit_tiny_patch16_224", {"embed_dim": 31}, ["{'embed_dim': 31}", "divisible by num_heads"]),
     ],

@@ -14,7 +14,7 @@ from reports import SPACE, candidates, make_report
 from poolshare.search.layers import in_words, layer_shares, ranges
 from poolshare.search.pareto import PICKS, hypervolume, pick, progress
 from poolshare.search.report import human, load_report, quantity, write_report
-from poolshare.search.run import FORMAT, RunFolder, checked_config
+from poolshare.search.run import FORMAT, RunFolder, checked_config, write_json
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 
 
@@ -31,7 +31,7 @@ def finished_run(path: Path, **summary) -> RunFolder:
         "space": SPACE.to_json(), "space_size": SPACE.size, "seconds": {"training": 60.0, "scoring": 5.0},
         "versions": {"python": "3"},
     }  # fmt: skip
-    folder.summary.write_text(json.dumps(facts | summary))
+    write_json(folder.summary, facts | summary)
     return RunFolder.open(path)
 
 
@@ -140,7 +140,7 @@ def test_verdicts():
 def test_a_runs_report_comes_from_its_files(tmp_path):
     included = [candidates()["architecture"].iloc[3]]
     folder = finished_run(tmp_path / "run", budget_macs=20_000_000, included=included)
-    (folder.path / "trust.json").write_text('{"format": 1, "plan": {}}')  # begun, not finished
+    write_json(folder.path / "trust.json", {"format": 1, "plan": {}})  # begun, not finished
     report = load_report(folder)
     assert report.limits == {"macs": 20_000_000}
     assert report.included == tuple(included)

@@ -400,7 +400,7 @@ def test_it_is_registered_with_timm():
         (SpaceError, {"base": BASE, "architecture": "16*2 9@foo*2"}, ["operator 'foo' is unknown", "max2d"]),
         (SpaceError, {"base": BASE, "architecture": "16*2 8@max2d*2"}, ["level 8 cannot be reached", "not a square"]),
         (ModelError, {"base": "vit_tiny_patch16_22", "architecture": POOLED}, ["no model 'vit_tiny_patch16_22'"]),
-        (ModelError, {"base": BASE, "architecture": POOLED, "shape": 3}, [BASE, "'shape'"]),
+        (ModelError, {"base": BASE, "architecture": POOLED, "shape": 3}, [BASE, "shape=3"]),
         (ModelError, {"base": BASE, "architecture": POOLED, "dynamic_img_size": True}, ["dynamic_img_size"]),
     ],
 )

@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 
 from poolshare.search import cli
 from poolshare.search.job import prepare, search
-from poolshare.search.run import SearchConfig
+from poolshare.search.run import SearchConfig, read_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
 from poolshare.space import ConfigError, RunError
 
@@ -101,7 +101,7 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     scored = run.read_candidates().set_index("architecture")
     for row in table.itertuples():
         assert scored.loc[row.architecture, ["correct", "macs"]].tolist() == [row.supernet_correct, row.macs]
-    assert found == json.loads((run.path / "trust.json").read_text())
+    assert found == read_json(run.path / "trust.json")
     assert [len(point["retrained_top1"]) for point in found["points"]].count(2) == 2
 
     # Cut off after the second training: the rest is trained again, to the same numbers.

@@ -22,7 +22,7 @@ from poolshare.search import storage
 from poolshare.search.job import load_weights, make_task, prepare, study_name
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS
-from poolshare.search.run import RunFolder
+from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.search.storage import JournalStore, PostgresStore, open_store
 from poolshare.search.study import run_study
 from poolshare.space import ConfigError, RunError
@@ -94,8 +94,7 @@ def job(alone):
 def begun(alone, path, kind="journal"):
     """A copy of the run before anything was scored."""
     path.mkdir()
-    content = json.loads((alone / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(content | {"storage": kind}))
+    write_json(path / "config.json", read_json(alone / "config.json") | {"storage": kind})
     shutil.copy(alone / "supernet.safetensors", path)
     return RunFolder.open(path)
 
@@ -256,11 +255,11 @@ def test_a_killed_holder_of_the_lock_blocks_nobody_and_its_half_line_is_cut(alon
 
 def test_a_worker_with_other_images_or_another_supernet_is_refused_or_apart(alone, tmp_path):
     folder = begun(alone, tmp_path / "run")
-    config = (folder.path / "config.json").read_text()
-    (folder.path / "config.json").write_text(config.replace("1257 images", "1256 images"))
+    config = read_json(folder.path / "config.json")
+    write_json(folder.path / "config.json", config | {"data": "other images"})
     status, _, err = verb("worker", folder.path)
     assert (status, "are not those" in err) == (1, True), err
-    (folder.path / "config.json").write_text(config)
+    write_json(folder.path / "config.json", config)
     job = prepare(folder.config)
     trained = prepare(folder.config)
     load_weights(trained.supernet, folder.supernet)

@@ -1,0 +1,301 @@
+"""What must not happen: damage taken for a result, a stranger's file that reaches out, a traceback, a lost search."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from poolshare.search import cli
+from poolshare.search.export import load_export
+from poolshare.search.run import read_json, write_json
+from poolshare.space import PoolshareError, RunError, SearchSpace
+from poolshare.supernet import SuperNet
+
+MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
+SEARCH = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
+SEARCH += ["--epochs", "1", "--sampler", "evolution", "--trials", "20", "--device", "cpu", "-q"]
+
+
+@pytest.fixture
+def verb(monkeypatch, capsys):
+    """Run a verb in this process: (exit status, standard output, standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["poolshare", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished search and an export of it."""
+    folder = tmp_path_factory.mktemp("made")
+    for words in ([*SEARCH, "--out", folder / "run"], ["export", folder / "run", "--out", folder / "export"]):
+        done = subprocess.run([*MAIN, *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def damaged(content, rng):
+    """Ways in which a file is cut or one of its bits flipped."""
+    yield b""
+    for _ in range(2):
+        yield content[: rng.randrange(1, len(content))]
+        position, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        yield content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+
+
+def result_of(folder):
+    return [(folder / name).read_bytes() for name in ("candidates.csv", "pareto.csv")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "summary.json", "candidates.csv", "pareto.csv", "study.journal", "supernet.safetensors",
+     "training.safetensors", "report.html", "pareto.png"],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_a_clear_error_or_made_again_and_never_another_result(name, made, verb, tmp_path):
+    right, rng = result_of(made / "run"), random.Random(name)
+    content = (made / "run" / name).read_bytes()
+    status, shown, _ = verb("pareto", made / "run", "--json")
+    assert status == 0
+    for number, damage in enumerate(damaged(content, rng)):
+        folder = tmp_path / str(number)
+        shutil.copytree(made / "run", folder)
+        (folder / name).write_bytes(damage)
+        found, out, err = verb("pareto", folder, "--json")
+        assert "Traceback" not in err
+        if found == 0 and name != "candidates.csv":  # a table cut at the end of a line is a shorter one, and says so
+            assert json.loads(out)["frontier"] == json.loads(shown)["frontier"]
+        found, _, err = verb(*SEARCH, "--out", folder)
+        assert "Traceback" not in err
+        assert (found, bool(err)) == (1, True) or result_of(folder) == right, (number, err)
+        if found:
+            assert name in err or "supernet" in err, err
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "architecture.json", "model.safetensors", "README.md"])
+def test_a_damaged_export_is_refused(name, made, tmp_path):
+    content = (made / "export" / name).read_bytes()
+    shutil.copytree(made / "export", tmp_path / "export")
+    for damage in damaged(content, random.Random(name)):
+        (tmp_path / "export" / name).write_bytes(damage)
+        if name == "README.md":  # nothing reads it
+            load_export(tmp_path / "export")
+        else:
+            with pytest.raises(RunError):
+                load_export(tmp_path / "export")
+
+
+def forge(export, target, arguments=None, cut=(), weights=None, **facts):
+    """What a stranger can hand out: an export with checksums that fit."""
+    shutil.copytree(export, target)
+    config = json.loads((target / "config.json").read_text())
+    config["model_args"] |= arguments or {}
+    for name in cut:
+        del config["model_args"][name]
+    (target / "config.json").write_text(json.dumps(config))
+    if weights is not None:
+        save_file(weights, target / "model.safetensors")
+    digests = {
+        key: hashlib.sha256((target / name).read_bytes()).hexdigest()
+        for key, name in (("config_sha256", "config.json"), ("weights_sha256", "model.safetensors"))
+    }
+    write_json(target / "architecture.json", read_json(target / "architecture.json") | digests | facts)
+    return target
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("with_timm", [False, True])
+def test_an_export_of_a_stranger_runs_no_code_and_reads_no_other_file(with_timm, made, tmp_path):
+    sprung = tmp_path / "sprung"
+    trap = tmp_path / "trap.pt"
+    with open(trap, "wb") as file:
+        pickle.dump(Trap(sprung), file)
+    torch.save({"state_dict": Trap(sprung)}, tmp_path / "trap.pth")
+    for number, arguments in enumerate(
+        (
+            {"checkpoint_path": str(trap)},
+            {"checkpoint_path": str(tmp_path / "trap.pth")},
+            {"pretrained_cfg_overlay": {"file": str(trap)}},
+            {"pretrained_cfg": {"file": str(trap)}},
+            {"pretrained": True},
+            {"pretrained_strict": False},
+            {"features_only": True},
+            {"cache_dir": str(tmp_path / "cache")},
+            {"pruned": True},
+            {"device": "meta"},
+            {"model_cfg": "os.system"},
+            {"norm_layer": "os.system"},
+            {"act_layer": "builtins.eval"},
+            {"block_fn": "os.system"},
+            {"attn_layer": "subprocess.Popen"},
+            {"base": "hf-hub:someone/model"},
+            {"base": f"local-dir:{tmp_path}"},
+            {"base": "../../etc/passwd"},
+            {"base": "resnet18"},
+        )
+    ):
+        folder = forge(made / "export", tmp_path / str(number), arguments)
+        if with_timm:
+            with pytest.raises(Exception):  # noqa: B017, PT011 - some of these are timm's own errors
+                timm.create_model(f"local-dir:{folder}", pretrained=True)
+        else:
+            with pytest.raises(PoolshareError):
+                load_export(folder)
+    assert not sprung.exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sizes_and_shapes_of_a_stranger_are_refused_before_anything_is_allocated(made, tmp_path):
+    script = (
+        "import resource, sys, torch, poolshare.search.export as e\n"
+        "from poolshare.space import PoolshareError\n"
+        "e.load_export(sys.argv[1])\n"
+        "limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for path in sys.argv[2:]:\n"
+        "    try: e.load_export(path); print('loaded', path)\n"
+        "    except PoolshareError as error: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit)\n"
+    )
+    sizes = (
+        {"embed_dim": 10**9, "num_heads": 1}, {"embed_dim": 10**5}, {"depth": 10**6}, {"depth": 1e9}, {"depth": -1},
+        {"img_size": 10**6}, {"img_size": 10**9}, {"reg_tokens": 10**9}, {"mlp_ratio": 1e300}, {"mlp_ratio": 1e6},
+        {"in_chans": 10**8}, {"patch_size": 0}, {"num_heads": 0}, {"embed_dim": "16" * 99}, {"embed_dim": None},
+    )  # fmt: skip
+    folders = [forge(made / "export", tmp_path / f"size{i}", arguments) for i, arguments in enumerate(sizes)]
+    weights = load_file(made / "export" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    for i, other in enumerate(
+        (
+            {name: torch.zeros(3, 3)},
+            {name: weights[name].new_zeros(1, *weights[name].shape)},
+            {"more": torch.zeros(2**22)},
+        )
+    ):
+        folders.append(forge(made / "export", tmp_path / f"weights{i}", weights=weights | other))
+    missing = {key: value for key, value in weights.items() if key != name}
+    folders.append(forge(made / "export", tmp_path / "missing", weights=missing))
+    for i, facts in enumerate(
+        ({"macs": "many"}, {"macs": 0}, {"seed": -1}, {"classes": ["a"]}, {"classes": {}}, {"data": 3},
+         {"test_top1": 1e9}, {"batch_size": 1.5}, {"runs": []}, {"architecture": "64"}, {"format": 9})
+    ):  # fmt: skip
+        folders.append(forge(made / "export", tmp_path / f"facts{i}", **facts))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(made / "export"), *map(str, folders)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *loaded, grown = done.stdout.split("\n")[:-1]
+    assert loaded == []
+    assert int(grown) < 300_000  # KiB
+
+
+def test_a_run_folder_of_a_stranger_names_no_file_and_no_size_that_is_used(made, verb, tmp_path):
+    for number, changes in enumerate(
+        (
+            {"model_args": {"checkpoint_path": str(tmp_path)}},
+            {"model_args": {"embed_dim": 10**9}},
+            {"model_args": {"depth": 10**6}},
+            {"model": f"local-dir:{tmp_path}"},
+            {"levels": [64, 0]},
+            {"max_run": 10**9},
+            {"operators": ["os.system"]},
+        )
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(made / "run", folder)
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", config | {"search": config["search"] | changes})
+        for words in (["worker", folder], ["export", folder, "--pick", "accuracy", "--out", tmp_path / "out"]):
+            status, _, err = verb(*words)
+            assert (status != 0, err.startswith("error: ")) == (True, True), err
+            assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(PoolshareError, match="memory"):
+        SuperNet.from_timm("digits_vit", SearchSpace(8, (64, 16)), embed_dim=2**20, num_heads=1)
+
+
+def mounted(folder, *options):
+    """Mount a temporary file system of a few MiB on a folder, or skip."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small file system needs root and the right to mount")
+    return folder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 3 MiB."""
+    folder = mounted(tmp_path / "disk", "-o", "size=3m")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_search_goes_on_when_there_is_room(made, verb, disk):
+    run, filler = disk / "run", disk / "filler"
+    for kept in (700_000, 320_000, 60_000, 8_000):  # less and less room: it fails ever earlier
+        shutil.rmtree(run, ignore_errors=True)
+        filler.write_bytes(b"")
+        room = os.statvfs(disk)
+        filler.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - kept)))
+        status, _, err = verb(*SEARCH, "--out", run)
+        assert "Traceback" not in err
+        if status == 0:
+            continue
+        assert "space" in err.lower(), err
+        filler.unlink()
+        status, _, err = verb(*SEARCH, "--out", run)
+        assert status == 0, err
+        assert result_of(run) == result_of(made / "run")
+    filler.write_bytes(b"")
+    room = os.statvfs(disk)
+    filler.write_bytes(bytes(room.f_bavail * room.f_frsize - 4096))
+    status, _, err = verb("export", made / "run", "--out", disk / "export")
+    assert (status, "space" in err) == (1, True), err
+    assert not (disk / "export").exists()
+
+
+def test_a_read_only_disk_is_a_clear_error(made, verb, disk):
+    shutil.copytree(made / "run", disk / "run")
+    shutil.copytree(made / "export", disk / "export")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for words in (
+        [*SEARCH, "--out", disk / "run"],
+        [*SEARCH, "--out", disk / "new"],
+        ["worker", disk / "run"],
+        ["export", disk / "run", "--out", disk / "other"],
+        ["retrain", disk / "export", "--epochs", "1", "-q"],
+    ):
+        status, _, err = verb(*words)
+        assert (status, "error: " in err, "ead-only" in err) == (1, True, True), err
+    for words in (["pareto", disk / "run"], ["evaluate", disk / "export", "-q"]):  # reading is allowed
+        status, _, err = verb(*words)
+        assert status == 0, err
