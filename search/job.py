@@ -41,6 +41,7 @@ from poolshare.supernet.sandwich import Sandwich, sandwich_loss
 from poolshare.supernet.train import steps_per_epoch, train_supernet
 from poolshare.supernet.weights import load_base_weights
 
+from .benchmark import Benchmark
 from .evaluate import count_correct
 from .pareto import frontier
 from .progress import no_progress, progress_bar
@@ -386,6 +387,8 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
     """Frontier, summary, page and picture."""
     limit = None if job.config.budget is None else job.allowed.high
     write_csv(folder.pareto, frontier(candidates, budget=limit))
+    if job.exhaustive:
+        Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     dense = candidates[candidates["architecture"] == str(job.dense)]
     if dense.empty:
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)

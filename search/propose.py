@@ -7,12 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from poolshare.space import Architecture, Band, CostTable, Layer, SearchSpace
 
+from .surrogate import EdgeModel, expected_gain
+
 _TRIES = 50  # for a proposal that is new and within the budget, before drawing one
+_WHOLE = 5000  # architectures within the budget that the model looks at one and all
+_OFFSPRING = 20  # that it looks at for each proposal in a larger space
+_BAND = 1.25  # width of a proposal's own cost band, as a factor
 
 
 @dataclass(frozen=True)
@@ -36,29 +42,94 @@ def random_draws(allowed: Band, costs: CostTable, scored: Sequence[Scored], key:
 def evolution(
     allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int, bands: int = 10, elite: int = 3
 ) -> list[Architecture]:
-    """Offspring of the best architectures of every cost band, so that the whole frontier is worked on.
+    """Those of many offspring that an additive model of accuracy expects to push the frontier farthest.
 
     allowed: the budget. scored: everything scored so far. key: what the randomness is keyed by; equal keys and
-    equal records give equal proposals. The first generation is drawn band by band, with the cheapest architecture
-    and, where the budget allows, the dense one.
+    equal records give equal proposals. The first generation is drawn below limits that grow by equal factors, with
+    the cheapest architecture and, where the budget allows, the dense one.
+
+    Each later proposal draws a model from what the scores leave open. Every other one is the offspring whose expected
+    gain of hypervolume is highest; the rest, highest expected gain over the frontier inside a cost band of their own, so
+    that the whole frontier is worked on and not only where it is widest. Offspring come from the best architectures of
+    every cost band; a space of few architectures is looked at whole.
     """
     seen = {candidate.architecture for candidate in scored}
-    low, high = allowed.low, allowed.high
-    pool = _elites(allowed, [candidate for candidate in scored if candidate.cost <= high], bands, elite)
-    proposals: list[Architecture] = []
+    inside = [candidate for candidate in scored if candidate.cost <= allowed.high]
+    if len(inside) < bands:
+        proposals = _founders(allowed, costs, seen, key, count, bands)
+        return _fill(proposals, seen, allowed, key, count)
+    pool = _pool(allowed, _elites(allowed, inside, bands, elite), seen, random.Random(f"{key} pool"), count)
+    proposals = _most_promising(allowed, costs, inside, pool, key, count) if pool else []
+    return proposals if allowed.size <= _WHOLE else _fill(proposals, seen, allowed, key, count)
+
+
+def _founders(
+    allowed: Band, costs: CostTable, seen: set[Architecture], key: str, count: int, bands: int
+) -> list[Architecture]:
+    found: dict[Architecture, None] = {}
+    founders = (allowed.space.cheapest(costs), allowed.space[0])
     for index in range(count):
         rng = random.Random(f"{key} {index}")
-        if not pool:
-            founders = (allowed.space.cheapest(costs), allowed.space[0])
-            child = founders[index] if index < 2 and founders[index] in allowed else None
-            target = low + (high - low) * (index % bands + 1) // bands
-            child = child or allowed.space.within(costs, None, max(low, target)).sample(rng)
+        child = founders[index] if index < 2 and founders[index] in allowed else None
+        limit = max(allowed.low, _between(allowed, (index % bands + 1) / bands))
+        child = child or allowed.space.within(costs, None, limit).sample(rng)
+        if child in allowed and child not in seen:
+            found[child] = None
+    return list(found)
+
+
+def _between(allowed: Band, share: float) -> int:
+    """A cost in the band, `share` of the way up by equal factors."""
+    low = max(1, allowed.low)
+    return round(low * (max(low, allowed.high) / low) ** share)
+
+
+def _pool(
+    allowed: Band, parents: list[list[Scored]], seen: set[Architecture], rng: random.Random, count: int
+) -> list[Architecture]:
+    """What the model may choose from: all that is new in a small space, else offspring and some uniform draws."""
+    if allowed.size <= _WHOLE:
+        return [architecture for architecture in allowed if architecture not in seen]
+    pool: dict[Architecture, None] = {}
+    for index in range(_OFFSPRING * count):
+        child = _offspring(allowed, parents, seen, rng) if index % 4 else allowed.sample(rng)
+        if child is not None and child not in seen:
+            pool[child] = None
+    return list(pool)
+
+
+def _most_promising(
+    allowed: Band, costs: CostTable, inside: Sequence[Scored], pool: list[Architecture], key: str, count: int
+) -> list[Architecture]:
+    model = EdgeModel(allowed.space, [c.architecture for c in inside], [c.top1 for c in inside])
+    design, cost = model.design(pool), np.array([costs.total(architecture) for architecture in pool])
+    steps: list[Scored] = []  # the frontier, by rising cost and accuracy
+    for candidate in sorted(inside, key=lambda c: (c.cost, -c.top1)):
+        if not steps or candidate.top1 > steps[-1].top1:
+            steps.append(candidate)
+    heights = np.array([step.top1 for step in steps])  # (steps,)
+    edges = np.array([step.cost for step in steps] + [allowed.high])
+    # How much of each step's width a candidate of this cost lies before: (pool, steps)
+    widths = np.maximum(edges[1:] - np.maximum(edges[:-1], cost[:, None]), 0)
+    below = heights[np.maximum(np.searchsorted(edges[:-1], cost, side="right") - 1, 0)]  # (pool,)
+    free = np.ones(len(pool), bool)
+    proposals: list[Architecture] = []
+    for index in range(min(count, len(pool))):
+        rng = random.Random(f"{key} {index}")
+        predicted = model.draw(design, rng)
+        if index % 2:
+            limit = _between(allowed, rng.random())
+            band = np.flatnonzero(free & (cost <= limit) & (cost >= limit / _BAND))
+            band = band if len(band) else np.flatnonzero(free)
+            gains = expected_gain(predicted[band], model.noise, below[band])
         else:
-            child = _offspring(allowed, pool, seen, rng)
-        if child is not None and child in allowed and child not in seen:
-            proposals.append(child)
-            seen.add(child)
-    return _fill(proposals, seen, allowed, key, count)
+            band = np.flatnonzero(free)
+            gains = (expected_gain(predicted[band, None], model.noise, heights) * widths[band]).sum(axis=1)
+        # Rounded, so that another machine's last bits seldom change who is first; of equals the first.
+        best = band[int(np.argmax([float(f"{gain:.9g}") for gain in gains]))]
+        free[best] = False
+        proposals.append(pool[best])
+    return proposals
 
 
 def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> list[list[Scored]]:

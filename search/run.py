@@ -91,6 +91,7 @@ class RunFolder:
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
+        self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"

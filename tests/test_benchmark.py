@@ -1,0 +1,103 @@
+"""Tables of true scores as objectives, and the model of accuracy that the evolution asks."""
+
+import gzip
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from poolshare.search.benchmark import Benchmark
+from poolshare.search.pareto import frontier
+from poolshare.search.progress import no_progress
+from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.search.study import run_study
+from poolshare.search.surrogate import EdgeModel, expected_gain
+from poolshare.space import CostTable, RunError, SearchSpace
+
+SPACE = SearchSpace(depth=5, levels=(64, 16, 4), max_run=2)
+POOLS = {("max2d", 64, 16): 3, ("max2d", 64, 4): 3, ("max2d", 16, 4): 1}
+MACS = CostTable("macs", 5, {64: 100, 16: 24, 4: 9}, {64: 71, 16: 17, 4: 6}, POOLS, {64: 9, 16: 6, 4: 2})
+PARAMETERS = CostTable(
+    "parameters", 7, {64: 50, 16: 50, 4: 50}, {64: 30, 16: 30, 4: 30}, dict.fromkeys(POOLS, 0), {64: 3, 16: 3, 4: 3}
+)
+
+
+def made() -> Benchmark:
+    rng = random.Random(3)
+    rows = [
+        {
+            "architecture": str(a),
+            "macs": MACS.total(a),
+            "parameters": PARAMETERS.total(a),
+            "correct": rng.randrange(600, 1001),
+            "total": 1000,
+        }
+        for a in SPACE
+    ]
+    return Benchmark.of(pd.DataFrame(rows), SPACE, MACS, PARAMETERS)
+
+
+def test_a_benchmark_reads_back_the_same_from_equal_bytes(tmp_path):
+    table = made()
+    for name in ("a.csv.gz", "b.csv.gz"):
+        table.save(tmp_path / name)
+    assert (tmp_path / "a.csv.gz").read_bytes() == (tmp_path / "b.csv.gz").read_bytes()
+    again = Benchmark.load(tmp_path / "a.csv.gz")
+    assert (again.space, again.macs, again.parameters) == (SPACE, MACS, PARAMETERS)
+    pd.testing.assert_frame_equal(again.frame, table.frame)
+
+
+def test_a_search_on_a_benchmark_finds_the_frontier_of_the_table(tmp_path):
+    table = made()
+    with RunFolder.claim(tmp_path / "run", SearchConfig(data="digits")) as folder:
+        frame = run_study(table.task(), folder, "evolution", SPACE.size, 0, "s", no_progress)
+    assert len(frame) == SPACE.size
+    columns = ["architecture", "top1", "macs", "parameters"]
+    pd.testing.assert_frame_equal(frontier(frame)[columns], frontier(table.candidates)[columns])
+
+
+@pytest.mark.parametrize("damage", ["cut", "row", "cost", "count", "sidecar", "name"])
+def test_a_damaged_benchmark_is_refused(damage, tmp_path):
+    path = tmp_path / "benchmark.csv.gz"
+    made().save(path)
+    text = gzip.decompress(path.read_bytes()).decode().splitlines()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "sidecar":
+        (tmp_path / "benchmark.json").write_text("{}")
+    elif damage == "name":
+        path = tmp_path / "benchmark.csv"
+    else:
+        cells = text[5].split(",")
+        column, value = {"row": (0, text[6].split(",")[0]), "cost": (1, "12"), "count": (3, "1001")}[damage]
+        cells[column] = value
+        text[5] = ",".join(cells)
+        path.write_bytes(gzip.compress("\n".join(text).encode()))
+    with pytest.raises(RunError):
+        Benchmark.load(path)
+
+
+@pytest.mark.parametrize(("mean", "spread", "best"), [(0.0, 1.0, 0.5), (96.2, 0.4, 97.0), (5.0, 2.0, 1.0)])
+def test_the_expected_gain_is_the_integral(mean, spread, best):
+    integral, _ = quad(lambda x: (x - best) * norm.pdf(x, mean, spread), best, mean + 12 * spread)
+    assert float(expected_gain(np.array([mean]), spread, np.array([best]))[0]) == pytest.approx(integral, rel=1e-6)
+
+
+def test_the_edge_model_draws_have_the_posterior_of_ridge_regression():
+    rng = random.Random(0)
+    known = [SPACE.sample(rng) for _ in range(40)]
+    top1 = [90 + MACS.total(a) / 50 + rng.gauss(0, 0.3) for a in known]
+    model = EdgeModel(SPACE, known, top1)
+    design = model.design(known)
+    ask = model.design(list(SPACE)[:20])
+    width = ask.shape[1]
+    design = np.pad(design, ((0, 0), (0, width - design.shape[1])))
+    precision = design.T @ design + model._ratio * np.eye(width)
+    mean = np.mean(top1) + ask @ np.linalg.solve(precision, design.T @ (np.array(top1) - np.mean(top1)))
+    deviation = model.noise * np.sqrt(np.diag(ask @ np.linalg.solve(precision, ask.T)))
+    draws = np.array([model.draw(ask, random.Random(i)) for i in range(4000)])
+    np.testing.assert_allclose((draws.mean(0) - mean) / deviation, 0, atol=0.08)
+    np.testing.assert_allclose(draws.std(0) / deviation, 1, atol=0.06)
