@@ -2,7 +2,7 @@
 
 from .architecture import Architecture, Layer, Run
 from .band import Band
-from .cost import CostTable, parse_budget
+from .cost import CostTable, budget_quantity, parse_budget
 from .errors import (
     ArchitectureError,
     BrokenDataError,
@@ -40,6 +40,7 @@ __all__ = [
     "SearchSpace",
     "SpaceError",
     "TrainingError",
+    "budget_quantity",
     "forecast",
     "forecast_space",
     "parse_budget",

@@ -10,15 +10,20 @@ from typing import Any
 
 from .architecture import Architecture, Layer
 from .errors import BudgetError, SpaceError
+from .operators import OPERATORS
 
-_UNITS = {"macs": "MACs", "parameters": "parameters", "nanoseconds": "ns"}
+_UNITS = {"macs": "MACs", "parameters": "parameters", "nanoseconds": "ms"}
 
 
 @dataclass(frozen=True)
 class CostTable:
     """What each kind of edge costs, in one quantity, per image. Kinds never name a layer index.
 
-    One multiply-add counts once in "macs": fvcore, the field's reference, calls that a flop.
+    One multiply-add counts once in "macs": fvcore, the field's reference, calls that a flop. Nanoseconds depend on
+    whether a later layer wants a block's attention map, as then it cannot be computed by a fused kernel; `own` is the
+    fused block, and the edge that wants the map of an owner carries the difference, `leaving_fused`. That edge is its
+    first follower's, or a pooling's that scores by the map; so costs stay sums over edges. The difference may be
+    negative (few tokens), an edge may not.
     """
 
     quantity: str  # "macs", "parameters" or "nanoseconds"
@@ -27,10 +32,23 @@ class CostTable:
     shared: Mapping[int, int]  # patch tokens -> a block that uses the previous block's map
     pool: Mapping[tuple[str, int, int], int]  # (operator, tokens before, tokens after) -> the pooling alone
     sink: Mapping[int, int]  # patch tokens that reach it -> final norm, pooling and head
+    leaving_fused: Mapping[int, int] = field(default_factory=dict)  # patch tokens of an owner -> see above; absent: 0
     _edges: dict[tuple[Layer | None, Layer], int] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        for tokens, more in self.leaving_fused.items():
+            followers = {f"a follower at {tokens}": self.shared.get(tokens, 0)} | {
+                f"{operator} from {before} to {after}": self.own[after] + cost
+                for (operator, before, after), cost in self.pool.items()
+                if before == tokens and after in self.own and OPERATORS[operator].needs_attention
+            }
+            for name, cost in followers.items():
+                if cost + more < 0:
+                    raise SpaceError(f"{name} tokens costs {cost} and {more} more as it needs a map; that is below 0")
+
     def __hash__(self) -> int:
-        return hash((self.quantity, self.source, frozenset(self.own.items()), frozenset(self.shared.items())))
+        parts = (self.own, self.shared, self.leaving_fused)
+        return hash((self.quantity, self.source, *(frozenset(part.items()) for part in parts)))
 
     def edge(self, previous: Layer | None, layer: Layer) -> int:
         """Cost of one layer with the pooling before it. Raises SpaceError for a kind that was not measured."""
@@ -38,6 +56,8 @@ class CostTable:
             cost = (self.shared if layer.shared else self.own)[layer.tokens]
             if layer.operator is not None and previous is not None:
                 cost += self.pool[layer.operator, previous.tokens, layer.tokens]
+            if self.leaving_fused and previous is not None and not previous.shared and needs_attention(layer):
+                cost += self.leaving_fused.get(previous.tokens, 0)
         except KeyError as error:
             raise SpaceError(
                 f"the {self.quantity} table has no entry for {error.args[0]}; measure it on this space"
@@ -62,7 +82,9 @@ class CostTable:
         return self.sink[tokens]
 
     def format(self, value: float) -> str:
-        """A value with its unit, for people: "1.26 G MACs"."""
+        """A value with its unit, for people: "1.26 G MACs", "12.3 ms"."""
+        if self.quantity == "nanoseconds":
+            return f"{value / 1e6:.4g} ms"
         for scale, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
             if abs(value) >= scale:
                 return f"{value / scale:.4g}{prefix} {self.unit}"
@@ -75,6 +97,7 @@ class CostTable:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""
+        carried = {str(tokens): cost for tokens, cost in self.leaving_fused.items()}
         return {
             "quantity": self.quantity,
             "source": self.source,
@@ -82,6 +105,7 @@ class CostTable:
             "shared": {str(tokens): cost for tokens, cost in self.shared.items()},
             "pool": {f"{name} {before} {after}": cost for (name, before, after), cost in self.pool.items()},
             "sink": {str(tokens): cost for tokens, cost in self.sink.items()},
+            **({"leaving_fused": carried} if carried else {}),
         }
 
     @classmethod
@@ -96,38 +120,63 @@ class CostTable:
             for kind, cost in value["pool"].items():
                 operator, before, after = kind.split()
                 pool[operator, int(before), int(after)] = _count(cost)
+            leaving = {int(tokens): _whole(cost) for tokens, cost in value.get("leaving_fused", {}).items()}
             if not isinstance(value["quantity"], str):
                 raise TypeError(f"quantity is {value['quantity']!r}, not a name such as 'macs'")
-            return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink)
+            return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink, leaving)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
+def needs_attention(layer: Layer) -> bool:
+    """Whether a layer, or the pooling before it, uses the attention of the block before."""
+    return layer.shared or (layer.operator is not None and OPERATORS[layer.operator].needs_attention)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no whole number")
     return value
 
 
-def parse_budget(text: str, dense: int) -> int:
-    """A MAC budget in words: "60%" of the dense model's, "0.7G", "350M" or a plain number of MACs per image.
+def _count(value: Any) -> int:
+    if _whole(value) < 0:
+        raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
+    return int(value)
 
-    Raises BudgetError for anything else.
+
+_SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ms": 10**6}
+
+
+def budget_quantity(text: str) -> str | None:
+    """What a budget in words limits: "nanoseconds" for "12ms", None for a percentage, else "macs"."""
+    text = text.strip()
+    return "nanoseconds" if text.endswith("ms") else None if text.endswith("%") else "macs"
+
+
+def parse_budget(text: str, dense: int, quantity: str = "macs") -> int:
+    """A budget in words, per image: "60%" of the dense model's cost, "0.7G", "350M" or a plain number of MACs, "12ms".
+
+    dense: what the dense model costs, in units of `quantity`, "macs" or "nanoseconds"; so is the answer. Raises
+    BudgetError for anything else, and for a budget in another quantity.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|[kMG]?)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|ms|[kMG]?)", text.strip())
     if match is None:
-        hint = "; latency budgets are not supported yet" if text.strip().endswith("ms") else ""
-        raise BudgetError(f"budget {text!r} is not understood; write 60% (of the dense MACs), 0.7G or 350M{hint}")
+        raise BudgetError(
+            f"budget {text!r} is not understood; write 60% (of the dense model's), 0.7G or 350M (MACs), or 12ms, per image"
+        )
     number, unit = Fraction(match[1]), match[2]
+    if unit == "%":
+        return int(number * Fraction(dense, 100))
     if not unit and number < 1000:
         raise BudgetError(
-            f"budget {text!r} has no unit; write {match[1]}% (of the dense MACs), {match[1]}G or {match[1]}M"
+            f"budget {text!r} has no unit; write {match[1]}% (of the dense model's), {match[1]}G or {match[1]}M (MACs), "
+            f"or {match[1]}ms, per image"
         )
-    units = {
-        "%": Fraction(dense, 100),
-        "": Fraction(1),
-        "k": Fraction(10**3),
-        "M": Fraction(10**6),
-        "G": Fraction(10**9),
-    }
-    return int(number * units[unit])
+    if budget_quantity(text) != quantity:
+        limited = "latency" if unit == "ms" else "MACs"
+        wanted = "60% or 12ms" if quantity == "nanoseconds" else "60% or 0.7G"
+        raise BudgetError(
+            f"budget {text!r} limits {limited}, which is not what is counted here; write for example {wanted}"
+        )
+    return int(number * _SCALES[unit])

@@ -59,7 +59,7 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        with _evaluating(model):
+        with evaluating(model):
             analysis = FlopCountAnalysis(model, inputs)
             analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -98,10 +98,11 @@ class _Part(nn.Module):
         return self.parameter_total
 
 
-def _measure(
-    supernet: SuperNet, quantity: str, count: Callable[[nn.Module, tuple[torch.Tensor, ...]], int]
-) -> CostTable:
-    """Measure each kind of edge of the supernet's space once."""
+Kind = tuple[Any, ...]  # ("source",), ("own", tokens), ("shared", tokens), ("pool", operator, before, after), …
+
+
+def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    """Each kind of edge as a module with inputs of zeros. An own map comes twice: "explicit", and "own" as timm has it."""
     space, prefix, block = supernet.space, supernet.num_prefix_tokens, supernet.blocks[0]
     reference = next(supernet.parameters())
     attention = block.attn
@@ -113,7 +114,7 @@ def _measure(
     )
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype)
+        return torch.zeros(batch_size, *shape, device=reference.device, dtype=reference.dtype)
 
     def tokens(patches: int) -> torch.Tensor:
         return zeros(prefix + patches, supernet.embed_dim)
@@ -122,28 +123,42 @@ def _measure(
         N = prefix + patches
         return zeros(attention.num_heads, N, N), zeros(attention.num_heads, N, attention.head_dim)
 
-    def pooling(operator: str, before: int, after: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        module = supernet.poolings[pooling_name(operator, before, after)]
-        part = _Part(lambda x, *left: module(x, Attended(*left)), _size(module), module)
-        return part, (tokens(before), *attended(before))
-
-    own = _Part(lambda x: run_block(block, x)[0], block_size, block)
+    explicit = _Part(lambda x: run_block(block, x)[0], block_size, block)
     shared = _Part(lambda x, *left: run_block(block, x, Attended(*left))[0], block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
-    embed = _Part(supernet.embed, _size(supernet) - rest, supernet)
+    images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
     classify = _Part(supernet.classify, head_size, supernet)
+    found: dict[Kind, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {
+        ("source",): (_Part(supernet.embed, _size(supernet) - rest, supernet), (images,))
+    }
+    for level in space.levels:
+        found["own", level] = _Part(block, block_size, block), (tokens(level),)
+        found["explicit", level] = explicit, (tokens(level),)
+        found["shared", level] = shared, (tokens(level), *attended(level))
+        found["sink", level] = classify, (tokens(level),)
+    for operator, before, after in space.reductions:
+        module = supernet.poolings[pooling_name(operator, before, after)]
+        found["pool", operator, before, after] = _pooling(module), (tokens(before), *attended(before))
+    return found
+
+
+def _pooling(module: nn.Module) -> nn.Module:
+    return _Part(lambda x, *left: module(x, Attended(*left)), _size(module), module)
+
+
+def _measure(
+    supernet: SuperNet, quantity: str, count: Callable[[nn.Module, tuple[torch.Tensor, ...]], int]
+) -> CostTable:
+    """Measure each kind of edge of the supernet's space once."""
     with torch.no_grad():
-        return CostTable(
-            quantity,
-            source=count(embed, (zeros(supernet.in_chans, *supernet.patch_embed.img_size),)),
-            own={level: count(own, (tokens(level),)) for level in space.levels},
-            shared={level: count(shared, (tokens(level), *attended(level))) for level in space.levels},
-            pool={
-                (operator, before, after): count(*pooling(operator, before, after))
-                for operator, before, after in space.reductions
-            },
-            sink={level: count(classify, (tokens(level),)) for level in space.levels},
-        )
+        costs = {kind: count(*part) for kind, part in parts(supernet).items() if kind[0] != "own"}
+    per_level = {name: {kind[1]: cost for kind, cost in costs.items() if kind[0] == name} for name in PER_LEVEL}
+    pool = {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
+    own, shared, sink = (per_level[name] for name in PER_LEVEL)
+    return CostTable(quantity, costs["source",], own, shared, pool, sink)  # type: ignore[arg-type]  # three in each
+
+
+PER_LEVEL = ("explicit", "shared", "sink")
 
 
 def _size(module: nn.Module) -> int:
@@ -162,14 +177,14 @@ def measure_latency(model: nn.Module, images: torch.Tensor, repeats: int = 11) -
             torch.cuda.synchronize(images.device)
         return (time.perf_counter() - start) * 1e3
 
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         forward()
         forward()
         return statistics.median(forward() for _ in range(repeats))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -14,8 +14,9 @@ from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from poolshare.space import OPERATORS, Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
+from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
 from poolshare.space.architecture import MAX_DEPTH
+from poolshare.space.cost import needs_attention
 
 from .block import Attended, run_block
 from .pooling import make_poolings, pooling_name
@@ -189,11 +190,6 @@ class SuperNet(VisionTransformer):
             before = tokens.shape[1] - self.num_prefix_tokens
             tokens = self.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
         return run_block(self.blocks[index], tokens, attended if layer.shared else None)
-
-
-def needs_attention(layer: Layer) -> bool:
-    """Whether a layer, or the pooling before it, uses the attention of the block before."""
-    return layer.shared or (layer.operator is not None and OPERATORS[layer.operator].needs_attention)
 
 
 def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:

@@ -14,9 +14,10 @@ from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
+from poolshare.space.cost import needs_attention
 
 from .block import Attended, SharedAttention, run_block
-from .model import SuperNet, check_fit, check_options, create_base, needs_attention
+from .model import SuperNet, check_fit, check_options, create_base
 from .pooling import make_poolings, pooling_name
 
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})

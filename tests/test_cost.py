@@ -25,6 +25,9 @@ from poolshare.space import (
     Operator,
     SearchSpace,
     SpaceError,
+    budget_quantity,
+    forecast,
+    forecast_space,
     parse_budget,
 )
 
@@ -83,25 +86,27 @@ def test_an_architecture_costs_the_sum_along_its_path():
 
 
 def random_table(space: SearchSpace, seed: int, largest: int = 50) -> CostTable:
+    """Every other seed has owners that cost more, or less, where the next layer needs their map."""
     rng = random.Random(seed)
 
     def cost() -> int:
         return rng.randint(0, largest)
 
-    return CostTable(
-        "macs",
-        cost(),
-        {level: cost() for level in space.levels},
-        {level: cost() for level in space.levels},
-        {reduction: cost() for reduction in space.reductions},
-        {level: cost() for level in space.levels},
-    )
+    own, shared = {level: cost() for level in space.levels}, {level: cost() for level in space.levels}
+    pool = {reduction: cost() for reduction in space.reductions}
+    leaving = {level: rng.randint(-min(shared[level], *own.values()), largest) for level in space.levels}
+    source, sink = cost(), {level: cost() for level in space.levels}
+    return CostTable("macs", source, own, shared, pool, sink, leaving if seed % 2 else {})
 
 
 def cost_by_hand(architecture: Architecture, table: CostTable) -> int:
     total = table.source + table.sink[architecture.layers[-1].tokens]
     for index, layer in enumerate(architecture.layers):
         total += table.shared[layer.tokens] if layer.shared else table.own[layer.tokens]
+        after = architecture.layers[index + 1] if index + 1 < architecture.depth else None
+        scored = after is not None and after.operator is not None and OPERATORS[after.operator].needs_attention
+        if table.leaving_fused and not layer.shared and after is not None and (after.shared or scored):
+            total += table.leaving_fused[layer.tokens]
         if layer.operator:
             total += table.pool[layer.operator, architecture.layers[index - 1].tokens, layer.tokens]
     return total
@@ -113,6 +118,7 @@ SPACES = [
     SearchSpace(7, (16,), (), 4),
     SearchSpace(1, (16, 4), ("max2d",), 2),
     SearchSpace(3, (16, 4, 1), ("avg2d",), 1),
+    SearchSpace(4, (16, 9, 4), ("tome", "max2d"), 2),
 ]
 spaces = st.sampled_from(SPACES)
 
@@ -126,6 +132,39 @@ def test_totals_cheapest_and_dearest_by_enumeration(space: SearchSpace, seed: in
     everything = list(space)  # in the order of ranks, so that min and max take the lowest rank of equals
     assert space.cheapest(table) == min(everything, key=totals.__getitem__)
     assert space.dearest(table) == max(everything, key=totals.__getitem__)
+
+
+def test_the_first_follower_carries_what_its_owner_loses_and_a_pooling_by_the_map_does_too():
+    table = CostTable(
+        "nanoseconds", 0, {16: 10, 9: 10}, {16: 5, 9: 5}, {("tome", 16, 9): 1, ("max2d", 16, 9): 1}, {9: 0}, {16: 100}
+    )  # fmt: skip
+    for text, total in [
+        ("16 16 9@max2d", 31),  # nobody needs a map
+        ("16*2 9@max2d", 126),  # one follower
+        ("16*3 9@max2d", 131),  # the second one carries nothing
+        ("16*2 9@tome", 126),  # the follower's map is explicit anyway
+        ("16 9@tome 9", 131),
+        ("16 9@max2d*2", 26),  # 9 tokens cost no more
+    ]:
+        assert table.total(Architecture.parse(text)) == total, text
+
+
+@given(spaces, st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_forecasts_of_the_whole_space_agree_whatever_edges_carry(space: SearchSpace, seed: int):
+    table = random_table(space, 2 * seed + 1)
+    counted = forecast_space(space, table)
+    assert counted == forecast(space, table)
+    assert counted.one_by_one == sum(table.total(architecture) for architecture in space)
+
+
+@pytest.mark.parametrize(("operator", "less"), [("max2d", -6), ("tome", -17)])
+def test_no_edge_may_cost_less_than_nothing(operator: str, less: int):
+    facts: tuple = (0, {16: 10, 9: 10}, {16: 5 if operator == "max2d" else 50, 9: 5}, {(operator, 16, 9): 6}, {9: 0})
+    allowed = CostTable("nanoseconds", *facts, {16: less + 1})
+    assert allowed.edge(Layer(16), Layer(16, None, True) if operator == "max2d" else Layer(9, "tome")) == 0
+    with pytest.raises(SpaceError, match="below 0"):
+        CostTable("nanoseconds", *facts, {16: less})
 
 
 # The table itself
@@ -199,7 +238,7 @@ def test_a_table_of_another_space_names_what_it_lacks():
         ("macs", 1_258_411_200, "1.258 G MACs"),
         ("macs", 80_451_648, "80.45 M MACs"),
         ("parameters", 5_717_416, "5.717 M parameters"),
-        ("nanoseconds", 1_500, "1.5 k ns"),
+        ("nanoseconds", 1_500, "0.0015 ms"),
         ("macs", 12, "12 MACs"),
     ],
 )
@@ -248,7 +287,8 @@ def test_a_percentage_is_exact_and_all_is_all(dense: int, hundredths: int):
         ("inf", ["'inf'"]),
         ("٣%", ["'٣%'"]),
         ("0.7g", ["'0.7g'"]),
-        ("12ms", ["'12ms'", "latency budgets are not supported yet"]),
+        ("12ms", ["'12ms' limits latency", "60% or 0.7G"]),
+        ("12us", ["'12us' is not understood", "12ms"]),
         ("60", ["budget '60' has no unit", "60%", "60G", "60M"]),
         ("0.6", ["budget '0.6' has no unit", "0.6%"]),
     ],
@@ -258,6 +298,21 @@ def test_a_budget_that_is_not_understood_is_refused_with_examples(text: str, fra
         parse_budget(text, 1_258_411_200)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("12ms", 12_000_000), (" 0.25 ms", 250_000), ("60%", 30), ("1.5%", 0)])
+def test_latency_budgets_in_words_are_nanoseconds(text: str, value: int):
+    assert parse_budget(text, 50, "nanoseconds") == value
+
+
+@pytest.mark.parametrize("text", ["0.7G", "350M", "12000000"])
+def test_a_budget_of_macs_does_not_limit_latency(text: str):
+    with pytest.raises(BudgetError, match=r"limits MACs.*60% or 12ms"):
+        parse_budget(text, 50, "nanoseconds")
+
+
+def test_what_a_budget_limits():
+    assert [budget_quantity(text) for text in ("12 ms", "60%", "0.7G", "5")] == ["nanoseconds", None, "macs", "macs"]
 
 
 # Bands
