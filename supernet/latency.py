@@ -91,7 +91,7 @@ def measure_latency_table(
         raise ModelError(f"batch size {batch_size} is not possible; latency is measured with at least one image")
     space, rng = supernet.space, random.Random(f"latency {seed}")
     kinds = kinds_of(space)
-    alone = _parts_alone(supernet, batch_size, kinds)
+    alone = time_parts(supernet, batch_size, kinds)
     others = list(dict.fromkeys(space.sample(rng) for _ in range(50 * check)))[: min(check, space.size // 4)]
     chosen = design(space, kinds, 2 * len(kinds), rng, set(others))
     timed = time_models(supernet, [*chosen, *others], batch_size, rounds, rng, progress)  # (architectures,) nanoseconds
@@ -273,7 +273,7 @@ def _seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...], repeats: int) -
     return max(clock() - start, 1e-9) / repeats
 
 
-def _parts_alone(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np.ndarray:
+def time_parts(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np.ndarray:
     """(kinds,) nanoseconds per image of each part by itself."""
     found = parts(supernet, batch_size)
     work = [found[kind] for kind in kinds]
