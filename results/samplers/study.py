@@ -4,8 +4,8 @@
 
 An evaluation is an architecture scored for the first time; one that is proposed again is answered from the record and
 counts for nothing. Hypervolume is a share of the true frontier's, between the frontier's own worst accuracy and worst
-cost (its nadir). A sampler is asked at most 2,000 times (TPE 600: its 600 asks take as long as all the others
-together); where that gives fewer distinct architectures than a checkpoint wants, it stays at what it had reached.
+cost (its nadir). A sampler is asked at most 2,000 times (TPE 400: it asks most slowly, and repeats itself
+most); where that gives fewer distinct architectures than a checkpoint wants, it stays at what it had reached.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from poolshare.space import Architecture
 
 CHECKPOINTS = (50, 100, 200, 400)
 STEP = 10  # evaluations between two looks at the hypervolume
-ASKS = {"tpe": 600}
+ASKS = {"tpe": 400}
 MOST_ASKS = 2000
 
 Score = Callable[[Architecture], Scored]
