@@ -90,10 +90,10 @@ def space(
     as_json: Json = False,
 ) -> None:
     """Size and costs of a search space; trains nothing."""
-    from poolshare.space import forecast_space, parse_budget
-    from poolshare.supernet import measure_macs, measure_parameters
+    from poolshare.space import budget_quantity, forecast_space, parse_budget
+    from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
 
-    from .job import make_supernet, model_options
+    from .job import make_supernet, model_options, pick_device
 
     config = make_config(
         data="",
@@ -109,7 +109,11 @@ def space(
     net = make_supernet(config, model_options(config))
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
-    limit = None if budget is None else parse_budget(budget, macs.total(dense))
+    costs = macs
+    if budget is not None and budget_quantity(budget) == "nanoseconds":
+        latency = measure_latency_table(net.to(pick_device(None)))
+        costs = latency.table
+    limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
     result: dict[str, Any] = {
         "model": model,
         **graph.to_json(),
@@ -119,8 +123,10 @@ def space(
         "cheapest": str(cheapest),
         "cheapest_macs": macs.total(cheapest),
         "cheapest_parameters": parameters.total(cheapest),
-        "within_budget": graph.within(macs, None, limit).size,
-        "budget_macs": limit,
+        "within_budget": graph.within(costs, None, limit).size,
+        "budget_macs": limit if costs is macs else None,
+        "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
+        "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
         "scoring_all_macs_per_image": whole.cost,
         "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
         "scoring_all_share_of_one_by_one": round(whole.share, 4),
@@ -141,7 +147,9 @@ def space(
         f"{result['cheapest_parameters']:,} parameters: {cheapest}"
     )
     if limit is not None:
-        out.print(f"within {budget:<9} {result['within_budget']:,} architectures cost at most {macs.format(limit)}")
+        out.print(f"within {budget:<9} {result['within_budget']:,} architectures cost at most {costs.format(limit)}")
+    if costs is not macs:
+        out.print(f"dense            {costs.format(costs.total(dense))} per image, {latency.conditions}")
     out.print(
         f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
         f"{whole.share:.1%} of one by one"
@@ -168,6 +176,16 @@ def search(
         Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
         typer.Option(help="auto scores the whole space where affordable."),
     ] = "auto",
+    objective: Annotated[
+        Literal["macs", "latency"] | None,
+        typer.Option(
+            help="Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
+        ),
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images in the batch whose latency counts.")] = 1,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
     epochs: Annotated[
         int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 10.")
@@ -202,7 +220,8 @@ def search(
         model_args=settings_of(model_args),
         pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
-        max_run=max_run, budget=budget, sampler=sampler, trials=trials, epochs=epochs, batch_size=batch_size, lr=lr,
+        max_run=max_run, budget=budget, sampler=sampler, trials=trials,
+        objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,
     )  # fmt: skip
     from .job import search as run_search
@@ -214,8 +233,8 @@ def search(
 
     report = load_report(folder)
     if as_json:
-        return print_json(looking.outcome(folder, report))
-    looking.present(report)
+        return print_json(looking.outcome(folder, report, config.cost))
+    looking.present(report, config.cost)
     looking.hint(folder, report)
 
 
@@ -286,7 +305,8 @@ def export(
         architecture = folder.read_summary()["dense"]["architecture"]
     if architecture is None:
         report = load_report(folder, budget)
-        chosen = Architecture.parse(report.pick(pick or ("budget" if budget else "knee")).architecture)
+        cost = "latency_ms" if "latency_ms" in report.limits else folder.config.cost
+        chosen = Architecture.parse(report.pick(pick or ("budget" if budget else "knee"), cost).architecture)
     elif budget or pick:
         raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:

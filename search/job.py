@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, distributed, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.data import Data, open_data
+from poolshare.supernet.latency import Latency, device_name, measure_latency_table
 from poolshare.supernet.model import create_base
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.sandwich import Sandwich, sandwich_loss
@@ -65,13 +67,29 @@ class Job:
     supernet: SuperNet
     macs: CostTable
     parameters: CostTable
-    allowed: Band  # the architectures within the budget
+    allowed: Band  # the architectures within the budget; within one of latency once that is measured
+    include: tuple[Architecture, ...] = ()  # the user's own, to be scored in any case
+    latency: Latency | None = None
     notes: tuple[str, ...] = ()  # what the user should know of data and weights
 
     @property
     def dense(self) -> Architecture:
         """All tokens, no sharing: the base model."""
         return self.supernet.space[0]
+
+    @property
+    def objective(self) -> CostTable:
+        """What is weighed against accuracy."""
+        return self.latency.table if self.latency and self.config.objective == "latency" else self.macs
+
+    def with_latency(self, latency: Latency) -> Job:
+        """The same, knowing what a layer takes. Raises BudgetError for a latency budget that no architecture keeps."""
+        job, config, table = replace(self, latency=latency), self.config, latency.table
+        if config.objective != "latency":
+            return job
+        dense = table.total(self.dense)
+        limit = None if config.budget is None else parse_budget(config.budget, dense, table.quantity)
+        return replace(job, allowed=self.supernet.space.within(table, None, limit))
 
     @property
     def recipe(self) -> Recipe:
@@ -116,6 +134,8 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
     Raises the PoolshareError of whatever does not fit.
     """
     options, recipe = model_options(config), supernet_recipe(config)
+    if config.budget is not None:  # one that cannot be read is refused first
+        parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
     data_config = input_config(config.model, options)
     data = open_data(
         config.data,
@@ -135,10 +155,12 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
         notes += load_base_weights(supernet, Path(config.weights).expanduser(), config.model)
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
-    limit = None if config.budget is None else parse_budget(config.budget, dense)
+    timed = config.objective == "latency"
+    limit = None if config.budget is None or timed else parse_budget(config.budget, dense)
     allowed = supernet.space.within(macs, None, limit)
+    include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, notes)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, notes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
@@ -215,9 +237,12 @@ def search(
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
+    job = timed_job(job, RunFolder(Path(out), config), console)
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         folder.write_config(job.data.fingerprint, storage_kind(storage))
+        if job.latency:
+            folder.write_latency(job.latency)
         for note in job.notes:
             console.print(note, markup=False)
         _announce(job, folder, console)
@@ -225,6 +250,22 @@ def search(
         candidates, seconds["scoring"] = _score(job, folder, console, storage)
         _conclude(job, folder, candidates, seconds)
     return folder
+
+
+def timed_job(job: Job, folder: RunFolder, console: Console) -> Job:
+    """The job with the folder's latency table, or with a new one where latency is wanted and that is of another
+    device, batch size, number of threads or torch. Writes nothing."""
+    latency, batch = folder.read_latency(), job.config.latency_batch
+    if job.config.objective == "latency":
+        device = next(job.supernet.parameters()).device
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        place = batch, device_name(device), threads, versions()["torch"]
+        if latency is None or (latency.batch_size, latency.device, latency.threads, folder.latency_torch()) != place:
+            with progress_bar(console, "measuring latency", 1, "forwards") as advance:
+                latency = measure_latency_table(
+                    job.supernet, batch, progress=lambda done, total: advance(done, total=total)
+                )
+    return job.with_latency(latency) if latency else job
 
 
 def _is_folder(config: SearchConfig) -> bool:
@@ -238,8 +279,17 @@ def _announce(job: Job, folder: RunFolder, console: Console) -> None:
     cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
     say(f"{job.config.model} on {job.config.data}: {space.size:,} architectures")
     say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
+    if job.latency:
+        table, errors = job.latency.table, job.latency.errors
+        fast, slow = table.total(space.cheapest(table)), table.total(space.dearest(table))
+        say(f"they take {table.format(fast)} to {table.format(slow)} per image, {job.latency.conditions}")
+        if errors:
+            median, worst = statistics.median(errors), errors[-1]
+            say(f"sums of layers differ from {len(errors)} whole models by {median:.1%} (median), {worst:.1%} (worst)")
     if job.config.budget:
-        allowed = f"{job.allowed.size:,} of them cost at most {macs.format(job.allowed.high)} ({job.config.budget})"
+        allowed = (
+            f"{job.allowed.size:,} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
+        )
         say(allowed)
     step, per_mac = calibrate(job)
     epochs = recipe.epochs - _epochs_trained(folder)
@@ -315,6 +365,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             return 0.0
         if folder and folder.candidates.exists():  # scored with weights that now change
             folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
+            folder.record.unlink(missing_ok=True)
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,
@@ -342,21 +393,37 @@ def load_weights(supernet: SuperNet, path: Path) -> None:
     supernet.eval()
 
 
-def make_task(job: Job) -> Task:
-    """What a search of this job, with its trained supernet, needs to know."""
+def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = None) -> Task:
+    """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+    known = dict(record or {})
+
+    def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
+        new = [architecture for architecture in architectures if architecture not in known]
+        if new or not architectures:
+            counts, total = count_correct(job.supernet, new, batches, progress)
+            found = dict(zip(new, counts, strict=True))
+        else:
+            found, total = {}, known[architectures[0]][1]
+        return [found[a] if a in found else known[a][0] for a in architectures], total
+
     return Task(
         job.supernet.space,
         job.macs,
         job.parameters,
         job.allowed,
-        lambda architectures, progress: count_correct(job.supernet, architectures, batches, progress),
+        score,
+        job.objective if job.config.objective == "latency" else None,
+        known,
     )
 
 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
     ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    ours |= {"budget": job.config.budget, "sampler": job.config.sampler}
+    if job.config.objective == "latency":
+        ours["objective"] = job.objective.to_json()
     digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
     for name, tensor in sorted(job.supernet.state_dict().items()):
         digest.update(name.encode() + tensor.detach().contiguous().cpu().numpy().tobytes())
@@ -370,23 +437,64 @@ def sampler_of(job: Job) -> str:
 
 def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
     """Score the whole space or search it; returns the candidates frame and the seconds spent."""
-    start, config, task = time.monotonic(), job.config, make_task(job)
+    start, config = time.monotonic(), job.config
+    task = make_task(job, _record(job, folder))
     if job.exhaustive:
         size = task.space.size
         with progress_bar(console, "scoring the whole space", size, "architectures") as advance:
             frame = score_everything(task, folder, lambda share, note: advance(share * size, note))
+        folder.record.unlink(missing_ok=True)
     else:
         name = study_name(job, folder)
         with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
             store = open_store(folder.journal, storage, name)
             frame = run_study(task, folder, sampler_of(job), config.trials, config.seed, name, advance, store)
+    frame = _with_included(job, task, frame)
+    if job.latency:
+        totals = [job.latency.table.total(Architecture.parse(text)) for text in frame["architecture"]]
+        frame = frame.assign(latency_ms=[total / 1e6 for total in totals])
+    folder.write_candidates(frame)
     return frame, time.monotonic() - start
+
+
+def _record(job: Job, folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
+    """What earlier searches scored with these weights: correct answers and images.
+
+    The whole space is scored in the order of ranks; candidates in another order step aside until that is done.
+    """
+    if job.exhaustive and folder.candidates.exists():
+        found = folder.read_candidates()
+        firsts = [str(job.supernet.space[rank]) for rank in range(min(len(found), job.supernet.space.size))]
+        other = "latency_ms" in found or list(found["architecture"]) != firsts
+        if other and len(found) < job.supernet.space.size:
+            folder.candidates.rename(folder.record)
+    record: dict[Architecture, tuple[int, int]] = {}
+    for path in (folder.record, folder.candidates):
+        if path.exists():
+            for row in folder.read_candidates(path).itertuples():
+                record[Architecture.parse(row.architecture)] = int(row.correct), int(row.total)
+    return record
+
+
+def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
+    """The candidates, and after them those the user asked for that are not among them."""
+    present = set(frame["architecture"])
+    missing = [architecture for architecture in dict.fromkeys(job.include) if str(architecture) not in present]
+    if not missing:
+        return frame
+    counts, total = task.score(missing, lambda share: None)
+    last = int(frame["generation"].max()) if len(frame) else 0
+    rows = [task.row(architecture, correct, total, last) for architecture, correct in zip(missing, counts, strict=True)]
+    return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
 def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: dict[str, float]) -> None:
     """Frontier, summary, page and picture."""
-    limit = None if job.config.budget is None else job.allowed.high
-    write_csv(folder.pareto, frontier(candidates, budget=limit))
+    limit: float | None = None if job.config.budget is None else job.allowed.high
+    cost = job.config.cost
+    if cost == "latency_ms" and limit is not None:
+        limit = limit / 1e6
+    write_csv(folder.pareto, frontier(candidates, cost, limit))
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     dense = candidates[candidates["architecture"] == str(job.dense)]
@@ -409,8 +517,12 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
                 "top1": top1,
                 "macs": job.macs.total(job.dense),
                 "parameters": job.parameters.total(job.dense),
+                **({"latency_ms": job.latency.table.total(job.dense) / 1e6} if job.latency else {}),
             },
-            "budget_macs": limit,
+            "objective": job.config.objective,
+            "budget_macs": limit if cost == "macs" else None,
+            "budget_latency_ms": limit if cost == "latency_ms" else None,
+            "included": list(map(str, job.include)),
             "classes": list(job.data.classes),
             "certified": len(candidates) == job.supernet.space.size,
             "space": job.supernet.space.to_json(),

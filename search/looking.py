@@ -129,7 +129,11 @@ def show(
 
 def outcome(folder: RunFolder, report: Report, cost: str = "macs") -> dict[str, Any]:
     """A run in JSON: its summary, and its frontier within the report's budget."""
-    found: dict[str, Any] = {"budget_macs": report.limits.get("macs"), "certified": report.certified}
+    found: dict[str, Any] = {
+        "budget_macs": report.limits.get("macs"),
+        "budget_latency_ms": report.limits.get("latency_ms"),
+        "certified": report.certified,
+    }
     found |= {"hypervolume": report.hypervolume, "frontier": report.by(cost).to_dict("records")}
     return {"run": str(folder.path), **folder.read_summary(), **found}
 

@@ -15,7 +15,12 @@ from .console import PlainConsole
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Budget = Annotated[
-    str | None, typer.Option(help="MACs per image: 60% (of the dense model's), 0.7G, 350M.", metavar="BUDGET")
+    str | None,
+    typer.Option(
+        help="Per image: 60% (of the dense model's MACs, or latency where that is the objective), 0.7G or 350M MACs, or "
+        "12ms (latency of one image in a batch of --latency-batch).",
+        metavar="BUDGET",
+    ),
 ]
 Levels = Annotated[
     str | None,

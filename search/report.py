@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, parse_budget
+from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, budget_quantity, parse_budget
 
 from .layers import layer_shares
 from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress
@@ -240,7 +240,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     """
     summary, candidates = folder.read_summary(), folder.read_candidates()
     dense, trust = summary["dense"], folder.read_trust()
-    limit = summary["budget_macs"] if budget is None else parse_budget(budget, dense["macs"])
+    limits = _limits(summary, budget)
     report = Report(
         title=f"{folder.config.model} on {folder.config.data}",
         candidates=candidates,
@@ -248,7 +248,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         certified=summary["certified"] and len(candidates) == summary["space_size"],
         space_size=summary["space_size"],
         run=str(folder.path),
-        limits={} if limit is None else {"macs": limit},
+        limits=limits,
         facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
         included=tuple(summary.get("included", ())),
         trust=trust if trust and "tau" in trust else None,  # else not measured to the end
@@ -257,6 +257,22 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
+
+
+def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
+    """The run's own budget, or another in words; a percentage is of what the run weighed against accuracy."""
+    if budget is None:
+        own = {"macs": summary.get("budget_macs"), "latency_ms": summary.get("budget_latency_ms")}
+        return {cost: limit for cost, limit in own.items() if limit is not None}
+    latency = summary.get("objective") == "latency"
+    if (budget_quantity(budget) or ("nanoseconds" if latency else "macs")) == "macs":
+        return {"macs": parse_budget(budget, summary["dense"]["macs"])}
+    if "latency_ms" not in summary["dense"]:
+        raise BudgetError(
+            f"budget {budget!r} is one of latency, which this run has not measured; repeat its `poolshare search` with "
+            f"--budget {budget}, which trains nothing anew"
+        )
+    return {"latency_ms": parse_budget(budget, round(summary["dense"]["latency_ms"] * 1e6), "nanoseconds") / 1e6}
 
 
 def write_report(folder: RunFolder) -> Report:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import statistics
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from poolshare.space import Architecture, ConfigError, RunError
+from poolshare.space import Architecture, ConfigError, RunError, budget_quantity
 from poolshare.space.files import held, write_whole
 
+if TYPE_CHECKING:
+    from poolshare.supernet.latency import Latency
+
 FORMAT = 1
-MAY_DIFFER = ("trials", "epochs", "workers", "device")  # between two calls on one run folder
+SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
+MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between two calls on one run folder
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
 
 
@@ -45,6 +50,9 @@ class SearchConfig(BaseModel):
     max_run: int | None = Field(None, ge=1)
     budget: str | None = None
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = "auto"
+    objective: Literal["macs", "latency"] = "macs"  # what is weighed against accuracy, and what a budget in % is of
+    latency_batch: int = Field(1, ge=1)  # images of one forward whose latency counts
+    include: tuple[str, ...] = ()  # architectures of the user's own
     trials: int = Field(1000, ge=1)
     epochs: int = Field(ge=0)
     batch_size: int = Field(ge=1)
@@ -69,12 +77,19 @@ class SearchConfig(BaseModel):
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
         }
+        if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
+            decided["objective"] = "latency"
         return decided | given
 
     @property
     def warm(self) -> bool:
         """Whether the supernet begins with pretrained weights."""
         return self.pretrained or self.weights is not None
+
+    @property
+    def cost(self) -> str:
+        """The candidates' column of the objective."""
+        return "latency_ms" if self.objective == "latency" else "macs"
 
     @property
     def without_weights(self) -> SearchConfig:
@@ -92,6 +107,8 @@ class RunFolder:
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
         self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
+        self.record = path / "record.csv"  # what earlier searches scored, while the whole space is scored in its order
+        self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
@@ -191,13 +208,17 @@ class RunFolder:
     def _fact(self, name: str) -> Any:
         return read_json(self.path / "config.json").get(name)
 
-    def read_candidates(self) -> pd.DataFrame:
-        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""
-        if not self.candidates.exists():
+    def read_candidates(self, path: Path | None = None) -> pd.DataFrame:
+        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged.
+
+        path: of `record` instead.
+        """
+        path = path or self.candidates
+        if not path.exists():
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
         try:
-            frame = read_csv(self.candidates)
-            if tuple(frame.columns) != CANDIDATES:
+            frame = read_csv(path)
+            if tuple(frame.columns) not in (CANDIDATES, (*CANDIDATES, "latency_ms")):
                 raise ValueError(f"its columns are {', '.join(frame.columns)}")
             if frame.isna().any(axis=None):
                 raise ValueError("a value is missing")
@@ -210,11 +231,43 @@ class RunFolder:
                 raise ValueError("a top1 is not correct / total")
             return frame
         except (ValueError, OSError) as error:
-            raise RunError(f"{self.candidates} is damaged ({error}); delete it to score again") from None
+            raise RunError(f"{path} is damaged ({error}); delete it to score again") from None
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
-        """Replace candidates.csv."""
-        write_csv(self.candidates, frame[list(CANDIDATES)], checked=True)
+        """Replace candidates.csv; latencies are written where all rows have one."""
+        known = "latency_ms" in frame and frame["latency_ms"].notna().all()
+        write_csv(self.candidates, frame[[*CANDIDATES, "latency_ms"] if known else list(CANDIDATES)], checked=True)
+
+    def read_latency(self) -> Latency | None:
+        """The latency table that the run was searched with last; None where there is none.
+
+        Raises RunError for a damaged file.
+        """
+        from poolshare.supernet.latency import Latency
+
+        try:
+            found = json.loads(self.latency.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
+            return Latency.from_json(found)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{self.latency} is damaged ({error}); delete it to measure latency again") from None
+
+    def latency_torch(self) -> str:
+        """The version of torch that latency.json was measured with; empty where there is none."""
+        if not self.latency.exists():
+            return ""
+        return str(json.loads(self.latency.read_text(encoding="utf-8")).get("torch", ""))
+
+    def write_latency(self, latency: Latency) -> None:
+        """Replace latency.json. Times are nanoseconds per image; `checked` holds whole models, timed and summed."""
+        errors = latency.errors
+        facts: dict[str, Any] = {"format": FORMAT, **latency.to_json(), "torch": version("torch")}
+        if errors:
+            facts |= {"median_error": statistics.median(errors), "worst_error": errors[-1]}
+        write_json(self.latency, facts)
 
     def read_summary(self) -> dict[str, Any]:
         """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
@@ -223,7 +276,7 @@ class RunFolder:
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
             missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
-            if missing or set(summary["dense"]) != {"architecture", "top1", "macs", "parameters"}:
+            if missing or not {"architecture", "top1", "macs", "parameters"} <= set(summary["dense"]):
                 raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
             return summary
         except FileNotFoundError:

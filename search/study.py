@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +39,13 @@ class Task:
     parameters: CostTable
     allowed: Band  # the budget
     score: Score
+    latency: CostTable | None = None  # the objective, where it is not MACs
+    record: Mapping[Architecture, tuple[int, int]] = field(default_factory=dict)  # scored before: correct, images
+
+    @property
+    def objective(self) -> CostTable:
+        """What is weighed against accuracy, and what the budget is of."""
+        return self.latency or self.macs
 
     def row(self, architecture: Architecture, correct: int, total: int, generation: int) -> dict[str, object]:
         """One row of the candidates frame, see `pareto`."""
@@ -169,12 +176,13 @@ class _Search:
         return [slot for slot in slots if slot.counts is not None], [slot for slot in slots if slot.counts is None]
 
     def candidates(self) -> pd.DataFrame:
-        """The candidates frame: each scored architecture once, by generation and position."""
+        """The candidates frame: what earlier searches scored, then this one's by generation and position, each once."""
         rows: dict[Architecture, dict[str, object]] = {}
         for slot in self.read()[0]:
             assert slot.counts is not None
             rows.setdefault(slot.architecture, self.task.row(slot.architecture, *slot.counts, slot.generation))
-        return pd.DataFrame(rows.values())
+        earlier = [self.task.row(a, *counts, 0) for a, counts in self.task.record.items() if a not in rows]
+        return pd.DataFrame([*earlier, *rows.values()])
 
     def queue(self) -> int | None:
         """Queue what the current generation lacks; returns its number, or None where the search is over.
@@ -216,10 +224,10 @@ class _Search:
                 mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
                 counts, total = self.task.score([architecture for _, architecture in mine], progress)
                 for (trial, architecture), correct in zip(mine, counts, strict=True):
-                    macs = self.task.macs.total(architecture)
+                    cost = self.task.objective.total(architecture)
                     try:
                         trial.set_user_attr("counts", [correct, total])
-                        self.study.tell(trial, [100 * correct / total, macs], skip_if_finished=True)
+                        self.study.tell(trial, [100 * correct / total, cost], skip_if_finished=True)
                     except UpdateFinishedTrialError:
                         continue  # this worker was silent for so long that another got the trial
                     numbers.discard(trial.number)
@@ -248,7 +256,7 @@ class _Search:
                 correct, total = facts["counts"]
                 if type(correct) is not int or type(total) is not int or not 0 <= correct <= total or total == 0:
                     raise ValueError(f"its counts are {facts['counts']!r:.40}")
-                if list(trial.values) != [100 * correct / total, task.macs.total(architecture)]:
+                if list(trial.values) != [100 * correct / total, task.objective.total(architecture)]:
                     raise ValueError(f"its values are {trial.values!r:.60}")
                 counts = correct, total
         except (KeyError, TypeError, ValueError) as error:  # an ArchitectureError is a ValueError
@@ -264,7 +272,7 @@ class _Search:
     def _queue(
         self, generation: int, proposals: list[_Proposal], present: dict[int, _Slot], scored: list[_Slot]
     ) -> None:
-        known = {slot.architecture: slot.counts for slot in scored}
+        known = dict(self.task.record) | {slot.architecture: slot.counts for slot in scored}
         open_ = {slot.architecture for slot in present.values()}
         failures = Counter(
             (trial.user_attrs.get("generation"), trial.user_attrs.get("position"))
@@ -285,15 +293,17 @@ class _Search:
 
     def _add(self, generation: int, position: int, proposal: _Proposal, counts: tuple[int, int] | None) -> None:
         architecture = proposal.architecture
-        macs = self.task.macs.total(architecture)
-        excess = max(0, macs - self.task.allowed.high)
+        objective = self.task.objective
+        cost = objective.total(architecture)
+        excess = max(0, cost - self.task.allowed.high)
         facts: dict[str, Any] = {"generation": generation, "position": position, "architecture": str(architecture)}
-        facts |= {"macs": macs, "feasible": excess == 0, "macs_over_budget": excess}
+        facts |= {"macs": self.task.macs.total(architecture)} | {objective.quantity: cost}
+        facts |= {"feasible": excess == 0, f"{objective.quantity}_over_budget": excess}
         facts |= {} if counts is None else {"counts": list(counts)}
         self.study.add_trial(
             create_trial(
                 state=TrialState.WAITING if counts is None else TrialState.COMPLETE,
-                values=None if counts is None else [100 * counts[0] / counts[1], macs],
+                values=None if counts is None else [100 * counts[0] / counts[1], cost],
                 params=proposal.params,
                 distributions=distributions(self.task.space),
                 user_attrs=facts,
@@ -311,7 +321,7 @@ class _Search:
     def _by_ourselves(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
         scored = [Scored(slot.architecture, slot.trial.values[0], int(slot.trial.values[1])) for slot in earlier]
         key = f"{self.sampler} {self.seed} {generation}"
-        proposals = PROPOSERS[self.sampler](self.task.allowed, self.task.macs, scored, key, GENERATION)
+        proposals = PROPOSERS[self.sampler](self.task.allowed, self.task.objective, scored, key, GENERATION)
         return [_Proposal(architecture, encode(architecture, self.task.space), {}) for architecture in proposals]
 
     def _by_optuna(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from poolshare.space import ConfigError
+from poolshare.space import ConfigError, RunError
 from poolshare.supernet.checkpoint import load_facts
 
 from .job import load_weights, make_task, prepare, sampler_of, study_name
@@ -49,6 +49,11 @@ def work(
     )
     folder.check_same(job.data.fingerprint, kind)
     load_weights(job.supernet, folder.supernet)
+    latency = folder.read_latency()
+    if latency:
+        job = job.with_latency(latency)
+    elif job.config.objective == "latency":
+        raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
     if job.exhaustive:
         raise ConfigError(
             f"{folder.path} scores its whole space, which one process does; leave it to `poolshare search`"
