@@ -45,12 +45,13 @@ from poolshare.supernet.weights import load_base_weights
 
 from .benchmark import Benchmark
 from .evaluate import count_correct
+from .exhaustive import score_everything
 from .pareto import frontier
 from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, first_problem, versions, write_csv, write_json
 from .storage import open_store, storage_kind
-from .study import Task, run_study, score_everything
+from .study import Task, run_study
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
 # spends on the candidates it happens to try (ALGORITHMS: 3,350).
@@ -363,9 +364,10 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             if folder:
                 load_weights(job.supernet, folder.supernet)
             return 0.0
-        if folder and folder.candidates.exists():  # scored with weights that now change
+        if folder:
+            folder.partial.unlink(missing_ok=True)  # scored with weights that now change
+        if folder and folder.candidates.exists():  # likewise
             folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
-            folder.record.unlink(missing_ok=True)
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,
@@ -438,12 +440,11 @@ def sampler_of(job: Job) -> str:
 def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
     """Score the whole space or search it; returns the candidates frame and the seconds spent."""
     start, config = time.monotonic(), job.config
-    task = make_task(job, _record(job, folder))
+    task = make_task(job, _record(folder))
     if job.exhaustive:
         size = task.space.size
         with progress_bar(console, "scoring the whole space", size, "architectures") as advance:
             frame = score_everything(task, folder, lambda share, note: advance(share * size, note))
-        folder.record.unlink(missing_ok=True)
     else:
         name = study_name(job, folder)
         with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
@@ -457,23 +458,12 @@ def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -
     return frame, time.monotonic() - start
 
 
-def _record(job: Job, folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
-    """What earlier searches scored with these weights: correct answers and images.
-
-    The whole space is scored in the order of ranks; candidates in another order step aside until that is done.
-    """
-    if job.exhaustive and folder.candidates.exists():
-        found = folder.read_candidates()
-        firsts = [str(job.supernet.space[rank]) for rank in range(min(len(found), job.supernet.space.size))]
-        other = "latency_ms" in found or list(found["architecture"]) != firsts
-        if other and len(found) < job.supernet.space.size:
-            folder.candidates.rename(folder.record)
-    record: dict[Architecture, tuple[int, int]] = {}
-    for path in (folder.record, folder.candidates):
-        if path.exists():
-            for row in folder.read_candidates(path).itertuples():
-                record[Architecture.parse(row.architecture)] = int(row.correct), int(row.total)
-    return record
+def _record(folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
+    """What earlier searches scored with these weights: correct answers and images."""
+    if not folder.candidates.exists():
+        return {}
+    rows = folder.read_candidates().itertuples()
+    return {Architecture.parse(row.architecture): (int(row.correct), int(row.total)) for row in rows}
 
 
 def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:

@@ -107,8 +107,8 @@ class RunFolder:
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
         self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
-        self.record = path / "record.csv"  # what earlier searches scored, while the whole space is scored in its order
         self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
+        self.partial = path / "candidates.part.csv"  # of a whole space that is being scored
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
@@ -208,12 +208,9 @@ class RunFolder:
     def _fact(self, name: str) -> Any:
         return read_json(self.path / "config.json").get(name)
 
-    def read_candidates(self, path: Path | None = None) -> pd.DataFrame:
-        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged.
-
-        path: of `record` instead.
-        """
-        path = path or self.candidates
+    def read_candidates(self) -> pd.DataFrame:
+        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""
+        path = self.candidates
         if not path.exists():
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
         try:
@@ -339,16 +336,20 @@ def write_csv(path: Path, frame: pd.DataFrame, checked: bool = False) -> None:
     text = frame.to_csv(index=False, lineterminator="\n")
     if checked:
         head, *rows = text.splitlines()
-        text = "\n".join([f"{head},check", *(f"{row},{zlib.crc32(row.encode())}" for row in rows)]) + "\n"
+        text = "\n".join([f"{head},check", *map(checked_row, rows)]) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def checked_row(row: str) -> str:
+    """A row of a table with its checksum."""
+    return f"{row},{zlib.crc32(row.encode())}"
 
 
 def read_csv(path: Path) -> pd.DataFrame:
     """The table that `write_csv` wrote with checksums. Raises OSError, or ValueError for anything else."""
     text = path.read_text(encoding="utf-8")
     for number, row in enumerate(text.splitlines()[1:], start=1):
-        content, _, check = row.rpartition(",")
-        if check != str(zlib.crc32(content.encode())):
+        if row != checked_row(row.rpartition(",")[0]):
             raise ValueError(f"row {number} does not fit its checksum, so it was edited or damaged")
     frame = pd.read_csv(StringIO(text))
     return frame.drop(columns="check", errors="ignore")

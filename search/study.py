@@ -1,4 +1,4 @@
-"""The one loop: queue a generation, score it in one pass, tell the study; or score the whole space."""
+"""The one loop: queue a generation, score it in one pass, tell the study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace, forecast
+from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 
 from .progress import Advance
 from .propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
@@ -23,8 +23,6 @@ from .storage import JournalStore, Store
 
 GENERATION = 50  # architectures that are proposed together, from all that were scored before
 MAX_FAILURES = 20  # workers that may die over one architecture before the search gives up
-CHUNK = 256  # neighbours in rank that are scored in one pass when the whole space is
-SECONDS_BETWEEN_WRITES = 5
 
 # Architectures and a progress callback (share done) → correct counts, number of images.
 Score = Callable[[Sequence[Architecture], Callable[[float], None]], tuple[list[int], int]]
@@ -58,31 +56,6 @@ class Task:
             "parameters": self.parameters.total(architecture),
             "generation": generation,
         }
-
-
-def score_everything(task: Task, folder: RunFolder, advance: Advance) -> pd.DataFrame:
-    """Score the whole space in the order of ranks, continuing after what candidates.csv already holds.
-
-    advance: called with the share of MACs that is done, 0 to 1, and a note.
-    """
-    done = folder.read_candidates().to_dict("records") if folder.candidates.exists() else []
-    architectures = list(task.space)
-    chunks = [architectures[start : start + CHUNK] for start in range(len(done), len(architectures), CHUNK)]
-    prices = [forecast(chunk, task.macs).cost for chunk in chunks]
-    whole = sum(prices) or 1
-    paid, written = 0, time.monotonic()
-    for chunk, price in zip(chunks, prices, strict=True):
-        note = f"at {len(done) + len(chunk):,} of {len(architectures):,}"
-        show = partial(_advance_within, advance, paid / whole, price / whole, note)
-        counts, total = task.score(chunk, show)
-        done += [task.row(a, correct, total, 0) for a, correct in zip(chunk, counts, strict=True)]
-        paid += price
-        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-            folder.write_candidates(pd.DataFrame(done))
-            written = time.monotonic()
-    frame = pd.DataFrame(done)
-    folder.write_candidates(frame)
-    return frame
 
 
 def run_study(
@@ -120,7 +93,7 @@ def run_study(
                 advance(done, f"generation {generation}: others are scoring its last architectures")
                 time.sleep(search.patience)
                 continue
-            search.score(batch, partial(_advance_within, advance, done, len(batch), f"generation {generation}"))
+            search.score(batch, partial(advance_within, advance, done, len(batch), f"generation {generation}"))
             if publish:
                 folder.write_candidates(search.candidates())
         frame = search.candidates()
@@ -129,7 +102,7 @@ def run_study(
         return frame
 
 
-def _advance_within(advance: Advance, start: float, length: float, note: str, share: float) -> None:
+def advance_within(advance: Advance, start: float, length: float, note: str, share: float) -> None:
     """Progress inside one step of a longer work."""
     advance(start + share * length, note)
 

@@ -12,7 +12,7 @@ from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.search.storage import JournalStore
-from poolshare.search.study import Task, run_study, score_everything
+from poolshare.search.study import Task, run_study
 from poolshare.space import CostTable, SearchSpace
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)
@@ -145,15 +145,3 @@ def test_evolution_comes_closer_to_the_true_frontier_than_random_draws(tmp_path,
         return len(true & set(frame["architecture"]))
 
     assert sum(found("evolution", seed) for seed in range(3)) > sum(found("random", seed) for seed in range(3))
-
-
-def test_scoring_everything_is_exact_and_continues_where_it_stopped(tmp_path, everything):
-    score = Counter()
-    folder = make_folder(tmp_path / "run")
-    frame = score_everything(make_task(score), folder, no_progress)
-    assert list(frame["architecture"]) == [str(a) for a in SPACE]
-    assert list(frame["correct"]) == [accuracy(a) for a in SPACE]
-    folder.write_candidates(frame.head(300))
-    again = Counter()
-    pd.testing.assert_frame_equal(score_everything(make_task(again), folder, no_progress), frame)
-    assert again.asked == list(SPACE)[300:]

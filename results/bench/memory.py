@@ -24,9 +24,10 @@ def score(number: int) -> None:
     import torch
 
     from poolshare.search.evaluate import count_correct
+    from poolshare.search.exhaustive import score_everything
     from poolshare.search.progress import no_progress
     from poolshare.search.run import RunFolder, SearchConfig
-    from poolshare.search.study import Task, score_everything
+    from poolshare.search.study import Task
     from poolshare.space import SearchSpace
     from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 
