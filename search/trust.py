@@ -131,11 +131,10 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
     """The plan's architectures with their bands, each once; the first ones come from all bands in turn.
 
-    Bands are of equal width from the cheapest to the dearest architecture of the budget. Where one runs out of
-    members the others give more.
+    Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
+    latency). Where one runs out of members the others give more.
     """
-    space, macs = job.supernet.space, job.macs
-    low, high = macs.total(space.cheapest(macs)), job.allowed.high
+    low, high = job.allowed.low, job.allowed.high
     borders = [low + (high + 1 - low) * index // plan.bands for index in range(plan.bands + 1)]
     members: list[list[Architecture]] = []
     for band, (start, stop) in enumerate(pairwise(borders)):
@@ -155,7 +154,7 @@ def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
 def _distinct(job: Job, low: int, high: int, count: int, rng: random.Random) -> list[Architecture]:
     """Up to `count` different uniform draws from a band; a bounded number of tries, fewer where the band is small."""
     try:
-        band = job.supernet.space.within(job.macs, low, high)
+        band = job.supernet.space.within(job.allowed.costs, low, high)
     except BudgetError:
         return []
     found: dict[Architecture, None] = {}
