@@ -75,8 +75,8 @@ class Store(ABC):
         """A context manager that makes the storage's own errors RunErrors; around everything that uses the study."""
         return nullcontext()
 
-    def study(self) -> optuna.Study:
-        """The study, begun or continued. Raises RunError where its record is damaged."""
+    def study(self, cost: str = "MACs") -> optuna.Study:
+        """The study, begun or continued; cost: what its second value is. Raises RunError where its record is damaged."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self.errors(), self.lock():
             if self.name not in optuna.get_all_study_names(self.storage):
@@ -86,7 +86,7 @@ class Store(ABC):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the names are for dashboards
                 if study.metric_names is None:
-                    study.set_metric_names(["top-1 (%)", "MACs"])
+                    study.set_metric_names(["top-1 (%)", cost])
             study.get_trials(deepcopy=False)
         return study
 
@@ -208,10 +208,10 @@ class JournalStore(Store):
         self._file(self.worker).unlink(missing_ok=True)
         self._own.close()
 
-    def study(self) -> optuna.Study:
+    def study(self, cost: str = "MACs") -> optuna.Study:
         try:
             self.storage = JournalStorage(self.journal)
-            return super().study()
+            return super().study(cost)
         except PoolshareError:
             raise
         except Exception as error:  # what replaying a strange journal may raise is anything

@@ -80,7 +80,8 @@ def run_study(
     whichever of them die: what is missing is queued again, what is scored stays.
     """
     with store or JournalStore(folder.journal, name) as store, store.errors():
-        search = _Search(task, store.study(), store, sampler, trials, seed)
+        cost = "latency (ns per image)" if task.objective.quantity == "nanoseconds" else task.objective.unit
+        search = _Search(task, store.study(cost), store, sampler, trials, seed)
         while True:
             with store.lock():
                 store.fail_abandoned(search.study)

@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from test_cli import SMALL, poolshare
 
 from poolshare.search.run import RunFolder, SearchConfig
@@ -36,6 +39,9 @@ def test_a_run_is_searched_by_latency_then_by_macs_then_whole_and_is_trained_onc
     assert found["included"] == [MINE]
     assert MINE in set(first["architecture"])
     assert all(row["latency_ms"] <= found["budget_latency_ms"] for row in found["frontier"])
+    storage = JournalStorage(JournalFileBackend(str(folder.journal)))
+    study = optuna.load_study(study_name=None, storage=storage)  # the only one
+    assert study.metric_names == ["top-1 (%)", "latency (ns per image)"]
     weights, table = folder.supernet.read_bytes(), folder.latency.read_bytes()
 
     status, printed, err = verb(*search, "--budget", "70%", "--sampler", "random", "--trials", "4")
