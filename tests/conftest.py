@@ -1,11 +1,14 @@
 """What several test files need: timm without fused attention, weights that leave nothing trivial, a browser."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm.layers
 import torch
 from torch import nn
+
+from poolshare.search import cli
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +47,19 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
             parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
     return model
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a verb in this process: (exit status, standard output, standard error)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["poolshare", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

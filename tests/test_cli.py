@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from poolshare.search import cli
 from poolshare.search.job import prepare
 from poolshare.search.run import RunFolder, SearchConfig, read_json, write_json
 from poolshare.space import Architecture, RunError, SearchSpace
@@ -35,22 +34,6 @@ SMALL = [
     "--device",
     "cpu",
 ]
-
-
-def poolshare(*words, monkeypatch, capsys):
-    """Run a verb in this process: (exit status, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["poolshare", *map(str, words)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code or 0
-    return status, *capsys.readouterr()
-
-
-@pytest.fixture
-def verb(monkeypatch, capsys):
-    return lambda *words: poolshare(*words, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,12 @@ import pandas as pd
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from test_cli import SMALL, poolshare
+from test_cli import SMALL
 
 from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.space import Architecture
 
 MINE = "64*2 16@max2d"
-
-
-@pytest.fixture
-def verb(monkeypatch, capsys):
-    return lambda *words: poolshare(*words, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_a_run_is_searched_by_latency_then_by_macs_then_whole_and_is_trained_once(verb, tmp_path):

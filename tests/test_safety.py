@@ -15,7 +15,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from poolshare.search import cli
 from poolshare.search.export import load_export
 from poolshare.search.run import read_json, write_json
 from poolshare.space import PoolshareError, RunError, SearchSpace
@@ -24,22 +23,6 @@ from poolshare.supernet import SuperNet
 MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
 SEARCH += ["--epochs", "1", "--sampler", "evolution", "--trials", "20", "--device", "cpu", "-q"]
-
-
-@pytest.fixture
-def verb(monkeypatch, capsys):
-    """Run a verb in this process: (exit status, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["poolshare", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
