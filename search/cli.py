@@ -93,7 +93,7 @@ def space(
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
 
-    from .job import make_supernet, model_options, pick_device
+    from .prepare import make_supernet, model_options, pick_device
 
     config = make_config(
         data="",

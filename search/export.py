@@ -22,7 +22,7 @@ from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import read_weights, shapes_of
 
-from .job import input_config, load_weights, make_supernet, model_options
+from .prepare import input_config, load_weights, make_supernet, model_options
 from .run import RunFolder, read_json, versions, write_json
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from poolshare.supernet.data import evaluation_transform
 from poolshare.supernet.sources import Images, check_images
 
 from .export import load_export
-from .job import opening_options, pick_device
+from .prepare import opening_options, pick_device
 
 BATCH = 64
 

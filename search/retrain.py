@@ -22,8 +22,8 @@ from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, op
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .export import Exported, check_new, load_export, save_export
-from .job import checked_recipe, opening_options, pick_device
 from .pareto import binomial_interval
+from .prepare import checked_recipe, opening_options, pick_device
 from .progress import progress_bar
 
 EVALUATION_BATCH = 256

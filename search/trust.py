@@ -21,7 +21,8 @@ from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .evaluate import count_correct
-from .job import SCORING_BATCH, Job, load_weights, prepare
+from .job import SCORING_BATCH
+from .prepare import Job, load_weights, prepare
 from .progress import progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, read_csv, write_csv, write_json

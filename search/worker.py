@@ -12,7 +12,8 @@ from rich.console import Console
 from poolshare.space import ConfigError, RunError
 from poolshare.supernet.checkpoint import load_facts
 
-from .job import load_weights, make_task, prepare, sampler_of, study_name
+from .job import make_task, sampler_of, study_name
+from .prepare import load_weights, prepare
 from .progress import progress_bar
 from .run import RunFolder
 from .storage import open_store, storage_kind

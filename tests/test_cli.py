@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from poolshare.search.job import prepare
+from poolshare.search.prepare import prepare
 from poolshare.search.run import RunFolder, SearchConfig, read_json, write_json
 from poolshare.space import Architecture, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs

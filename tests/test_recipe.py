@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.layers import DropPath
 from torch import nn
 
-from poolshare.search.job import checked_recipe, supernet_recipe
+from poolshare.search.prepare import checked_recipe, supernet_recipe
 from poolshare.search.run import SearchConfig
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import kendalltau
 
 from poolshare.search import cli
-from poolshare.search.job import prepare, search
+from poolshare.search.job import search
+from poolshare.search.prepare import prepare
 from poolshare.search.run import SearchConfig, read_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
 from poolshare.space import ConfigError, RunError

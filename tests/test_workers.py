@@ -19,7 +19,8 @@ import pytest
 from optuna.trial import TrialState
 
 from poolshare.search import storage
-from poolshare.search.job import load_weights, make_task, prepare, study_name
+from poolshare.search.job import make_task, study_name
+from poolshare.search.prepare import load_weights, prepare
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS
 from poolshare.search.run import RunFolder, read_json, write_json

@@ -24,8 +24,8 @@ from rich.console import Console
 from scipy.stats import t as student_t
 
 from poolshare.search.export import export_architecture
-from poolshare.search.job import prepare
 from poolshare.search.pareto import pick
+from poolshare.search.prepare import prepare
 from poolshare.search.retrain import accuracy, retrain
 from poolshare.search.run import RunFolder, write_csv, write_json
 from poolshare.space import Architecture
