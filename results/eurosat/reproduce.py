@@ -40,6 +40,7 @@ from poolshare.supernet.weights import load_base_weights
 HERE = Path(__file__).parent
 MODEL = "vit_tiny_patch16_224"
 LEVELS = {49: (49, 25, 16, 9), 196: (196, 100, 49, 25)}
+ORDER = (("dense", "searched"), ("uniform", "tome"), ("random",))  # who is trained first, with all seeds
 BUDGETS = (0.58, 0.40)  # of the dense MACs: 42 % fewer is what Token Pooling claims for DeiT
 
 
@@ -215,12 +216,12 @@ def main() -> None:
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     done = {(row["architecture"], row["start"], row["seed"]) for row in rows}
     dense_macs = costs.total(trained.space[0])
-    todo = [(start, seed) for start in given.starts.split(",") for seed in range(given.seeds)]
-    for start, seed in todo:
+    todo = [(start, names, seed) for start in given.starts.split(",") for names in ORDER for seed in range(given.seeds)]
+    for start, names, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
         for one in competitors(folder, trained.space, costs, options, seed):
             architecture, name, budget = one["architecture"], one["name"], one["budget"]
-            if (str(architecture), start, seed) in done:
+            if name not in names or (str(architecture), start, seed) in done:
                 continue
             torch.manual_seed(seed)
             model = starting_model(start, architecture, trained, given.weights, options).to(device)
