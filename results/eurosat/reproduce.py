@@ -17,6 +17,7 @@ import argparse
 import random
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,13 @@ def late_reduction(depth: int, tokens: int, after: int, at: int) -> Architecture
 
 def macs_of(architecture: Architecture, options: dict[str, Any]) -> int:
     """MACs of an architecture that no space at hand holds."""
-    return measure_macs(alone_in_its_space(architecture, options)).total(architecture)
+    return _macs_of(str(architecture), *options.items())
+
+
+@cache
+def _macs_of(text: str, *options: tuple[str, Any]) -> int:
+    architecture = Architecture.parse(text)
+    return measure_macs(alone_in_its_space(architecture, dict(options))).total(architecture)
 
 
 def alone_in_its_space(architecture: Architecture, options: dict[str, Any]) -> SuperNet:
