@@ -1,1 +1,18 @@
 """Which architectures to look at, and what to tell the user."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .entry import SearchResult as SearchResult
+    from .entry import search as search
+
+__all__ = ["SearchResult", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported only when it is asked for, so that `poolshare --help` loads no torch."""
+    if name in __all__:
+        from . import entry
+
+        return getattr(entry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -215,8 +215,11 @@ def search(
 
     The same command continues an interrupted run.
     """
-    config = make_config(
-        data=data, data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
+    from poolshare.search import search as run_search
+
+    found = run_search(
+        data, out=out, storage=storage, quiet=quiet,
+        data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
         model_args=settings_of(model_args),
         pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
@@ -224,18 +227,12 @@ def search(
         objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
         amp=amp, workers=workers, seed=seed, device=device,
     )  # fmt: skip
-    from .job import search as run_search
-
-    folder = run_search(config, out, progress_console(quiet), storage)
     if helping():
         return None
-    from .report import load_report
-
-    report = load_report(folder)
     if as_json:
-        return print_json(looking.outcome(folder, report, config.cost))
-    looking.present(report, config.cost)
-    looking.hint(folder, report)
+        return print_json(looking.outcome(found.run, found.report, found.run.config.cost))
+    looking.present(found.report, found.run.config.cost)
+    looking.hint(found.run, found.report)
 
 
 @app.command(epilog="Example:  poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)")
@@ -295,29 +292,20 @@ def export(
 
     It is chosen by budget, by text, or as the frontier's knee.
     """
-    from poolshare.space import Architecture
+    from poolshare.search import SearchResult
 
-    from .report import load_report
-    from .run import RunFolder
-
-    folder = RunFolder.open(run)
-    if architecture == "dense":
-        architecture = folder.read_summary()["dense"]["architecture"]
+    found = SearchResult(run)
     if architecture is None:
-        report = load_report(folder, budget)
-        cost = "latency_ms" if "latency_ms" in report.limits else folder.config.cost
-        chosen = Architecture.parse(report.pick(pick or ("budget" if budget else "knee"), cost).architecture)
+        chosen = found.pick(pick or ("budget" if budget else "knee"), budget).architecture
     elif budget or pick:
         raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:
-        chosen = Architecture.parse(architecture)
-    from .export import export_architecture
-
-    facts = export_architecture(folder, chosen, out)
+        chosen = architecture
+    facts = found.export(chosen, out)
     if as_json:
-        return print_json({"out": str(out), "architecture": str(chosen), **facts})
+        return print_json({"out": str(out), **facts})
     console = PlainConsole()
-    console.print(f"{out}: {chosen}")
+    console.print(f"{out}: {facts['architecture']}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
     console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
 

@@ -6,9 +6,53 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from poolshare.space import Architecture
+from poolshare.space import Architecture, ConfigError
 from poolshare.supernet import SuperNet
 from poolshare.supernet.data import Batches
+
+# logits (B, classes), labels (B,) → (B,) bool, whether each answer counts as right
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether the most probable class is the label."""
+    return logits.argmax(dim=-1) == labels
+
+
+def metric_name(metric: Metric) -> str:
+    """What a metric is called in the record. Raises ConfigError for one without a name of its own."""
+    name = getattr(metric, "__name__", "<no name>")
+    if not name.isidentifier() or (name == top1.__name__ and metric is not top1):
+        raise ConfigError(f"the metric is called {name}: define it with `def` and a name of its own, which is recorded")
+    return str(name)
+
+
+def check_metric(metric: Metric, classes: int) -> None:
+    """Raise ConfigError for a metric that does not judge image by image, tried on made-up logits.
+
+    The record holds whole numbers of right answers, so an answer must count or not whatever else is in the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, classes, generator=generator)
+    labels = torch.randint(classes, (8,), generator=generator)
+    whole = judged(metric, logits, labels)
+    alone = [judged(metric, logits[index : index + 1], labels[index : index + 1]) for index in range(8)]
+    if not torch.equal(whole, torch.cat(alone)):
+        raise ConfigError(
+            f"metric {metric.__name__} judges an image by others in its batch, or by chance: judge each by itself"
+        )
+
+
+def judged(metric: Metric, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B,) bool. Raises ConfigError where the metric gives anything else."""
+    right = metric(logits, labels)
+    if not isinstance(right, torch.Tensor) or right.shape != labels.shape or right.dtype != torch.bool:
+        what = f"{right.dtype} {tuple(right.shape)}" if isinstance(right, torch.Tensor) else type(right).__name__
+        raise ConfigError(
+            f"metric {getattr(metric, '__name__', metric)} gave {what} for {len(labels)} images: return a bool tensor, "
+            "whether each image's answer counts as right"
+        )
+    return right
 
 
 @torch.inference_mode()
@@ -17,8 +61,9 @@ def count_correct(
     architectures: Sequence[Architecture],
     batches: Batches,
     progress: Callable[[float], None] | None = None,
+    metric: Metric = top1,
 ) -> tuple[list[int], int]:
-    """Correctly classified images of each architecture, and the number of images.
+    """Images that each architecture answers right by the metric, and the number of images.
 
     progress: called after each batch with the share that is done, 0 to 1.
     """
@@ -29,7 +74,7 @@ def count_correct(
     for index, (images, labels) in enumerate(batches, start=1):
         labels = labels.to(device)
         for positions, logits in supernet.leaves(images.to(device), architectures):
-            correct[positions] += (logits.argmax(dim=-1) == labels).sum()
+            correct[positions] += judged(metric, logits, labels).sum()
         total += len(labels)
         if progress:
             progress(index / len(batches))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import read_weights, shapes_of
+from poolshare.supernet.sources import GIVEN
 
 from .prepare import input_config, load_weights, make_supernet, model_options
 from .run import RunFolder, read_json, versions, write_json
@@ -91,6 +92,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
     facts = {
+        "architecture": str(architecture),
         "macs": measure_macs(supernet).total(architecture),
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
@@ -111,7 +113,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
 def _absolute(data: str, data_dir: str | None) -> str:
     """A folder of images by a path that holds from anywhere; other data by their name."""
     path = Path(data_dir or "", data).expanduser()
-    return str(path.resolve()) if data != "digits" and path.is_dir() else data
+    return str(path.resolve()) if data != "digits" and not data.startswith(GIVEN) and path.is_dir() else data
 
 
 def save_export(
@@ -240,6 +242,7 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
         if key in record:
             numbers.append(f"| {label} | {record[key]:.2f} % |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
+    where = " --data FOLDER" if record["data"].startswith(GIVEN) else ""
     return f"""# {config["model_args"]["base"]}, searched by poolshare
 
 `{record["architecture"]}`: runs of tokens[@operator][*length]; a run is one attention map and the blocks that use it.
@@ -257,8 +260,8 @@ model = timm.create_model("local-dir:{out.name}", pretrained=True)
 Retrain it, then measure it:
 
 ```
-poolshare retrain {shlex.quote(out.name)}
-poolshare evaluate {shlex.quote(out.name + "-retrained")}
+poolshare retrain {shlex.quote(out.name)}{where}
+poolshare evaluate {shlex.quote(out.name + "-retrained")}{where}
 ```
 
 Data: {record["data"]}. Its weights come from {record["weights"]}.

@@ -19,13 +19,14 @@ from rich.console import Console
 from poolshare.space import Architecture, RunError, forecast, forecast_space
 from poolshare.supernet import distributed
 from poolshare.supernet.checkpoint import load_facts, load_state_facts, save_tensors
+from poolshare.supernet.data import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.sandwich import Sandwich, sandwich_loss
 from poolshare.supernet.train import steps_per_epoch, train_supernet
 
 from .benchmark import Benchmark
-from .evaluate import count_correct
+from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .pareto import frontier
 from .prepare import Job, load_weights, prepare
@@ -38,20 +39,27 @@ from .study import Task, run_study
 SCORING_BATCH = 256
 
 
-def search(
-    config: SearchConfig, out: str | Path, console: Console | None = None, storage: str | None = None
+def run_job(
+    config: SearchConfig,
+    out: str | Path,
+    console: Console | None = None,
+    storage: str | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
 ) -> RunFolder:
     """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
 
     console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
-    study; None: a journal in the folder. Raises a PoolshareError for whatever the user can mend. Where
-    torchrun started several processes they train together, and the first one does all the rest.
+    study; None: a journal in the folder. data, metric: those given in Python, see `prepare`. Raises a PoolshareError for
+    whatever the user can mend. Where torchrun started several processes they train together, and the first one does
+    all the rest.
     """
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
-    checking = progress_bar(console, "checking images", 1, "images") if _is_folder(config) else nullcontext(no_progress)
+    folder_of_images = data is None and _is_folder(config)
+    checking = progress_bar(console, "checking images", 1, "images") if folder_of_images else nullcontext(no_progress)
     with checking as advance:
-        job = prepare(config, lambda done, total: advance(done, total=total))
+        job = prepare(config, lambda done, total: advance(done, total=total), data, metric)
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
@@ -145,7 +153,7 @@ def calibrate(job: Job) -> tuple[float, float]:
     job.supernet.zero_grad(set_to_none=True)
     population = [architecture for step in range(8) for architecture in sandwich.at(step)]
     start = time.perf_counter()
-    count_correct(job.supernet, population, [(images, labels)])
+    count_correct(job.supernet, population, [(images, labels)], metric=job.metric)
     per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
     return sum(times[1:]) / len(times[1:]) * whole / len(images), per_mac
 
@@ -210,7 +218,7 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
     def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
         new = [architecture for architecture in architectures if architecture not in known]
         if new or not architectures:
-            counts, total = count_correct(job.supernet, new, batches, progress)
+            counts, total = count_correct(job.supernet, new, batches, progress, job.metric)
             found = dict(zip(new, counts, strict=True))
         else:
             found, total = {}, known[architectures[0]][1]
@@ -230,6 +238,8 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
     ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    if ours["metric"] == top1.__name__:  # studies of before there was a choice
+        del ours["metric"]
     ours |= {"budget": job.config.budget, "sampler": job.config.sampler}
     if job.config.objective == "latency":
         ours["objective"] = job.objective.to_json()
@@ -297,7 +307,7 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
     dense = candidates[candidates["architecture"] == str(job.dense)]
     if dense.empty:
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        [correct], total = count_correct(job.supernet, [job.dense], batches)
+        [correct], total = count_correct(job.supernet, [job.dense], batches, metric=job.metric)
         top1 = 100 * correct / total
     else:
         top1 = float(dense["top1"].iloc[0])

@@ -31,6 +31,7 @@ from poolshare.supernet.model import create_base
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.weights import load_base_weights
 
+from .evaluate import Metric, check_metric, top1
 from .run import SearchConfig, first_problem
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
@@ -50,6 +51,7 @@ class Job:
     allowed: Band  # the architectures within the budget; within one of latency once that is measured
     include: tuple[Architecture, ...] = ()  # the user's own, to be scored in any case
     latency: Latency | None = None
+    metric: Metric = top1  # which answers count as right
     notes: tuple[str, ...] = ()  # what the user should know of data and weights
 
     @property
@@ -108,16 +110,27 @@ def checked_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(problem) from None
 
 
-def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = None) -> Job:
+def prepare(
+    config: SearchConfig,
+    progress: Callable[[int, int], None] | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
+) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
+    data, metric: those that were given in Python, under the names that stand in the configuration.
     Raises the PoolshareError of whatever does not fit.
     """
+    if config.metric != metric.__name__:
+        raise ConfigError(
+            f"this run is scored by {config.metric}, a function given in Python by `poolshare.search.search`: repeat "
+            "that call"
+        )
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
     data_config = input_config(config.model, options)
-    data = open_data(
+    data = data or open_data(
         config.data,
         data_dir=config.data_dir,
         download=config.download,
@@ -127,6 +140,7 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
         augmentation=recipe.augmentation,
         **opening_options(data_config),
     )
+    check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(config, options)
@@ -140,7 +154,7 @@ def prepare(config: SearchConfig, progress: Callable[[int, int], None] | None = 
     allowed = supernet.space.within(macs, None, limit)
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, notes)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class SearchConfig(BaseModel):
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     amp: Literal["none", "bf16"] = "none"
+    metric: str = "top1"  # name of the function that says which answers are right
     recipe: dict[str, Any] = {}  # other fields of `Recipe`
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)

@@ -150,15 +150,18 @@ class Data:
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
         if split not in self._tensors:
-            part = self.split(split)
-            rows = [part.indices[at : at + batch_size].tolist() for at in range(0, len(part), batch_size)]
-            batches = _Loader(_Items(part.source, self._prepare, self.seed, None), rows, workers)
-            if 4 * len(part) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
+            batches = self._batches(split, batch_size, workers)
+            if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
                 return batches
             images, labels = zip(*batches, strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
         images, labels = (kept.split(batch_size) for kept in self._tensors[split])
         return list(zip(images, labels, strict=True))
+
+    def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
+        part = self.split(split)
+        rows = [part.indices[at : at + batch_size].tolist() for at in range(0, len(part), batch_size)]
+        return _Loader(_Items(part.source, self._prepare, self.seed, None), rows, workers)
 
 
 @dataclass(frozen=True, eq=False)

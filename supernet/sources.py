@@ -18,6 +18,7 @@ from poolshare.space.errors import BrokenDataError, DataError
 
 DIGITS_TEST = 540  # of 1,797 images
 TRAIN_FOLDERS = ("train", "training")
+GIVEN = "python/"  # begins the name of data that were given in Python
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 StrPath = str | os.PathLike[str]
@@ -106,6 +107,11 @@ def open_source(
         found = _open_digits()
     elif name.startswith(("torch/", "hfds/")):
         found = _open_timm(name, data_dir, download, image_key, label_key)
+    elif name.startswith(GIVEN):
+        raise DataError(
+            f"{name}: these data were given in Python, by `poolshare.search.search`; repeat that call, or give --data "
+            "where the verb takes it"
+        )
     else:
         found = _open_folder(Path(data_dir or "", name).expanduser(), progress)
     if len(found.classes) < 2:

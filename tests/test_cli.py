@@ -144,7 +144,7 @@ def test_the_walk_through_of_the_readme_works_as_written(run, tmp_path, monkeypa
     row = names["candidates"].set_index("architecture").loc[names["choice"].architecture]
     assert row["top1"] >= names["report"].dense["top1"] - 0.5
     # The model rebuilt from the run answers as the search counted.
-    job = prepare(names["folder"].config)
+    job = prepare(names["found"].run.config)
     [(images, labels)] = job.data.eval_loader("search", 1000)
     with torch.inference_mode():
         assert int((names["model"].eval()(images).argmax(-1) == labels).sum()) == row["correct"]

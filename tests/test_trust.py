@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from poolshare.search import cli
-from poolshare.search.job import search
+from poolshare.search.job import run_job
 from poolshare.search.prepare import prepare
 from poolshare.search.run import SearchConfig, read_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
@@ -75,7 +75,7 @@ def test_without_second_trainings_there_is_no_ceiling_and_a_constant_score_has_n
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return search(SearchConfig(**SMALL, epochs=1), tmp_path_factory.mktemp("trust") / "run")
+    return run_job(SearchConfig(**SMALL, epochs=1), tmp_path_factory.mktemp("trust") / "run")
 
 
 def test_draws_come_from_all_bands_in_turn_each_once(run):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from poolshare.search.job import search
+from poolshare.search.job import run_job
 from poolshare.search.run import SearchConfig, versions, write_json
 from poolshare.search.trust import Plan, measure_trust
 
@@ -65,7 +65,7 @@ def main() -> None:
             sampler="random",  # only the supernet is needed here, and scores of the architectures that are drawn
             trials=1,
         )
-        folder = search(config, options.work / f"{options.name}-{seed}", console)
+        folder = run_job(config, options.work / f"{options.name}-{seed}", console)
         result = measure_trust(
             folder,
             Plan(options.architectures, twice, bands=4, seed=seed),

@@ -1,0 +1,185 @@
+"""The Python entry: `search`, which the command line calls too, and what it found as a value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from poolshare.space import Architecture, ConfigError
+from poolshare.supernet import Subnet, SuperNet
+from poolshare.supernet.data import Data
+from poolshare.supernet.own_data import Parts, loader_batch, open_own
+
+from .evaluate import Metric, metric_name, top1
+from .export import export_architecture, load_supernet
+from .job import run_job
+from .options import progress_console
+from .progress import progress_bar
+from .report import Pick, Report, load_report
+from .run import RunFolder, SearchConfig, checked_config
+
+AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
+NOT_OWN = ("data_dir", "download", "search_fraction", "img_size", "in_chans")  # what the user's own data decide
+
+
+def search(
+    data: str | Path | Parts,
+    *,
+    out: str | Path,
+    name: str = "data",
+    classes: Sequence[str] | None = None,
+    metric: Metric = top1,
+    storage: str | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> SearchResult:
+    """Train a supernet (or continue), search it, and leave frontier and report in the run folder `out`.
+
+    data: what `--data` takes; or (train, validation), two torch `Dataset`s of (float image (channels, H, W), class
+        index), or two `DataLoader`s of batches of them. Their transforms are the user's; architectures are scored on
+        the validation images.
+    out: the run folder; the same call continues it. name: of own data, kept in the record beside a hash of all labels:
+        change it when the images change. classes: names of own data's classes in index order.
+    metric: (logits (B, classes), labels (B,)) → (B,) bool, which answers count as right. It judges each image by itself,
+        so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
+        Its name is recorded. Default: the most probable class is the label.
+    storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
+    options: what `poolshare search` takes, with underscores: model, pretrained, weights, model_args (a dict), levels,
+        operators (tuples), max_run, budget, sampler, objective, latency_batch, include, trials, epochs, batch_size, lr,
+        weight_decay, amp, recipe (a dict), workers, seed, device; and data_dir, download, search_fraction, img_size,
+        in_chans, which own data decide by themselves.
+
+    Raises a PoolshareError, a ValueError that says what to do, before anything is written.
+    """
+    _check_names(options)
+    console = progress_console(quiet)
+    own: Data | None = None
+    if isinstance(data, (str, Path)):
+        options["data"] = str(data)
+    else:
+        _check_own(name, options)
+        with progress_bar(console, "reading the data", 1, "images") as advance:
+            own = open_own(
+                data,
+                name,
+                classes=classes,
+                seed=_whole(options, "seed"),
+                workers=_whole(options, "workers"),
+                progress=lambda done, total: advance(done, total=total),
+            )
+        options |= _decided_by(own, options)
+    if own is None and (classes is not None or name != "data"):
+        raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
+    if isinstance(options.get("weights"), Path):
+        options["weights"] = str(options["weights"])
+    config = checked_config(**options, metric=metric_name(metric))
+    return SearchResult(run_job(config, out, console, storage, own, metric).path)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search left in its run folder; `SearchResult("runs/photos")` is one of any finished run.
+
+    Architectures are taken as text, as `Architecture`, or as a `Pick`; "dense" is the one without savings.
+    """
+
+    folder: str | Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    @cached_property
+    def run(self) -> RunFolder:
+        """Its files and configuration. Raises RunError where there is no run."""
+        return RunFolder.open(self.folder)
+
+    @cached_property
+    def report(self) -> Report:
+        """All there is to show, by any cost."""
+        return load_report(self.run)
+
+    @property
+    def candidates(self) -> pd.DataFrame:
+        """One row per scored architecture: architecture, top1 (percent), correct, total, macs, parameters, …"""
+        return self.report.candidates
+
+    @property
+    def frontier(self) -> pd.DataFrame:
+        """The candidates within the budget that no other one beats, by rising cost: that of the search's objective."""
+        return self.report.by(self.run.config.cost)
+
+    def pick(self, how: str | None = None, budget: str | None = None) -> Pick:
+        """A point of the frontier, with `architecture` and `why`.
+
+        how: "half-point" (the cheapest within half a point of dense), "knee", "budget" or "accuracy"; default: "budget"
+        where there is one, else "knee". budget: another one than the search's, such as "60%".
+        """
+        report = self.report if budget is None else load_report(self.run, budget)
+        cost = "latency_ms" if "latency_ms" in report.limits else self.run.config.cost
+        return report.pick(how or ("budget" if report.limits else "knee"), cost)
+
+    def model(self, architecture: Architecture | Pick | str) -> Subnet:
+        """A timm model with the supernet's weights for it, in evaluation mode on the CPU.
+
+        Raises ArchitectureError for one outside the space.
+        """
+        return Subnet.from_supernet(self._supernet, self._architecture(architecture)).eval()
+
+    def export(self, architecture: Architecture | Pick | str, out: str | Path) -> dict[str, Any]:
+        """The same as a new folder for `timm.create_model("local-dir:OUT")`; returns what is known about it."""
+        return export_architecture(self.run, self._architecture(architecture), Path(out))
+
+    @cached_property
+    def _supernet(self) -> SuperNet:
+        return load_supernet(self.run)
+
+    def _architecture(self, wish: Architecture | Pick | str) -> Architecture:
+        if isinstance(wish, Architecture):
+            return wish
+        text = wish.architecture if isinstance(wish, Pick) else wish
+        return Architecture.parse(self.run.read_summary()["dense"]["architecture"] if text == "dense" else text)
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    known = set(SearchConfig.model_fields) - {"data", "metric"}
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"search has no option {option!r}; {hint}")
+
+
+def _check_own(name: str, options: dict[str, Any]) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"name {name!r} is no name for the data; give a text such as 'cells, May'")
+    for option in NOT_OWN:
+        if options.get(option) is not None:
+            raise ConfigError(f"{option}={options[option]!r}: leave it out, the data given in Python decide it")
+    for option in AUGMENTING:
+        if option in (options.get("recipe") or {}):
+            raise ConfigError(f"recipe {option}: leave it out, the transforms of the data given in Python do that")
+
+
+def _decided_by(own: Data, options: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration takes from own data."""
+    decided: dict[str, Any] = {"data": own.name, "img_size": own.img_size[0], "in_chans": own.in_chans}
+    batch = loader_batch(own)
+    if batch is not None:
+        if options.get("batch_size") not in (None, batch):
+            raise ConfigError(f"batch_size={options['batch_size']}: leave it out, the training loader gives {batch}")
+        decided["batch_size"] = batch
+    return decided
+
+
+def _whole(options: dict[str, Any], name: str) -> int:
+    """An option that is needed before the configuration is checked as a whole."""
+    value = options.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{name}={value!r} is no whole number from 0")
+    return value

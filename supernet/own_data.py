@@ -1,0 +1,340 @@
+"""Data given in Python, torch data sets or loaders of (image tensor, label), as the splits that everything else reads.
+
+What is random in the user's own transforms is keyed as it is for every other source: in a data set by (seed, epoch,
+index), in a loader by (seed, epoch, step). So a stopped search continues with the same images in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from poolshare.space.errors import BrokenDataError, DataError
+
+from .data import Batches, Data, Draw, keyed_generators
+from .sources import GIVEN, Progress, Source, Split
+
+SPLITS = ("train", "search")  # in the order in which they are given
+_EPOCH = 29  # sets a loader's draws apart from others of the same seed
+
+Parts = Sequence[Any]  # training and validation images: two torch `Dataset`s, or two `DataLoader`s
+
+
+def open_own(
+    parts: Parts,
+    name: str,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Data:
+    """The splits `train` and `search`; there is no test split, those images are the user's to keep.
+
+    parts: two `Dataset`s with a length, or two `DataLoader`s; of float images (channels, H, W), all of one size, and
+    class indices. All of them are read once: what breaks the contract is found before anything starts.
+    name: how they are called in the record. classes: names in index order; None: what the training set calls
+    `classes`, or numbers. workers: processes that read data sets; loaders have their own.
+    progress: called with images read, and all of them.
+
+    Raises DataError for what cannot be used, BrokenDataError for images that cannot be read.
+    """
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+        raise DataError(
+            f"data is a {type(parts).__name__}{_count(parts)}: give a name that --data knows, or (train, validation), two "
+            "torch Datasets or two DataLoaders; test images are yours to keep"
+        )
+    loaders = [isinstance(part, DataLoader) for part in parts]
+    if any(loaders) and not all(loaders):
+        raise DataError("one of the data is a loader and one is not: give two Datasets, or two DataLoaders")
+    for where, part in zip(SPLITS, parts, strict=True):
+        _check_kind(part, where)
+    sizes = [len(_dataset(part)) for part in parts]
+    found: list[_Read] = []
+    for where, part in zip(SPLITS, parts, strict=True):
+        show = partial(_advance, progress, sum(sizes[: len(found)]), sum(sizes)) if progress else None
+        found.append(_read_loader(part, where, seed, show) if loaders[0] else _read_all(part, where, workers, show))
+    shapes = {one.shape for one in found}
+    if len(shapes) > 1:
+        raise DataError(f"training and validation images differ in size ({_listed(shapes)}): transform them alike")
+    channels, height, width = found[0].shape
+    if channels not in (1, 3) or height != width:
+        raise DataError(f"images are {channels}×{height}×{width}: take square ones of 1 or 3 channels")
+    names = _names(_dataset(parts[0]), classes, found)
+    splits = {where: one.split for where, one in zip(SPLITS, found, strict=True)}
+    both = np.concatenate([one.split.labels for one in found])
+    options: dict[str, Any] = {
+        "name": f"{GIVEN}{name}",
+        "classes": names,
+        "in_chans": channels,
+        "img_size": (height, width),
+        "seed": seed,
+        "notes": (),
+        "_open_test": None,
+        "_prepare": _fetch,
+    }
+    if loaders[0]:
+        whole = Split(Source(_no_full, both), np.arange(len(both)))
+        given = dict(zip(SPLITS, parts, strict=True))
+        return _LoaderData(**options, _splits={**splits, "train_full": whole}, loaders=given, batch=found[0].batch)
+    whole = Split(Source(partial(_Place, ConcatDataset(parts)), both), np.arange(len(both)))
+    return Data(**options, _splits={**splits, "train_full": whole})
+
+
+def _dataset(part: Any) -> Any:
+    return part.dataset if isinstance(part, DataLoader) else part
+
+
+def loader_batch(data: Data) -> int | None:
+    """Images of one training batch, where the data came as loaders."""
+    return data.batch if isinstance(data, _LoaderData) else None
+
+
+# Data sets
+
+
+class _Place(NamedTuple):
+    """An image that is still to be fetched from the user's data set."""
+
+    dataset: Any
+    position: int
+
+
+def _fetch(place: _Place, draw: Draw) -> Tensor:
+    """The image, with all that is random about it keyed; in evaluation by its index alone."""
+    with keyed_generators(*(draw or (place.position,))):
+        return place.dataset[place.position][0]  # type: ignore[no-any-return]
+
+
+class _Read(NamedTuple):
+    """What one part held."""
+
+    split: Split
+    shape: tuple[int, ...]  # of all its images
+    batch: int = 0  # images of its largest batch, where it is a loader
+
+
+class _Checked(NamedTuple):
+    label: int
+    shape: tuple[int, ...]
+    problem: str  # empty where there is none
+    broken: bool = False  # it could not be read at all
+
+
+@dataclass(frozen=True, eq=False)
+class _Checks(Dataset):
+    """Every item of a data set looked at."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Checked:
+        try:
+            with keyed_generators(index):
+                item = self.dataset[index]
+        except Exception as error:  # whatever the user's own code raises
+            return _Checked(-1, (), f"{type(error).__name__}: {str(error)[:200]}", True)
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            return _Checked(-1, (), f"it is {_described(item)}, and must be (image tensor, label)")
+        image, label = item
+        problem = _image_fault(image, 3) or _label_fault(label)
+        return _Checked(-1, (), problem) if problem else _Checked(int(label), tuple(image.shape), "")
+
+
+def _read_all(dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None) -> _Read:
+    labels: list[int] = []
+    shape: tuple[int, ...] | None = None
+    generator = torch.Generator()  # the global one stays as it is
+    for items in DataLoader(_Checks(dataset), 256, num_workers=workers, collate_fn=list, generator=generator):
+        for item in items:
+            if item.problem:
+                kind = BrokenDataError if item.broken else DataError
+                raise kind(f"item {len(labels)} of the {where} data cannot be used ({item.problem}); mend or remove it")
+            shape = shape or item.shape
+            if item.shape != shape:
+                raise DataError(
+                    f"item {len(labels)} of the {where} data is {_listed([item.shape])}, the first is {_listed([shape])}: "
+                    "resize and crop all images alike"
+                )
+            labels.append(item.label)
+        if progress:
+            progress(len(labels))
+    assert shape is not None  # empty data sets are refused before
+    source = Source(partial(_Place, dataset), np.array(labels, dtype=np.int64))
+    return _Read(Split(source, np.arange(len(labels))), shape)
+
+
+# Loaders
+
+
+@dataclass(eq=False)
+class _LoaderData(Data):
+    """Splits whose batches are the user's own loaders'; `batch_size` of the methods has no say in training."""
+
+    loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
+    batch: int = field(kw_only=True)
+
+    def train_loader(
+        self,
+        epoch: int,
+        batch_size: int,
+        *,
+        full: bool = False,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> Batches:
+        """One epoch of the user's training loader; each rank takes its share of every batch."""
+        if full:
+            raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
+        return _Epoch(self.loaders["train"], (self.seed, _EPOCH, epoch), start_step, rank, world_size)
+
+    def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
+        if split not in self.loaders:
+            raise DataError(f"no loader of {split} images was given for {self.name}")
+        return _Epoch(self.loaders[split], (self.seed, _EPOCH))
+
+
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """One pass over a loader from `start` on; what comes before is drawn too, so that the rest is the same."""
+
+    loader: DataLoader
+    key: tuple[int, ...]
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.loader) - self.start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        loader, steps = self.loader, len(self.loader)
+        seed = int(np.random.SeedSequence(self.key).generate_state(1)[0])
+        for holder in (loader, loader.sampler, loader.batch_sampler):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        with keyed_generators(*self.key):
+            batches = iter(loader)
+        for step in range(steps):
+            with keyed_generators(*self.key, step):
+                try:
+                    images, labels = next(batches)
+                except StopIteration:
+                    raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
+            if step < self.start:
+                continue
+            if len(images) % self.world_size:
+                raise DataError(
+                    f"a batch of {len(images)} images cannot be shared equally among {self.world_size} processes: give a "
+                    f"loader with drop_last=True whose batch size is a multiple of {self.world_size}"
+                )
+            share = len(images) // self.world_size
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            yield images[mine], labels[mine].long()
+
+
+def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> _Read:
+    """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
+    labels: list[Tensor] = []
+    shapes: set[tuple[int, ...]] = set()
+    for index, item in enumerate(_Epoch(loader, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))):
+        images, some = item
+        problem = _image_fault(images, 4)
+        if not problem and (not isinstance(some, Tensor) or some.shape != (len(images),) or some.is_floating_point()):
+            problem = f"its labels are {_described(some)}, and must be class indices of shape ({len(images)},)"
+        if problem:
+            raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
+        labels.append(some.long())
+        shapes.add(tuple(images.shape[1:]))
+        if progress:
+            progress(sum(map(len, labels)))
+    if len(shapes) != 1:
+        raise DataError(f"images of the {where} loader differ in size ({_listed(shapes)}): resize and crop all alike")
+    together = torch.cat(labels).numpy()
+    if (together < 0).any():
+        raise DataError(f"the {where} loader gives label {together.min()}: labels are class indices, 0, 1, 2 …")
+    return _Read(Split(Source(_no_full, together), np.arange(len(together))), shapes.pop(), max(map(len, labels)))
+
+
+def _no_full(index: int) -> Any:
+    raise DataError("images of a loader cannot be read one by one: give a Dataset")
+
+
+# What is wrong, in words
+
+
+def _check_kind(part: Any, where: str) -> None:
+    if isinstance(part, DataLoader):
+        if isinstance(part.dataset, IterableDataset):
+            raise DataError(
+                f"the {where} loader streams its images, which cannot be continued: give one over a Dataset"
+            )
+        if part.persistent_workers:
+            raise DataError(f"the {where} loader has persistent_workers=True, which cannot be repeated: leave it off")
+        if isinstance(part.sampler, DistributedSampler):
+            raise DataError(f"the {where} loader has a DistributedSampler: leave it out, each batch is shared anyway")
+    elif isinstance(part, IterableDataset) or not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+        raise DataError(f"the {where} data are {_described(part)}: give a Dataset with a length, or a DataLoader")
+    if not len(part):
+        raise DataError(f"the {where} data are empty: give at least one image of each class")
+
+
+def _image_fault(image: Any, dimensions: int) -> str:
+    wanted = "(channels, H, W)" if dimensions == 3 else "(B, channels, H, W)"
+    if not isinstance(image, Tensor):
+        return f"its image is {_described(image)}, and must be a float tensor {wanted}: end its transform in a tensor"
+    if image.ndim != dimensions or not image.is_floating_point():
+        return f"its image is {_described(image)}, and must be a float tensor {wanted}"
+    return "" if bool(torch.isfinite(image).all()) else "its image holds values that are not finite"
+
+
+def _label_fault(label: Any) -> str:
+    whole = isinstance(label, (int, np.integer)) or (
+        isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point()
+    )
+    return (
+        "" if whole and int(label) >= 0 else f"its label is {_described(label)}, and must be a class index, 0, 1, 2 …"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{value!r:.40}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+
+
+def _names(dataset: Any, given: Sequence[str] | None, found: Sequence[_Read]) -> tuple[str, ...]:
+    labels = [one.split.labels for one in found]
+    count = 1 + max(int(part.max()) for part in labels)
+    stated = given if given is not None else getattr(dataset, "classes", None)
+    names = tuple(map(str, stated)) if isinstance(stated, (tuple, list)) else tuple(map(str, range(count)))
+    if count > len(names) or len(names) < 2:
+        raise DataError(f"there are {len(names)} class names, and labels from 0 to {count - 1}: name 2 classes or more")
+    untrained = sorted({*labels[1].tolist()} - {*labels[0].tolist()})
+    if untrained:
+        raise DataError(f"class {names[untrained[0]]!r} has validation images and none to train on: add some")
+    return names
+
+
+def _count(parts: Any) -> str:
+    return f" of {len(parts)}" if isinstance(parts, (tuple, list)) else ""
+
+
+def _listed(shapes: Any) -> str:
+    return ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
+
+
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)

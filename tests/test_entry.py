@@ -1,0 +1,263 @@
+"""The Python entry: searches on the user's own data and metric, compared with counting by hand and stopped half-way."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from poolshare.search import SearchResult, search
+from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
+from poolshare.supernet.checkpoint import load_tensors
+
+SMALL = {
+    "model": "digits_vit",
+    "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2},
+    "levels": (64, 16, 4),
+    "sampler": "evolution",
+    "trials": 8,
+    "epochs": 2,
+    "batch_size": 20,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+
+
+class Noisy(Dataset):
+    """Images with noise of the global generator; fails when it has been read `reads` times."""
+
+    classes = tuple(f"digit {digit}" for digit in range(10))
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, reads: float = float("inf")):
+        self.images, self.labels, self.left = images, labels, reads
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError("no more")
+        return self.images[index] + 0.1 * torch.randn(1, 8, 8), int(self.labels[index])
+
+
+@pytest.fixture
+def parts(digits):
+    """Training data that can be made anew, to fail after so many reads, and validation images."""
+    images, labels = digits
+    return lambda reads=float("inf"): (
+        Noisy(images[:200], labels[:200], reads),
+        TensorDataset(images[200:300], labels[200:300]),
+    )
+
+
+def top3(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.topk(3).indices == labels[:, None]).any(dim=1)
+
+
+def test_scores_are_what_the_models_answer_by_the_users_metric(parts, digits, tmp_path):
+    found = search(parts(), out=tmp_path / "run", name="mine", metric=top3, budget="80%", **SMALL)
+    assert found.folder == tmp_path / "run"
+    config = found.run.config
+    assert (config.data, config.metric, config.img_size, config.in_chans) == ("python/mine", "top3", 8, 1)
+    assert found.run.read_summary()["classes"] == list(Noisy.classes)
+    assert len(found.candidates) == 8
+    images, labels = (part[200:300] for part in digits)
+    for row in found.candidates.itertuples():
+        with torch.inference_mode():
+            logits = found.model(row.architecture)(images)
+        assert (row.correct, row.total) == (int(top3(logits, labels).sum()), 100)
+    dense = found.report.dense
+    with torch.inference_mode():
+        assert dense["top1"] == int(top3(found.model("dense")(images), labels).sum())  # of 100 images
+    assert (found.frontier["macs"] <= 0.8 * dense["macs"]).all()
+    choice = found.pick()
+    assert (choice.how, choice.architecture) == ("budget", found.frontier["architecture"].iloc[-1])
+    facts = found.export(choice, tmp_path / "export")
+    assert (facts["architecture"], facts["data"]) == (choice.architecture, "python/mine")
+    assert "--data FOLDER" in (tmp_path / "export" / "README.md").read_text()
+    assert str(found.model(Architecture.parse(choice.architecture)).architecture) == choice.architecture
+    with pytest.raises(ArchitectureError):
+        found.model("64*2 36@max2d")
+
+    again = search(parts(), out=tmp_path / "run", name="mine", metric=top3, budget="80%", **SMALL | {"trials": 10})
+    assert list(again.candidates["architecture"][:8]) == list(found.candidates["architecture"])
+    assert SearchResult(str(tmp_path / "run")).candidates.equals(again.candidates)
+
+
+@pytest.mark.parametrize("loaders", [False, True])
+def test_a_search_that_fails_in_training_continues_to_the_same_bits(loaders, parts, tmp_path):
+    def data(reads=float("inf")):
+        train, validation = parts(reads)
+        if not loaders:
+            return train, validation
+        return DataLoader(train, 20, shuffle=True, generator=torch.Generator()), DataLoader(validation, 64)
+
+    options = SMALL | ({"batch_size": None} if loaders else {})
+    whole = search(data(), out=tmp_path / "whole", **options)
+    torch.manual_seed(5)  # nothing hangs on the global generator
+    with pytest.raises(MemoryError):
+        search(data(200 + 20 + 200 + 50), out=tmp_path / "cut", **options)  # read once, calibrated, 1 epoch, a part
+    assert not (tmp_path / "cut" / "supernet.safetensors").exists()
+    cut = search(data(), out=tmp_path / "cut", **options)
+    weights = [load_tensors(one.run.supernet)[0] for one in (whole, cut)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert cut.candidates.equals(whole.candidates)
+    assert cut.run.config.batch_size == 20
+
+
+def test_other_images_another_name_or_another_metric_are_not_taken_for_the_same_run(parts, digits, verb, tmp_path):
+    train, validation = parts()
+    options = SMALL | {"epochs": 0, "out": tmp_path / "run"}
+    search((train, validation), **options)
+    swapped = TensorDataset(digits[0][201:301], digits[1][201:301])
+    with pytest.raises(RunError, match=r"not those .* was begun with"):
+        search((train, swapped), **options)
+    with pytest.raises(RunError, match=r"python/data.* there, 'python/other"):
+        search((train, validation), name="other", **options)
+    with pytest.raises(RunError, match="metric: 'top1' there, 'top3' now"):
+        search((train, validation), metric=top3, **options)
+    for words in (["worker", tmp_path / "run"], ["trust", tmp_path / "run"]):
+        status, _, err = verb(*words, "-q")
+        assert (status, "given in Python" in err) == (2, True), err
+
+
+def test_a_named_data_set_takes_a_metric_too_and_other_verbs_ask_for_it(verb, tmp_path):
+    options = {key: value for key, value in SMALL.items() if key != "batch_size"} | {"epochs": 0, "trials": 4}
+    found = search("digits", out=tmp_path / "run", metric=top3, **options)
+    assert (found.run.config.metric, found.candidates["total"].iloc[0]) == ("top3", 377)
+    assert "scored by top3" in found.report.title
+    status, _, err = verb("trust", tmp_path / "run", "-q")
+    assert (status, "top3" in err) == (2, True), err
+
+
+def one_image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+LABELS = torch.arange(8) % 2
+IMAGES = TensorDataset(one_image(8, 1, 8, 8), LABELS)
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from ()
+
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return Image.new("L", (8, 8)), 0
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (IMAGES, "two torch Datasets"),
+        ((IMAGES, IMAGES, IMAGES), "test images are yours to keep"),
+        ((IMAGES, DataLoader(IMAGES)), "two Datasets, or two DataLoaders"),
+        ((IMAGES, Streamed()), "with a length"),
+        ((DataLoader(Streamed()), DataLoader(IMAGES)), "streams"),
+        ((Pictures(), IMAGES), "end its transform in a tensor"),
+        ((TensorDataset(one_image(8, 1, 8, 8, dtype=torch.uint8), LABELS), IMAGES), "uint8 tensor of shape"),
+        ((TensorDataset(one_image(8, 8, 8), LABELS), IMAGES), "(channels, H, W)"),
+        ((TensorDataset(one_image(8, 1, 8, 8) / 0, LABELS), IMAGES), "not finite"),
+        ((TensorDataset(one_image(8, 1, 8, 8), LABELS / 2), IMAGES), "class index"),
+        ((TensorDataset(one_image(8, 1, 8, 8), -LABELS), IMAGES), "class index"),
+        (
+            (TensorDataset(one_image(8, 4, 8, 8), LABELS), TensorDataset(one_image(8, 4, 8, 8), LABELS)),
+            "1 or 3 channels",
+        ),
+        ((TensorDataset(one_image(8, 1, 16, 16), LABELS), IMAGES), "differ in size"),
+        ((IMAGES, TensorDataset(one_image(8, 1, 8, 8), LABELS + 1)), "none to train on"),
+        ((TensorDataset(one_image(0, 1, 8, 8), LABELS[:0]), IMAGES), "empty"),
+        (
+            (Noisy(one_image(8, 1, 8, 8), LABELS, 3), IMAGES),
+            "item 3 of the train data cannot be used (MemoryError: no more)",
+        ),
+        ((DataLoader(IMAGES, 4, num_workers=1, persistent_workers=True), DataLoader(IMAGES)), "persistent_workers"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_before_anything_is_written(data, says, tmp_path):
+    with pytest.raises(DataError) as refused:
+        search(data, out=tmp_path / "run", **SMALL)
+    assert says in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def by_the_batch(logits, labels):
+    return logits[:, 0] >= logits[:, 0].mean()
+
+
+def a_share(logits, labels):
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epoch": 3}, "did you mean epochs"),
+        ({"epochs": -1}, "--epochs -1"),
+        ({"img_size": 8}, "leave it out, the data given in Python decide it"),
+        ({"recipe": {"hflip": 0}}, "the transforms of the data"),
+        ({"name": ""}, "is no name"),
+        ({"classes": ["only"]}, "name 2 classes or more"),
+        ({"metric": lambda logits, labels: logits.argmax(-1) == labels}, "define it with `def`"),
+        ({"metric": by_the_batch}, "by others in its batch"),
+        ({"metric": a_share}, "return a bool tensor"),
+        ({"seed": -1}, "seed=-1"),
+        ({"budget": "1%"}, "this space reaches from"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_written(options, says, tmp_path):
+    with pytest.raises(PoolshareError) as refused:
+        search((IMAGES, IMAGES), out=tmp_path / "run", **SMALL | options)
+    assert says in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loaders_say_the_batch_size_and_names_belong_to_own_data(tmp_path):
+    loaders = DataLoader(IMAGES, 4), DataLoader(IMAGES, 4)
+    with pytest.raises(ConfigError, match="the training loader gives 4"):
+        search(loaders, out=tmp_path / "run", **SMALL)
+    with pytest.raises(ConfigError, match="belong to data given in Python"):
+        search("digits", out=tmp_path / "run", name="mine", **SMALL)
+
+
+def test_the_example_of_the_readme_works_as_written(digits, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("<!-- own data -->\n```python\n")[1].split("```")[0]
+    for index in range(90):
+        label = int(digits[1][index])
+        folder = tmp_path / "photos" / ("val" if index % 3 == 0 else "train") / f"digit-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits[0][index, 0] * 255).byte().numpy()
+        Image.fromarray(grey).resize((40, 40)).save(folder / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    found, validation = names["found"], DataLoader(names["validation"], 100)
+    images, labels = next(iter(validation))
+    row = found.candidates.set_index("architecture").loc[names["choice"].architecture]
+    with torch.inference_mode():
+        assert int(names["top2"](names["model"](images), labels).sum()) == row["correct"]
+    assert (tmp_path / "exports" / "mine" / "model.safetensors").exists()
+
+
+def test_importing_the_package_loads_no_torch():
+    program = "import sys, poolshare.search; print('torch' in sys.modules, poolshare.search.__all__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False ['SearchResult', 'search']\n"
+    with pytest.raises(ImportError):
+        from poolshare.search import find  # noqa: F401
