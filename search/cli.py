@@ -260,7 +260,7 @@ def worker(
     if as_json:
         return print_json(result)
     console = PlainConsole()
-    console.print(f"{run}: {result['scored']:,} of its {result['trials']:,} trials were scored here")
+    console.print(f"{run}: {result['scored']:,} of its {result['candidates']:,} architectures were scored here")
     console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
 
 

@@ -189,9 +189,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             if folder:
                 load_weights(job.supernet, folder.supernet)
             return 0.0
-        if folder:
-            folder.partial.unlink(missing_ok=True)  # scored with weights that now change
-        if folder and folder.candidates.exists():  # likewise
+        if folder and folder.candidates.exists():  # scored with weights that now change
             folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
@@ -240,9 +238,10 @@ def study_name(job: Job, folder: RunFolder) -> str:
     ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
-    ours |= {"budget": job.config.budget, "sampler": job.config.sampler}
-    if job.config.objective == "latency":
-        ours["objective"] = job.objective.to_json()
+    if not job.exhaustive:  # all scores of a space are the same whatever is looked for
+        ours |= {"budget": job.config.budget, "sampler": job.config.sampler}
+        if job.config.objective == "latency":
+            ours["objective"] = job.objective.to_json()
     digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
     for name, tensor in sorted(job.supernet.state_dict().items()):
         digest.update(name.encode() + tensor.detach().contiguous().cpu().numpy().tobytes())
@@ -250,23 +249,37 @@ def study_name(job: Job, folder: RunFolder) -> str:
 
 
 def sampler_of(job: Job) -> str:
-    """The sampler that a search which cannot score everything runs."""
+    """The sampler that a search of this job runs."""
+    if job.exhaustive:
+        return "exhaustive"
     return "evolution" if job.config.sampler == "auto" else job.config.sampler
 
 
-def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
-    """Score the whole space or search it; returns the candidates frame and the seconds spent."""
-    start, config = time.monotonic(), job.config
-    task = make_task(job, _record(folder))
+def score_candidates(
+    job: Job, task: Task, folder: RunFolder, console: Console, storage: str | None, publish: bool = True
+) -> pd.DataFrame:
+    """Score the whole space or search it, as one of any number of workers; returns the candidates frame.
+
+    publish: write candidates.csv as a search goes on.
+    """
+    config, name = job.config, study_name(job, folder)
+    store = open_store(folder.journal, storage, name)
     if job.exhaustive:
-        size = task.space.size
-        with progress_bar(console, "scoring the whole space", size, "architectures") as advance:
-            frame = score_everything(task, folder, lambda share, note: advance(share * size, note))
-    else:
-        name = study_name(job, folder)
-        with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
-            store = open_store(folder.journal, storage, name)
-            frame = run_study(task, folder, sampler_of(job), config.trials, config.seed, name, advance, store)
+        whole = forecast_space(task.space, job.macs)
+        singles = whole.cost * whole.architectures / whole.one_by_one
+        with progress_bar(console, "scoring the whole space", singles, "single evaluations") as advance:
+            return score_everything(task, store, lambda share, note: advance(share * singles, note))
+    with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
+        return run_study(
+            task, folder, sampler_of(job), config.trials, config.seed, name, advance, store, publish=publish
+        )
+
+
+def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
+    """Score what is to be scored; returns the candidates frame and the seconds spent."""
+    start = time.monotonic()
+    task = make_task(job, _record(folder))
+    frame = score_candidates(job, task, folder, console, storage)
     frame = _with_included(job, task, frame)
     if job.latency:
         totals = [job.latency.table.total(Architecture.parse(text)) for text in frame["architecture"]]

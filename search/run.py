@@ -109,7 +109,6 @@ class RunFolder:
         self.candidates = path / "candidates.csv"
         self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
         self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
-        self.partial = path / "candidates.part.csv"  # of a whole space that is being scored
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"

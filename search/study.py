@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
@@ -19,7 +18,7 @@ from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 from .progress import Advance
 from .propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
 from .run import RunFolder
-from .storage import JournalStore, Store
+from .storage import Store, open_store
 
 GENERATION = 50  # architectures that are proposed together, from all that were scored before
 MAX_FAILURES = 20  # workers that may die over one architecture before the search gives up
@@ -79,7 +78,7 @@ def run_study(
     generation), so its slots hold the same architectures whoever queues them, how many workers score them, and
     whichever of them die: what is missing is queued again, what is scored stays.
     """
-    with store or JournalStore(folder.journal, name) as store, store.errors():
+    with store or open_store(folder.journal, None, name) as store, store.errors():
         cost = "latency (ns per image)" if task.objective.quantity == "nanoseconds" else task.objective.unit
         search = _Search(task, store.study(cost), store, sampler, trials, seed)
         while True:
@@ -191,24 +190,13 @@ class _Search:
     def score(self, taken: list[Trial], progress: Callable[[float], None]) -> None:
         """Score trials in one pass and tell the study; gives back what an error leaves unscored."""
         start = time.monotonic()
-        numbers = {trial.number for trial in taken}
-        slots = {slot.trial.number: slot for slot in self.read()[1] if slot.trial.number in numbers}
-        try:
-            with self.store.alive(taken):
-                mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
-                counts, total = self.task.score([architecture for _, architecture in mine], progress)
-                for (trial, architecture), correct in zip(mine, counts, strict=True):
-                    cost = self.task.objective.total(architecture)
-                    try:
-                        trial.set_user_attr("counts", [correct, total])
-                        self.study.tell(trial, [100 * correct / total, cost], skip_if_finished=True)
-                    except UpdateFinishedTrialError:
-                        continue  # this worker was silent for so long that another got the trial
-                    numbers.discard(trial.number)
-        except BaseException:
-            for number in numbers:  # so that nobody has to wait until this worker is missed
-                self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-            raise
+        with self.store.working(self.study, taken) as tell:
+            slots = {slot.trial.number: slot for slot in self.read()[1]}
+            mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
+            counts, total = self.task.score([architecture for _, architecture in mine], progress)
+            for (trial, architecture), correct in zip(mine, counts, strict=True):
+                cost = self.task.objective.total(architecture)
+                tell(trial, [100 * correct / total, cost], {"counts": [correct, total]})
         self.patience = min(max((time.monotonic() - start) / 10, 0.05), 2)
 
     def _slot(self, trial: FrozenTrial) -> _Slot:

@@ -9,15 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from poolshare.space import ConfigError, RunError
+from poolshare.space import RunError
 from poolshare.supernet.checkpoint import load_facts
 
-from .job import make_task, sampler_of, study_name
+from .job import make_task, score_candidates
 from .prepare import load_weights, prepare
-from .progress import progress_bar
 from .run import RunFolder
-from .storage import open_store, storage_kind
-from .study import run_study
+from .storage import storage_kind
 
 SECONDS_BETWEEN_LOOKS = 2
 
@@ -34,7 +32,7 @@ def work(
     """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
 
     data, data_dir: where the images of the search lie here, if elsewhere. workers: processes that load images.
-    Returns how many trials were scored here and in all. Raises a PoolshareError for whatever the user can mend, for
+    Returns how many architectures were scored here, and in all. Raises a PoolshareError for whatever the user can mend, for
     instance other images than those of the search.
     """
     console = console or Console(quiet=True)
@@ -55,13 +53,7 @@ def work(
         job = job.with_latency(latency)
     elif job.config.objective == "latency":
         raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
-    if job.exhaustive:
-        raise ConfigError(
-            f"{folder.path} scores its whole space, which one process does; leave it to `poolshare search`"
-        )
-    name, trials = study_name(job, folder), folder.config.trials
-    scored = 0
-    task = make_task(job)
+    task, scored = make_task(job), 0
 
     def score(architectures: Any, progress: Any) -> Any:
         nonlocal scored
@@ -69,12 +61,8 @@ def work(
         scored += len(architectures)
         return result
 
-    with progress_bar(console, f"searching ({sampler_of(job)})", trials, "architectures") as advance:
-        store = open_store(folder.journal, storage, name)
-        run_study(
-            replace(task, score=score), folder, sampler_of(job), trials, job.config.seed, name, advance, store, False
-        )
-    return {"run": str(folder.path), "scored": scored, "trials": trials}
+    found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
+    return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
 
 
 def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:

@@ -1,13 +1,16 @@
 """Scoring a whole space: its pieces against brute force, continuing from any byte, and memory that stays bounded."""
 
+import multiprocessing
+import os
 import random
+import time
 
 import pandas as pd
 import pytest
 
-from poolshare.search.exhaustive import score_everything, subtree_target, subtrees
+from poolshare.search.exhaustive import WALK, WALKS, piece_cost, score_everything, subtrees
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, SearchConfig, checked_row
+from poolshare.search.storage import open_store
 from poolshare.search.study import Task
 from poolshare.space import CostTable, RunError, SearchSpace, forecast, forecast_space
 
@@ -33,13 +36,18 @@ class Score:
         return [300 + MACS.total(architecture) // 2 for architecture in architectures], IMAGES
 
 
-def make_task(score):
-    return Task(SPACE, MACS, MACS, SPACE.within(MACS), score)
+def score(folder, by, advance=no_progress, record=None):
+    """Score the space over a journal in the folder."""
+    folder.mkdir(exist_ok=True)
+    task = Task(SPACE, MACS, MACS, SPACE.within(MACS), by, record=record or {})
+    return score_everything(task, open_store(folder / "journal", None, "whole"), advance)
 
 
-def make_folder(path):
-    with RunFolder.claim(path, SearchConfig(data="digits")) as folder:
-        return folder
+@pytest.fixture
+def small_walks(monkeypatch):
+    """The space is cut as finely as a large one."""
+    monkeypatch.setattr("poolshare.search.exhaustive.SUBTREE", 1)
+    monkeypatch.setattr("poolshare.search.exhaustive.WALK", 1)
 
 
 @pytest.mark.parametrize("target", [1, 300, 2000, 10**9])
@@ -64,57 +72,94 @@ def test_cutting_a_large_space_costs_little():
     macs = CostTable("macs", 12, costs, {n: c * 4 // 5 for n, c in costs.items()}, {}, dict.fromkeys(costs, 1))
     space = SearchSpace(depth=12, levels=(196, 100, 49), operators=("max2d",), max_run=3)
     macs = CostTable("macs", 12, macs.own, macs.shared, dict.fromkeys(space.reductions, 1), macs.sink)
-    pieces = list(subtrees(space, macs, subtree_target(space, macs)))
+    pieces = list(subtrees(space, macs, piece_cost(space, macs, WALKS, WALK)))
     assert sum(piece.cost for piece in pieces) <= 1.05 * forecast_space(space, macs).cost
 
 
 def test_every_row_is_right_and_progress_rises_to_one(tmp_path):
     shares = []
-    frame = score_everything(
-        make_task(Score()), make_folder(tmp_path / "run"), lambda share, note: shares.append(share)
-    )
+    frame = score(tmp_path, Score(), lambda share, note: shares.append(share))
     assert list(frame["architecture"]) == [str(a) for a in SPACE]
     assert list(frame["correct"]) == [300 + MACS.total(a) // 2 for a in SPACE]
     assert list(frame["macs"]) == [MACS.total(a) for a in SPACE]
     assert shares == sorted(shares)
-    assert shares[-1] == pytest.approx(1)
+    assert shares[-1] == 1
 
 
-def test_it_continues_from_any_byte_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("poolshare.search.exhaustive.DENSE_WALKS", 1)
-    whole = make_folder(tmp_path / "whole")
-    frame = score_everything(make_task(Score()), whole, no_progress)
-    content = whole.candidates.read_bytes()
-    rng = random.Random(0)
+def test_it_continues_from_any_byte_of_its_journal(tmp_path, small_walks):
+    frame = score(tmp_path / "whole", Score())
+    content = (tmp_path / "whole" / "journal").read_bytes()
+    rng, asked = random.Random(0), []
     for number, cut in enumerate([0, 3, len(content) - 1, *(rng.randrange(len(content)) for _ in range(8))]):
-        folder = make_folder(tmp_path / str(number))
-        folder.partial.write_bytes(content[:cut])
-        score = Score()
-        pd.testing.assert_frame_equal(score_everything(make_task(score), folder, no_progress), frame)
-        assert folder.candidates.read_bytes() == content
-        assert not folder.partial.exists()
-        assert len(score.asked) == SPACE.size - max(content[:cut].count(b"\n") - 1, 0)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "journal").write_bytes(content[:cut])
+        missing = Score()
+        pd.testing.assert_frame_equal(score(folder, missing), frame)
+        asked.append((cut, len(missing.asked)))
+        score(folder, missing)
+        assert len(missing.asked) == asked[-1][1]  # all is known now
+    counts = [count for _, count in sorted(asked)]
+    assert counts == sorted(counts, reverse=True)  # the more was kept, the less is left
+    assert counts[0] == SPACE.size > counts[len(counts) // 2] > counts[-1]
 
 
-def test_finished_pieces_survive_a_stop(tmp_path, monkeypatch):
-    monkeypatch.setattr("poolshare.search.exhaustive.DENSE_WALKS", 1)
-    folder = make_folder(tmp_path / "run")
-    first = Score(stop=SPACE.size // 2)
+def test_finished_pieces_survive_a_stop(tmp_path, small_walks):
+    first, second = Score(stop=SPACE.size // 2), Score()
     with pytest.raises(KeyboardInterrupt):
-        score_everything(make_task(first), folder, no_progress)
-    second = Score()
-    score_everything(make_task(second), folder, no_progress)
-    assert first.asked + second.asked == list(SPACE)
+        score(tmp_path, first)
+    score(tmp_path, second)
+    assert sorted(map(SPACE.rank, first.asked + second.asked)) == list(range(SPACE.size))
     assert len(first.asked) > SPACE.size // 4
 
 
-def test_a_part_of_another_space_is_refused_untouched(tmp_path):
-    folder = make_folder(tmp_path / "run")
-    header = b"architecture,top1,correct,total,macs,parameters,generation,check\n"
-    foreign = f"{checked_row('64*6,50,1,2,3,4,0')}\n".encode()
-    flipped = f"{checked_row(f'{SPACE[0]},50,1,2,3,4,0')}\n".encode().replace(b"50", b"51")
-    for text in (header + foreign, header + flipped, b"something else\n"):
-        folder.partial.write_bytes(text)
-        with pytest.raises(RunError, match="delete"):
-            score_everything(make_task(Score()), folder, no_progress)
-        assert folder.partial.read_bytes() == text
+def test_what_was_scored_before_is_not_scored_again(tmp_path):
+    record = {a: (300 + MACS.total(a) // 2, IMAGES) for a in SPACE}
+    nothing = Score()
+    frame = score(tmp_path, nothing, record=record)
+    assert nothing.asked == []
+    assert list(frame["correct"]) == [correct for correct, _ in record.values()]
+
+
+def in_a_process(folder, log):
+    def noted(architectures, progress):
+        time.sleep(0.02)
+        with open(log / str(os.getpid()), "a") as file:
+            file.write("".join(f"{architecture}\n" for architecture in architectures))
+        return Score()(architectures, progress)
+
+    score(folder, noted)
+
+
+def test_workers_score_every_architecture_once_and_both_have_their_share(tmp_path, small_walks):
+    log = tmp_path / "log"
+    log.mkdir()
+    crew = [multiprocessing.get_context("fork").Process(target=in_a_process, args=(tmp_path, log)) for _ in range(2)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+        assert process.exitcode == 0
+    shares = [path.read_text().splitlines() for path in log.iterdir()]
+    assert sorted(line for share in shares for line in share) == sorted(map(str, SPACE))
+    assert min(map(len, shares)) > SPACE.size // 10, list(map(len, shares))
+    nothing = Score()
+    pd.testing.assert_frame_equal(score(tmp_path, nothing), score(tmp_path / "alone", Score()))
+    assert nothing.asked == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"first": 1}, {"architectures": 2**31}, {"counts": [1]}, {"counts": None}, {"images": IMAGES + 1}, {"images": 0},
+     {"counts": "all"}, {"first": "0"}],
+)  # fmt: skip
+def test_a_study_of_another_space_or_a_damaged_one_is_refused(facts, tmp_path):
+    score(tmp_path / "right", Score())
+    with open_store(tmp_path / "right" / "journal", None, "whole") as store:
+        *right, last = store.study().get_trials()
+    last.user_attrs |= facts
+    (tmp_path / "wrong").mkdir()
+    with open_store(tmp_path / "wrong" / "journal", None, "whole") as store:
+        store.study().add_trials([*right, last])
+    with pytest.raises(RunError, match="damaged"):
+        score(tmp_path / "wrong", Score())

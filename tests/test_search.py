@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poolshare.search.journal import JournalStore
 from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.run import RunFolder, SearchConfig
-from poolshare.search.storage import JournalStore
 from poolshare.search.study import Task, run_study
 from poolshare.space import CostTable, SearchSpace
 

@@ -18,13 +18,15 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from poolshare.search import storage
+from poolshare.search import postgres as database
 from poolshare.search.job import make_task, study_name
+from poolshare.search.journal import JournalStore
+from poolshare.search.postgres import PostgresStore
 from poolshare.search.prepare import load_weights, prepare
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS
 from poolshare.search.run import RunFolder, read_json, write_json
-from poolshare.search.storage import JournalStore, PostgresStore, open_store
+from poolshare.search.storage import open_store
 from poolshare.search.study import run_study
 from poolshare.space import ConfigError, RunError
 
@@ -104,8 +106,8 @@ def begun(alone, path, kind="journal"):
 def place(request, alone, job, tmp_path, monkeypatch):
     """An empty study on either storage: (run folder, a function that makes a store of it)."""
     url = request.getfixturevalue("postgres") if request.param == "postgresql" else None
-    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 2)
+    monkeypatch.setattr(database, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(database, "GRACE_SECONDS", 2)
     folder = begun(alone, tmp_path / "run", request.param)
     name = f"{study_name(job, folder)} {tmp_path}"
     return folder, lambda: open_store(folder.journal, url, name)
