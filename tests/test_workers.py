@@ -19,6 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from poolshare.search import postgres as database
+from poolshare.search.exhaustive import score_everything
 from poolshare.search.job import make_task, study_name
 from poolshare.search.journal import JournalStore
 from poolshare.search.postgres import PostgresStore
@@ -136,15 +137,13 @@ def expected(alone, trials):
     return list(found[["architecture", "correct", "total", "macs"]].itertuples(index=False, name=None))[:trials]
 
 
-@pytest.mark.parametrize(
-    ("workers", "trials", "kills"), [(2, 60, 4), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
-)
-def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(workers, trials, kills, place, alone, job):
+def crew_killed_at_random(workers, kills, target, *arguments):
+    """So many processes that call `target`, of which some are killed and replaced; returns how many were."""
     forking, rng = multiprocessing.get_context("fork"), random.Random(kills)
     crew, killed = [], 0
     while crew or not killed:
         while len(crew) < workers:
-            crew.append(forking.Process(target=searcher, args=(job, place, trials)))
+            crew.append(forking.Process(target=target, args=arguments))
             crew[-1].start()
         crew[0].join(rng.uniform(0.1, 0.4))
         for process in [process for process in crew if process.exitcode is not None]:
@@ -156,12 +155,65 @@ def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(worker
             victim.kill()
             victim.join()
             killed += victim.exitcode == -signal.SIGKILL
+    return killed
+
+
+@pytest.mark.parametrize(
+    ("workers", "trials", "kills"), [(2, 60, 4), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
+)
+def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(workers, trials, kills, place, alone, job):
+    killed = crew_killed_at_random(workers, kills, searcher, job, place, trials)
     found = trials_of(place)
     assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.FAIL}
     scored = Counter(trial.user_attrs["architecture"] for trial in found if trial.state == TrialState.COMPLETE)
     assert set(scored.values()) == {1}
     assert table(found) == expected(alone, trials)
     print(f"{killed} kills, {sum(trial.state == TrialState.FAIL for trial in found)} trials given back")
+
+
+def whole_space(job, place):
+    return score_everything(make_task(job), place[1](), no_progress)
+
+
+def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, job, monkeypatch):
+    monkeypatch.setattr("poolshare.search.exhaustive.SUBTREE", 1)  # cut as finely as a large space
+    monkeypatch.setattr("poolshare.search.exhaustive.WALK", 4)
+    killed = crew_killed_at_random(3, 4, whole_space, job, place)
+    found = trials_of(place)
+    assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.FAIL}
+    complete = [trial for trial in found if trial.state == TrialState.COMPLETE]
+    ranks = [
+        r for t in complete for r in range(t.user_attrs["first"], t.user_attrs["first"] + t.user_attrs["architectures"])
+    ]
+    space = job.supernet.space
+    assert sorted(ranks) == list(range(space.size))
+    counts, images = make_task(job).score(list(space), lambda share: None)  # in one walk, without a study
+    frame = whole_space(job, place)
+    assert list(frame["architecture"]) == [str(architecture) for architecture in space]
+    assert list(frame["correct"]) == counts
+    assert set(frame["total"]) == {images}
+    assert len(trials_of(place)) == len(found)  # nothing was scored again
+    print(f"{killed} kills, {len(complete)} sub-trees, {len(found) - len(complete)} given back")
+
+
+def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(tmp_path, request):
+    alone = tmp_path / "alone"
+    words = [*SEARCH, "--sampler", "exhaustive", "-q", "--out"]
+    status, _, err = verb(*words, alone)
+    assert status == 0, err
+    for kind in ("journal", "postgresql"):
+        folder = begun(alone, tmp_path / kind, kind).path
+        hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | hidden}
+        with subprocess.Popen([*MAIN, "worker", str(folder), "--json", "-q"], **pipes) as worker:
+            status, _, err = verb(*words, folder, **hidden)
+            out, errors = worker.communicate()
+        assert status == 0, err
+        assert worker.returncode == 0, errors
+        assert json.loads(out)["candidates"] == len(pd.read_csv(alone / "candidates.csv"))
+        for name in ("candidates.csv", "pareto.csv"):
+            assert (folder / name).read_bytes() == (alone / name).read_bytes()
+        pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
 
 
 def test_a_worker_waits_for_the_supernet_then_shares_the_search_and_no_password_is_kept(alone, tmp_path, request):
@@ -178,7 +230,7 @@ def test_a_worker_waits_for_the_supernet_then_shares_the_search_and_no_password_
             out, err = worker.communicate()
         assert worker.returncode == 0, err
         assert search.returncode == 0, rest
-        assert json.loads(out) == {"run": str(folder), "scored": json.loads(out)["scored"], "trials": TRIALS}
+        assert json.loads(out) == {"run": str(folder), "scored": json.loads(out)["scored"], "candidates": TRIALS}
         for name in ("candidates.csv", "pareto.csv"):
             assert (folder / name).read_bytes() == (alone / name).read_bytes()
         assert not list(folder.glob(".worker-*"))

@@ -27,6 +27,7 @@ def score(number: int) -> None:
     from poolshare.search.exhaustive import score_everything
     from poolshare.search.progress import no_progress
     from poolshare.search.run import RunFolder, SearchConfig
+    from poolshare.search.storage import open_store
     from poolshare.search.study import Task
     from poolshare.space import SearchSpace
     from poolshare.supernet import SuperNet, measure_macs, measure_parameters
@@ -42,7 +43,7 @@ def score(number: int) -> None:
     count_correct(net, [space[0]], batches)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as path, RunFolder.claim(f"{path}/run", SearchConfig(data="digits")) as folder:
-        score_everything(task, folder, no_progress)
+        score_everything(task, open_store(folder.journal, None, "whole"), no_progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"architectures": space.size, "one_mb": round(before / 1024, 1), "all_mb": round(peak / 1024, 1)}))
 
