@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from poolshare.space import ConfigError, DataError
 from poolshare.space.files import held
 from poolshare.supernet import count_macs, distributed, measure_latency
+from poolshare.supernet.checkpoint import load_facts
 from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
@@ -25,6 +26,7 @@ from .export import Exported, check_new, load_export, save_export
 from .pareto import binomial_interval
 from .prepare import checked_recipe, opening_options, pick_device
 from .progress import progress_bar
+from .run import read_json
 
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
@@ -55,6 +57,8 @@ def retrain(
     Raises RunError where `out` exists or is being made, DataError where the data has other classes than the model.
     """
     out, console = Path(out), console or Console(quiet=True)
+    if distributed.rank() == 0:
+        _remove_finished(out)
     check_new(out)
     place = pick_device(device)
     source = load_export(exported)
@@ -120,12 +124,26 @@ def retrain(
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
     """The hidden folder beside `out` where a retraining keeps its state; held, and gone when all is done."""
-    folder = out.with_name(f".{out.name}.retraining")
+    folder = _hidden(out)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         check_new(out)  # who held it may have finished
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(out: Path) -> Path:
+    return out.with_name(f".{out.name}.retraining")
+
+
+def _remove_finished(out: Path) -> None:
+    """Remove the state of a retraining that was killed after it had written `out`, its last deed but this one."""
+    facts, state = out / "architecture.json", _hidden(out) / "training.safetensors"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a RunError too: a state of somebody else, or in use
+        written = facts.stat().st_mtime_ns >= state.stat().st_mtime_ns
+        if written and read_json(facts)["recipe"]["epochs"] == load_facts(state)["epochs"]:
+            with held(state.parent):
+                shutil.rmtree(state.parent, ignore_errors=True)
 
 
 def _teacher(source: Exported, path: str | Path) -> Exported:

@@ -243,7 +243,7 @@ class RunFolder:
         from poolshare.supernet.latency import Latency
 
         try:
-            found = json.loads(self.latency.read_text(encoding="utf-8"))
+            found = read_json(self.latency)
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
             return Latency.from_json(found)

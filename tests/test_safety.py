@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poolshare.search.export import load_export
-from poolshare.search.run import read_json, write_json
-from poolshare.space import PoolshareError, RunError, SearchSpace
+from poolshare.search.run import RunFolder, read_json, write_json
+from poolshare.space import CostTable, PoolshareError, RunError, SearchSpace
 from poolshare.supernet import SuperNet
+from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.latency import Latency
 
 MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
-SEARCH += ["--epochs", "1", "--sampler", "evolution", "--trials", "20", "--device", "cpu", "-q"]
+SEARCH += ["--epochs", "2", "--sampler", "evolution", "--trials", "20", "--device", "cpu", "-q"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,102 @@ def test_a_damaged_file_of_a_run_is_a_clear_error_or_made_again_and_never_anothe
         if found:
             assert name in err or "supernet" in err, err
         shutil.rmtree(folder)
+
+
+def test_training_goes_on_from_the_state_before_a_damaged_one(made, verb, tmp_path):
+    newest, before = "training.safetensors", "training-before.safetensors"
+    rng = random.Random(0)
+    for number, broken in enumerate([(newest,), (before,), (newest, before)]):
+        folder = tmp_path / str(number)
+        shutil.copytree(made / "run", folder)
+        (folder / "supernet.safetensors").unlink()  # so that training is looked at again
+        for name in broken:
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[: rng.randrange(len(content) // 2, len(content))])
+        status, _, err = verb(*SEARCH, "--out", folder)
+        assert "Traceback" not in err
+        if len(broken) == 2:
+            assert (status, "training" in err) == (1, True), err
+        else:
+            assert status == 0, err
+            assert result_of(folder) == result_of(made / "run")
+
+
+def test_damaged_tables_of_latency_and_trust_are_refused(made, verb, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    status, _, err = verb("trust", run, "--architectures", "2", "--twice", "1", "--bands", "1", "--epochs", "1", "-q")
+    assert status == 0, err
+    folder = RunFolder.open(run)
+    space = SearchSpace(2, (64, 16))
+    nanoseconds = CostTable(
+        "nanoseconds", 5, {64: 90, 16: 30}, {64: 70, 16: 20}, {("max2d", 64, 16): 3}, {64: 9, 16: 2}
+    )
+    folder.write_latency(Latency(nanoseconds, 1, "cpu", 1, ((str(space[0]), 200, 194),)))
+    assert folder.read_latency().table.total(space[0]) == nanoseconds.total(space[0])
+    for name, read in (("latency.json", folder.read_latency), ("trust.json", folder.read_trust)):
+        content = (run / name).read_bytes()
+        for damage in damaged(content, random.Random(name)):
+            (run / name).write_bytes(damage)
+            with pytest.raises(RunError, match=name):
+                read()
+        (run / name).write_bytes(content)
+    content = (run / "trust.csv").read_bytes()
+    for damage in damaged(content, random.Random("trust.csv")):
+        (run / "trust.csv").write_bytes(damage)
+        status, _, err = verb(
+            "trust", run, "--architectures", "2", "--twice", "1", "--bands", "1", "--epochs", "1", "-q"
+        )
+        assert "Traceback" not in err
+        assert status == 0 or (status, "trust" in err) == (1, True), err
+        if status == 0:  # rows that were cut off are trained again
+            assert (run / "trust.csv").read_bytes() == content
+
+
+def test_a_retraining_killed_before_it_removed_its_state_leaves_nothing_after_the_next_call(
+    made, verb, tmp_path, monkeypatch
+):
+    out, hidden = tmp_path / "out", tmp_path / ".out.retraining"
+    words = ("retrain", made / "export", "--epochs", "1", "--device", "cpu", "-q", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr("poolshare.search.retrain.shutil.rmtree", lambda *a, **k: None)  # as if killed right there
+        status, _, err = verb(*words)
+    assert (status, hidden.exists()) == (0, True), err
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, _, err = verb(*words)
+    assert (status, "exists already" in err, hidden.exists()) == (1, True, False), err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+    # The state of a retraining that is not finished stays, whatever stands at `out`.
+    hidden.mkdir()
+    (hidden / "training.safetensors").write_bytes(b"unfinished")
+    assert verb(*words)[0] == 1
+    assert hidden.exists()
+
+
+def test_a_file_that_promises_more_than_it_holds_is_refused_at_once(made, tmp_path):
+    def promised(shape, begin, end, length=None):
+        header = json.dumps({"norm.weight": {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}}).encode()
+        return (length or len(header)).to_bytes(8, "little") + header + bytes(64)
+
+    tracemalloc.start()
+    for number, content in enumerate(
+        (
+            promised([2**40], 0, 2**42), promised([2**40], 0, 64), promised([2**62, 4], 0, 64), promised([16], 2**60, 2**60 + 64),
+            promised([16], 0, 64, length=2**62), promised([0] * 10**5, 0, 0), b"\xff" * 8, b"",
+        )
+    ):  # fmt: skip
+        folder = forge(made / "export", tmp_path / str(number))
+        (folder / "model.safetensors").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        facts = read_json(folder / "architecture.json")
+        write_json(folder / "architecture.json", facts | {"weights_sha256": digest})
+        with pytest.raises(RunError):
+            load_export(folder)
+        (tmp_path / "state.safetensors").write_bytes(content)
+        with pytest.raises(RunError):
+            load_tensors(tmp_path / "state.safetensors", {})
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["config.json", "architecture.json", "model.safetensors", "README.md"])
