@@ -31,7 +31,10 @@ from poolshare.search.run import versions
 from poolshare.space import forecast
 from poolshare.space.presets import PRESETS
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.train import Sandwich, sandwich_loss
+from poolshare.supernet.data import open_data
+from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.sandwich import Sandwich, sandwich_loss
+from poolshare.supernet.train import steps_per_epoch, train_model, train_supernet
 
 MODEL = "vit_tiny_patch16_224"
 
@@ -120,6 +123,29 @@ def training_step(net: SuperNet, costs: Any, batch: int, repeats: int) -> dict[s
     }
 
 
+def epoch(folder: str, batch: int, repeats: int) -> dict[str, Any]:
+    """An epoch of the supernet over real images, read and augmented, against an epoch of timm's model."""
+    net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10)
+    model, costs = timm.create_model(MODEL, num_classes=10), measure_macs(net)
+    recipe = Recipe(epochs=1, batch_size=batch)
+    data = open_data(folder, img_size=224, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
+    steps, sandwich = steps_per_epoch(data, recipe), Sandwich(net.space, costs, seed=0)
+    counted = sum(forecast(sandwich.at(step), costs).cost for step in range(steps)) / steps / costs.total(net.space[0])
+    seconds = interleaved(
+        repeats,
+        supernet=lambda: train_supernet(net, data, costs, recipe),
+        timm=lambda: train_model(model, data, recipe, full=False),
+    )
+    ratio = seconds["supernet"] / seconds["timm"]
+    found = {
+        "batch": batch,
+        "steps": steps,
+        "images": len(data.split("train")),
+        "counted_dense_epochs": round(counted, 3),
+    }
+    return found | {"measured_dense_epochs": round(ratio, 3), "measured_over_counted": round(ratio / counted, 3)}
+
+
 def peak_memory(batch: int) -> dict[str, Any]:
     """Megabytes that training steps need beyond the loaded program, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
@@ -192,6 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("bench.json"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="one of the steps; the others keep their figures")
+    parser.add_argument("--data", help="a folder of images, for the step `epoch`, which is else left out")
     options = parser.parse_args()
     torch.manual_seed(0)
     net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10).eval()
@@ -212,6 +239,8 @@ def main() -> None:
         "training_step": lambda: training_step(net, costs, 8, 2 * options.repeats),
         "peak_memory": lambda: peak_memory(32),
     }
+    if options.data:
+        steps["epoch"] = lambda: epoch(options.data, 16, 3)
     for name, run in steps.items():
         if options.only not in (None, name):
             continue

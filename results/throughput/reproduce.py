@@ -1,0 +1,121 @@
+"""Do fewer MACs mean less time? Exported models beside the dense one, at batch 1 and 64.
+
+    python results/throughput/reproduce.py                                     # some 12 minutes on one core
+    python results/throughput/reproduce.py --device cuda --threads 1
+
+ViT-Tiny at 224 pixels (196 tokens) and at 112 (49). Each model runs at its best: timm's fused attention wherever no map is
+shared, and float32 or bfloat16 (weights and images), whichever is faster for it. All models of a size take turns in one
+process; the figures are ratios of medians. Weights are random: they do not change the time. Writes <name>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from pathlib import Path
+
+import pandas as pd
+import timm
+import torch
+from rich.console import Console
+
+from poolshare.search.progress import progress_bar
+from poolshare.search.run import write_csv
+from poolshare.space import Architecture, SearchSpace
+from poolshare.supernet import Subnet, SuperNet, count_macs
+
+HERE = Path(__file__).parent
+MODEL = "vit_tiny_patch16_224"
+# The last two of 112 pixels are what results/eurosat searched.
+MODELS = {
+    224: {
+        "pooling, 57 %": "196*1 196 196 196 100@max2d 100 100 100 49@max2d 49 49 49",
+        "ToMe, 59 %": " ".join(["196", *(f"{196 - 13 * layer}@tome" for layer in range(1, 12))]),
+        "sharing, runs of 2": "196*2 196*2 196*2 196*2 196*2 196*2",
+        "sharing, runs of 3": "196*3 196*3 196*3 196*3",
+        "pooling and sharing": "196*2 196 100@max2d*3 49@max2d*2 49*3 49",
+    },
+    112: {
+        "pooling, 56 %": "49*1 49 49 49 25@max2d 25 25 25 9@max2d 9 9 9",
+        "ToMe, 56 %": " ".join(["49", *(f"{49 - 4 * layer}@tome" for layer in range(1, 12))]),
+        "sharing, runs of 3": "49*3 49*3 49*3 49*3",
+        "pooling and sharing": "49*2 49 25@max2d*3 16@max2d*2 16*3 16",
+    },
+}
+
+
+def exported(text: str, size: int) -> Subnet:
+    """The architecture as a stand-alone model."""
+    architecture = Architecture.parse(text)
+    levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
+    operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
+    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), 3)
+    return Subnet.from_supernet(SuperNet.from_timm(MODEL, space, img_size=size, num_classes=10), architecture)
+
+
+@torch.inference_mode()
+def milliseconds(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """One forward."""
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def main() -> None:
+    """Time everything in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", default="224,112")
+    parser.add_argument("--name", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    console, rows = Console(stderr=True), []
+    for size in map(int, given.sizes.split(",")):
+        models = {"dense": timm.create_model(MODEL, img_size=size, num_classes=10)}
+        models |= {name: exported(text, size) for name, text in MODELS[size].items()}
+        macs = {name: count_macs(model.eval(), (torch.zeros(1, 3, size, size),)) for name, model in models.items()}
+        for batch in (1, 64):
+            images = torch.randn(batch, 3, size, size, device=given.device)
+            times: dict[tuple[str, str], list[float]] = {}
+            kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+            ready = {
+                (name, kind): exported_to(model, kinds[kind], given.device)
+                for name, model in models.items()
+                for kind in kinds
+            }
+            rounds = given.rounds * (10 if batch == 1 else 1)
+            with progress_bar(console, f"{size} pixels, batch {batch}", rounds, "rounds") as advance:
+                for turn in range(rounds + 1):
+                    for (name, kind), model in ready.items():
+                        spent = milliseconds(model, images.to(kinds[kind]))
+                        if turn:
+                            times.setdefault((name, kind), []).append(spent)
+                    advance(turn)
+            medians = {key: statistics.median(values) for key, values in times.items()}
+            fastest = {name: min((medians[name, kind], kind) for kind in kinds) for name in models}
+            for name in models:
+                saved, sped = macs["dense"] / macs[name], fastest["dense"][0] / fastest[name][0]
+                row = {"pixels": size, "batch": batch, "model": name, "macs_ratio": saved, "speed_up": sped}
+                row |= {"speed_up_over_macs_ratio": sped / saved, "kind": fastest[name][1]}
+                row |= {f"speed_up_{kind}": medians["dense", kind] / medians[name, kind] for kind in kinds}
+                rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+            write_csv(given.out / f"{given.name}.csv", pd.DataFrame(rows))
+            gc.collect()
+    console.print(pd.DataFrame(rows).to_string())
+
+
+def exported_to(model: torch.nn.Module, kind: torch.dtype, device: str) -> torch.nn.Module:
+    """A copy in another precision, in evaluation mode."""
+    return copy.deepcopy(model).to(device, kind).eval()
+
+
+if __name__ == "__main__":
+    main()
