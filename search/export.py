@@ -23,7 +23,7 @@ from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameter
 from poolshare.supernet.checkpoint import read_weights, shapes_of
 from poolshare.supernet.sources import GIVEN
 
-from .prepare import input_config, load_weights, make_supernet, model_options
+from .prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
 from .run import RunFolder, read_json, versions, write_json
 
 FORMAT = 1
@@ -106,7 +106,8 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }
     model = Subnet.from_supernet(supernet, architecture)
-    save_export(out, model, classes, input_config(config.model, model_options(config)), facts)
+    data_config = input_config(config.model, model_options(config), supernet_recipe(config))
+    save_export(out, model, classes, data_config, facts)
     return facts
 
 

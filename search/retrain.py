@@ -24,7 +24,7 @@ from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .export import Exported, check_new, load_export, save_export
 from .pareto import binomial_interval
-from .prepare import checked_recipe, opening_options, pick_device
+from .prepare import as_trained, checked_recipe, opening_options, pick_device
 from .progress import progress_bar
 from .run import read_json
 
@@ -64,6 +64,7 @@ def retrain(
     source = load_export(exported)
     recipe = _recipe(source, from_scratch, recipe_changes or {})
     guide = None if teacher is None else _teacher(source, teacher)
+    source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
     opened = replace(_open(source, data, data_dir, download, recipe.augmentation), seed=seed)
     torch.manual_seed(seed)

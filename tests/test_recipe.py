@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.layers import DropPath
 from torch import nn
 
-from poolshare.search.prepare import checked_recipe, supernet_recipe
+from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.search.run import SearchConfig
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
@@ -167,6 +167,12 @@ def test_augmentation_of_the_recipe_reaches_the_images(tmp_path):
         data = open_data(str(tmp_path), augmentation=augmentation, **options)
         images[name] = torch.cat([batch for batch, _ in data.train_loader(0, 2)])
     assert (images["still"] != images["erased"]).any()
+
+
+def test_evaluation_takes_whole_images_where_training_took_no_crops():
+    for scale, crop_pct in ((0.35, 0.9), (0.99, 0.9), (1.0, 1.0)):
+        recipe = supernet_recipe(SearchConfig(data="x", recipe={"crop_scale": scale}))
+        assert input_config("vit_tiny_patch16_224", {"img_size": 28}, recipe)["crop_pct"] == crop_pct
 
 
 @pytest.mark.parametrize(
