@@ -28,7 +28,7 @@ from poolshare.supernet.train import steps_per_epoch, train_supernet
 from .benchmark import Benchmark
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
-from .pareto import frontier
+from .kept import MODELS, Timed, time_frontier
 from .prepare import Job, load_weights, prepare
 from .progress import no_progress, progress_bar
 from .report import write_report
@@ -74,7 +74,7 @@ def run_job(
         _announce(job, folder, console)
         seconds = {"training": _train(job, folder, console)}
         candidates, seconds["scoring"] = _score(job, folder, console, storage)
-        _conclude(job, folder, candidates, seconds)
+        _conclude(job, folder, candidates, seconds, _time(job, candidates, console))
     return folder
 
 
@@ -308,13 +308,23 @@ def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
-def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: dict[str, float]) -> None:
-    """Frontier, summary, page and picture."""
+def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
+    """What whole models take, where a latency budget is to be kept."""
+    if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
+        return None
+    dense, batch = job.latency.table.total(job.dense) / 1e6, job.latency.batch_size
+    with progress_bar(console, "timing whole models", MODELS, "models") as advance:
+        return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance)
+
+
+def _conclude(
+    job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: dict[str, float], timed: Timed | None
+) -> None:
+    """Summary, page and picture, frontier."""
     limit: float | None = None if job.config.budget is None else job.allowed.high
     cost = job.config.cost
     if cost == "latency_ms" and limit is not None:
         limit = limit / 1e6
-    write_csv(folder.pareto, frontier(candidates, cost, limit))
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     dense = candidates[candidates["architecture"] == str(job.dense)]
@@ -342,6 +352,8 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
             "objective": job.config.objective,
             "budget_macs": limit if cost == "macs" else None,
             "budget_latency_ms": limit if cost == "latency_ms" else None,
+            "budget": job.config.budget,
+            **({"timed": timed.to_json()} if timed else {}),
             "included": list(map(str, job.include)),
             "classes": list(job.data.classes),
             "certified": len(candidates) == job.supernet.space.size,
@@ -351,4 +363,4 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: di
             "versions": versions(),
         },
     )
-    write_report(folder)
+    write_csv(folder.pareto, write_report(folder).by(cost))

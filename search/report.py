@@ -14,6 +14,7 @@ import pandas as pd
 
 from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, budget_quantity, parse_budget
 
+from .kept import Timed
 from .layers import layer_shares
 from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress
 from .run import RunFolder, SearchConfig, write_csv
@@ -65,6 +66,8 @@ class Report:
     run: str  # the run folder, as commands name it
     limits: Mapping[str, float] = field(default_factory=dict)  # the budget: cost column → the most that is allowed
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading → name → fact
+    timed: Timed | None = None  # whole models, where there was a latency budget to keep
+    budget: str | None = None  # in words
     included: Sequence[str] = ()  # architectures that the user asked to be scored
     trust: Mapping[str, Any] | None = None  # trust.json
     space: SearchSpace | None = None
@@ -97,6 +100,13 @@ class Report:
         rows = self.candidates
         for cost, limit in self.limits.items():
             fits = rows[cost] <= limit
+            if cost == "latency_ms" and self.timed and self.budget:
+                fits = self.timed.keeps(rows, self.dense["latency_ms"], self.budget)
+                if not fits.any():
+                    raise BudgetError(
+                        f"none of the candidates keeps {self.budget}, as whole models of them were timed (the shortest takes "
+                        f"{self.timed.shortest}); ask for more"
+                    )
             if not fits.any():
                 cheapest = rows.loc[rows[cost].idxmin()]
                 raise BudgetError(
@@ -155,9 +165,12 @@ class Report:
         limit = next(iter(self.limits.items()), None)
         if how == "budget" and limit is None:
             raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
+        if how == "budget" and limit is not None:
+            cost = limit[0]
         dense = float(self.dense["top1"])
         rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
         row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
+        timed = self.timed.words(str(row["architecture"])) if self.timed else ""
         label, why = {
             "half-point": (
                 "Half a point from dense",
@@ -167,7 +180,7 @@ class Report:
             "budget": ("Within budget", f"the most accurate within {quantity(limit[1], limit[0]) if limit else ''}"),
             "accuracy": ("Most accurate", "the most accurate; of equals, the cheapest"),
         }[how]
-        return Pick(how, label, str(row["architecture"]), why)
+        return Pick(how, label, str(row["architecture"]), why + timed)
 
     def picks(self, cost: str = "macs") -> list[Pick]:
         """Every pick that this run has."""
@@ -250,6 +263,8 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         space_size=summary["space_size"],
         run=str(folder.path),
         limits=limits,
+        timed=Timed.from_json(summary["timed"]) if "timed" in summary and "latency_ms" in limits else None,
+        budget=budget or summary.get("budget"),
         facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
         included=tuple(summary.get("included", ())),
         trust=trust if trust and "tau" in trust else None,  # else not measured to the end

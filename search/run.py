@@ -268,6 +268,8 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
+        from .kept import Timed
+
         try:
             summary = read_json(self.summary)
             if summary["format"] != FORMAT:
@@ -275,6 +277,8 @@ class RunFolder:
             missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
             if missing or not {"architecture", "top1", "macs", "parameters"} <= set(summary["dense"]):
                 raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
+            if "timed" in summary:
+                Timed.from_json(summary["timed"])
             return summary
         except FileNotFoundError:
             raise RunError(

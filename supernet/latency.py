@@ -1,12 +1,13 @@
 """What an edge costs in time, on this device and at this batch size: nanoseconds per image, fitted to whole models.
 
 Parts timed alone are not parts inside a model: caches, allocations and launches differ. So whole exported models are
-timed, and the table is the one whose sums fit them best (least squares of relative errors, no edge below zero). Parts
-timed alone only decide what the sums leave open.
+timed, and the table is the one whose sums fit them best (least squares of relative errors, no edge below zero, no
+pooling near it). Parts timed alone only decide what the sums leave open.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import random
 import time
@@ -29,6 +30,7 @@ TIMING = 0.002  # seconds of work in one timing, at least
 WARM = 0.05  # seconds; a forward that takes less is run once before it is timed, so that caches are its own
 ROUNDS, SPEND = (5, 40), 60.0  # as many rounds as fit into so many seconds, within these limits
 NOISE, DOUBT = 0.01, 0.5  # relative doubt of a timed whole model, and of a part that was timed alone
+LEAST = 0.25  # of what a pooling took alone: no less in a table, or a search would take it for free
 
 
 class Latency(NamedTuple):
@@ -94,7 +96,7 @@ def measure_latency_table(
     alone = time_parts(supernet, batch_size, kinds)
     others = list(dict.fromkeys(space.sample(rng) for _ in range(50 * check)))[: min(check, space.size // 4)]
     chosen = design(space, kinds, 2 * len(kinds), rng, set(others))
-    timed = time_models(supernet, [*chosen, *others], batch_size, rounds, rng, progress)  # (architectures,) nanoseconds
+    timed = typical(time_models(supernet, [*chosen, *others], batch_size, rounds, rng, progress)) * 1e9
     table = fit(space, kinds, alone, chosen, timed[: len(chosen)] / batch_size)
     checked = tuple(
         (str(architecture), round(whole / batch_size), table.total(architecture))
@@ -103,6 +105,29 @@ def measure_latency_table(
     device = next(supernet.parameters()).device
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return Latency(table, batch_size, device_name(device), threads, checked)
+
+
+class Share(NamedTuple):
+    """The time of a whole model as a share of the dense one's, both timed in turn."""
+
+    median: float
+    high: float  # the end of the median's 95 % interval
+
+
+def measure_shares(
+    supernet: SuperNet,
+    architectures: Sequence[Architecture],
+    batch_size: int,
+    rng: random.Random,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, list[Share]]:
+    """Nanoseconds per image of the dense exported model, and what part of that each architecture's takes."""
+    seconds = time_models(supernet, [supernet.space[0], *architectures], batch_size, None, rng, progress)
+    shares = np.sort(seconds[:, 1:] / seconds[:, :1], axis=0)  # (rounds, architectures)
+    rounds = len(shares)
+    high = min(rounds - 1, math.ceil(rounds / 2 + 0.98 * math.sqrt(rounds)))  # by the binomial distribution of ranks
+    dense = float(typical(seconds)[0]) * 1e9 / batch_size
+    return dense, [Share(float(np.median(column)), float(column[high])) for column in shares.T]
 
 
 # Kinds of edges
@@ -174,9 +199,11 @@ def fit(
     rows = np.array([counts(architecture, kinds) for architecture in architectures])  # (architectures, kinds)
     expected = alone * np.median(timed / (rows @ alone))
     doubt = DOUBT * expected + 0.02 * expected.max()
+    least = np.array([LEAST * part if kind[0] == "pool" else 0.0 for kind, part in zip(kinds, expected, strict=True)])
     equations = np.vstack([rows / (NOISE * timed)[:, None], np.diag(1 / doubt)])
-    found, _ = nnls(equations, np.concatenate([np.full(len(timed), 1 / NOISE), expected / doubt]))
-    costs = {kind: round(cost) for kind, cost in zip(kinds, found, strict=True)}
+    wanted = np.concatenate([np.full(len(timed), 1 / NOISE), expected / doubt])
+    above, _ = nnls(equations, wanted - equations @ least)
+    costs = {kind: round(cost) for kind, cost in zip(kinds, least + above, strict=True)}
     return table_of(space, costs)
 
 
@@ -209,7 +236,7 @@ def time_models(
     rng: random.Random,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """(architectures,) nanoseconds of one forward of each exported model, interleaved: medians of ratios within rounds."""
+    """(rounds, architectures) seconds of one forward of each exported model, interleaved; see `interleaved`."""
     reference = next(supernet.parameters())
     shape = (batch_size, supernet.in_chans, *supernet.patch_embed.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(reference.device, reference.dtype)
@@ -229,7 +256,7 @@ def interleaved(
     rng: random.Random,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """(work,) nanoseconds of one forward each: every round times each of them once, in an order of its own."""
+    """(rounds, work) seconds of one forward each: every round times each of them once, in an order of its own."""
     done = 0
     with torch.inference_mode():
         for model, inputs in work:
@@ -249,7 +276,7 @@ def interleaved(
                 done += 1
                 if progress:
                     progress(done, timed.size)
-    return typical(timed) * 1e9
+    return timed
 
 
 def typical(times: np.ndarray) -> np.ndarray:
@@ -278,4 +305,4 @@ def time_parts(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np
     found = parts(supernet, batch_size)
     work = [found[kind] for kind in kinds]
     with evaluating(supernet):
-        return interleaved(work, 3, random.Random(0)) / batch_size
+        return typical(interleaved(work, 3, random.Random(0))) * 1e9 / batch_size

@@ -110,7 +110,7 @@ def test_a_measured_table_holds_every_architecture_and_comes_back_from_json(net)
 
 def test_models_are_timed_with_the_supernets_own_tensors(net, monkeypatch):
     timed = []
-    monkeypatch.setattr(latency, "interleaved", lambda work, *rest: timed.extend(work) or np.ones(len(work)))
+    monkeypatch.setattr(latency, "interleaved", lambda work, *rest: timed.extend(work) or np.ones((1, len(work))))
     architectures = [net.space[0], net.space[5]]
     time_models(net, architectures, 1, 1, random.Random(0))
     for (model, (images,)), architecture in zip(timed, architectures, strict=True):

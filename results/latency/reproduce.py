@@ -15,7 +15,7 @@ import torch
 
 from poolshare.space import SearchSpace
 from poolshare.supernet import SuperNet
-from poolshare.supernet.latency import counts, design, fit, kinds_of, time_models, time_parts
+from poolshare.supernet.latency import counts, design, fit, kinds_of, time_models, time_parts, typical
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -40,7 +40,9 @@ def main() -> None:
     chosen = design(space, kinds, 2 * len(kinds), rng)
     drawn = dict.fromkeys(space.sample(rng) for _ in range(50 * HELD_OUT))
     others = [architecture for architecture in drawn if architecture not in set(chosen)][:HELD_OUT]
-    timed = time_models(net, [*chosen, *others], batch, asked.rounds, rng) / batch  # nanoseconds per image
+    timed = (
+        typical(time_models(net, [*chosen, *others], batch, asked.rounds, rng)) * 1e9 / batch
+    )  # nanoseconds per image
     table = fit(space, kinds, by_itself, chosen, timed[: len(chosen)])
     rows = [
         (asked.model, batch, str(a), round(whole), table.total(a), round(float(counts(a, kinds) @ by_itself)))

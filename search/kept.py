@@ -1,0 +1,102 @@
+"""Whether models keep a latency budget: whole ones are timed beside the dense one, for sums of layers only come near."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from poolshare.space import Architecture, parse_budget
+
+from .pareto import frontier
+from .progress import Advance
+
+if TYPE_CHECKING:
+    from poolshare.supernet import SuperNet
+
+TOGETHER = 6  # models timed in one session, beside the dense one
+SESSIONS = 10  # at most
+MODELS = TOGETHER * SESSIONS
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Whole models that were timed in turn with the dense one, and what that says of those that were not."""
+
+    dense_ms: float  # per image
+    shares: Mapping[
+        str, tuple[float, float]
+    ]  # architecture → share of the dense time: median, end of its 95 % interval
+
+    def keeps(self, candidates: pd.DataFrame, dense_sum: float, budget: str) -> pd.Series:
+        """Which candidates keep a latency budget in words.
+
+        One that was timed does where the high end of its interval does. Of another the sum does, made longer by as much
+        as the timed ones took longer than theirs (median; never shorter). dense_sum: the dense network's sum, in ms.
+        """
+        dense = round(self.dense_ms * 1e6)
+        limit = parse_budget(budget, dense, "nanoseconds") / dense
+        high = candidates["architecture"].map({text: share[1] for text, share in self.shares.items()})
+        sums = candidates["latency_ms"] / dense_sum
+        timed = high.notna()
+        longer = max(1.0, float((high / sums)[timed].median())) if timed.any() else 1.0
+        return (high <= limit).where(timed, sums * longer <= limit)
+
+    @property
+    def shortest(self) -> str:
+        """Of those that were timed, in words."""
+        text, (median, high) = min(self.shares.items(), key=lambda item: item[1][1])
+        return f"{median:.1%} of the dense model's time, perhaps {high:.1%}: {text}"
+
+    def words(self, architecture: str) -> str:
+        """What was timed of an architecture, to be added to a sentence."""
+        if architecture not in self.shares:
+            return "; its latency is a sum of layers, the whole model was not timed"
+        median, high = self.shares[architecture]
+        return f"; timed whole, it takes {median:.1%} of the dense model's time, at most {high:.1%} (95 % interval)"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` reads it back."""
+        return {"dense_ms": self.dense_ms, "shares": {text: list(share) for text, share in self.shares.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Timed:
+        """Read what `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        shares = {str(text): (float(median), float(high)) for text, (median, high) in value["shares"].items()}
+        return cls(float(value["dense_ms"]), shares)
+
+
+def time_frontier(
+    supernet: SuperNet, candidates: pd.DataFrame, dense_sum: float, budget: str, batch_size: int, advance: Advance
+) -> Timed:
+    """Time models of the latency frontier from its dear end on, until the most accurate that may keep the budget does.
+
+    candidates: with `latency_ms`, sums of the table; dense_sum: the dense network's. advance: called with the number of
+    models timed and a note.
+    """
+    from poolshare.supernet.latency import measure_shares
+
+    dense = str(supernet.space[0])
+    found = Timed(dense_sum, {dense: (1.0, 1.0)})
+    dense_times: list[float] = []
+    for session in range(SESSIONS):
+        rows = frontier(candidates[found.keeps(candidates, dense_sum, budget)], "latency_ms")
+        texts = list(rows["architecture"])
+        if not texts and not dense_times:  # by its sum alone none does, but it may
+            texts = list(candidates.nsmallest(TOGETHER, "latency_ms")["architecture"])
+        elif not texts or texts[-1] in found.shares:
+            break
+        wanted = [text for text in texts if text not in found.shares][-TOGETHER:]
+        if not wanted:
+            break
+        rng = random.Random(f"frontier {session}")
+        took, shares = measure_shares(supernet, [Architecture.parse(text) for text in wanted], batch_size, rng)
+        dense_times.append(took / 1e6)
+        new = {text: (share.median, share.high) for text, share in zip(wanted, shares, strict=True)}
+        found = Timed(statistics.median(dense_times), {**found.shares, **new})
+        advance(len(found.shares) - 1, f"dense: {found.dense_ms:.4g} ms per image")
+    return found
