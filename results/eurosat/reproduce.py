@@ -7,8 +7,8 @@ One supernet is trained and searched from the command line. Then, at each budget
 same recipe with the same seeds and tested: from the weights of the supernet, and with `--starts supernet,imagenet` then
 also from the ImageNet weights. Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the
 grid) and ToMe with the same number of merges in every layer; random is another architecture of the budget for each seed.
-About 2 hours on one core at 112 px with bf16 for the first start. Writes results/eurosat/<size>.csv after every training,
-resumes after the last, and then writes <size>.json.
+About 2 hours on one core at 112 px with bf16 for the first start. Writes results/eurosat/<size>.csv and <size>.json after every
+training, and resumes after the last.
 """
 
 from __future__ import annotations
@@ -249,10 +249,10 @@ def main() -> None:
             row |= {"top1": 100 * hits.mean(), "architecture": str(architecture), "hits": packed(hits)}
             rows.append(row)
             write_csv(table, pd.DataFrame(rows))
+            facts = {"recipe": recipe.model_dump(), "versions": versions(), "threads": torch.get_num_threads()}
+            facts |= {"device": given.device, "competitors": paired(pd.DataFrame(rows))}
+            write_json(given.out / f"{given.img_size}.json", facts)
             console.print(f"{name} {budget:.0%} from {start}, seed {seed}: {row['top1']:.1f} %")
-    facts = {"recipe": recipe.model_dump(), "versions": versions(), "threads": torch.get_num_threads()}
-    facts |= {"device": given.device, "competitors": paired(pd.DataFrame(rows))}
-    write_json(given.out / f"{given.img_size}.json", facts)
 
 
 if __name__ == "__main__":
