@@ -1,13 +1,19 @@
 """Exported models at work elsewhere: predicting single images, torch.export, ONNX."""
 
+import copy
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import randomise
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_checkpoint, resolve_model_input_args
+from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 
 from poolshare.search import cli
 from poolshare.search.export import save_export
@@ -126,3 +132,56 @@ def test_onnx_gives_the_same_logits(operator, tmp_path):
         [found] = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
             torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-3, atol=1e-3)
+
+
+# What timm's train.py gives create_model when no option is set (the script is in timm's repository, not in its wheel).
+TRAIN = {
+    "in_chans": 3, "num_classes": None, "drop_rate": 0.0, "drop_path_rate": None, "drop_block_rate": None,
+    "global_pool": None, "bn_momentum": None, "bn_eps": None, "scriptable": False, "checkpoint_path": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 4}, {"drop_rate": 0.1}, {"drop_path_rate": 0.2}], ids=str)
+def test_timms_training_script_makes_the_exported_model(changes, export):
+    out, model = export
+    made = timm.create_model(f"local-dir:{out}", pretrained=True, **(TRAIN | changes))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made.eval()(images), model(images))
+    assert made.head_drop.p == changes.get("drop_rate", 0.0)
+    assert getattr(made.blocks[-1].drop_path1, "drop_prob", 0.0) == pytest.approx(changes.get("drop_path_rate", 0.0))
+    assert (
+        resolve_data_config({}, model=made).items()
+        >= (DATA | {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.5, 0.6]}).items()
+    )
+
+
+@pytest.mark.parametrize("asked", [{}, {"img_size": 64}, {"input_size": [3, 64, 64]}], ids=str)
+@pytest.mark.parametrize("classes", [None, 4])
+def test_timms_validation_script_makes_the_exported_model(asked, classes, export):
+    """It lets timm resolve the folder first, so the entry point is called by its own name."""
+    out, model = export
+    asked = {"in_chans": None, "img_size": None, "input_size": None} | asked
+    options = {"pretrained": True, "num_classes": classes, "global_pool": None, "scriptable": False}
+    made = timm.create_model(**resolve_model_input_args(f"local-dir:{out}", asked, **options))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made.eval()(images), model(images))
+
+
+def test_timms_averages_and_checkpoints_carry_the_exported_model(export, tmp_path):
+    out, model = export
+    made = timm.create_model(f"local-dir:{out}", pretrained=True, **TRAIN)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for twin in (copy.deepcopy(made), ModelEmaV2(made).module, ModelEmaV3(made).module):
+        assert torch.equal(twin.eval()(images), model(images))
+    optimizer = create_optimizer_v2(made, opt="adamw", lr=1e-3, layer_decay=0.75)
+    saver = CheckpointSaver(
+        made, optimizer, Namespace(model="x"), checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    path = str(tmp_path / "last.pth.tar")
+    begun = timm.create_model(f"local-dir:{out}", pretrained=False, **(TRAIN | {"checkpoint_path": path}))
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=False, **TRAIN)
+    assert not torch.equal(loaded.eval()(images), model(images))  # nothing was loaded yet
+    load_checkpoint(loaded, path)
+    for twin in (begun, loaded):
+        assert torch.equal(twin.eval()(images), model(images))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
@@ -123,6 +124,24 @@ def test_the_moving_average_of_the_weights_is_the_result(digits):
         average = decay * average + (1 - decay) * value
     torch.testing.assert_close(model.head.weight, average)
     assert not torch.allclose(model.head.weight, weights[-1])
+
+
+def test_layer_decay_moves_each_layer_as_timm_would_move_the_base_models(digits):
+    """Adam's first step is lr · g / |g|, so two recipes' first steps have the ratio of their learning rates."""
+    base = timm.create_model("digits_vit", depth=3, embed_dim=16, num_heads=2, mlp_ratio=1.0, img_size=8)
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    groups = create_optimizer_v2(base, opt="adamw", lr=1e-3, layer_decay=0.5).param_groups
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert set(scales.values()) == {0.5**power for power in range(5)}  # embedding, three blocks, head
+    begun, moved = dict(make_model().named_parameters()), {}
+    for decay in (None, 0.5):
+        model = make_model()
+        train_model(model, digits, Recipe(**PLAIN, weight_decay=0.0, layer_decay=decay))
+        moved[decay] = {name: value.detach() - begun[name].detach() for name, value in model.named_parameters()}
+    for name, plain in moved[None].items():
+        sure = plain.abs() > 0.99 * plain.abs().max()  # not those whose gradient is as small as Adam's epsilon
+        expected = scales[name.replace("attn.v.", "attn.qkv.")] * plain[sure]
+        torch.testing.assert_close(moved[0.5][name][sure], expected, rtol=1e-2, atol=1e-6, msg=name)
 
 
 def test_drop_path_is_timms_and_ends_with_training(digits):

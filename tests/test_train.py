@@ -146,7 +146,14 @@ def stop_at(*steps):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ema": 0.9}, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}, {"accumulate": 3}, {"drop_path": 0.5}],
+    [
+        {},
+        {"ema": 0.9},
+        {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+        {"accumulate": 3},
+        {"drop_path": 0.5},
+        {"amp": "bf16"},
+    ],
 )
 def test_training_stopped_in_the_middle_of_epochs_ends_bit_for_bit_like_one_that_was_not(changes, digits, tmp_path):
     recipe = Recipe(epochs=2, batch_size=128, **changes)
@@ -163,6 +170,20 @@ def test_training_stopped_in_the_middle_of_epochs_ends_bit_for_bit_like_one_that
     train_model(continued, digits, recipe, seed=5, state=state)
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, continued.state_dict()[name]), name
+
+
+def test_bf16_trains_another_model_and_workers_train_the_same(digits):
+    trained = []
+    for amp, workers in (("none", 0), ("none", 2), ("bf16", 0), ("bf16", 2)):
+        trained.append(make_net())
+        recipe = Recipe(epochs=2, batch_size=256, amp=amp, mixup=0.2)
+        train_model(trained[-1], digits, recipe, seed=5, workers=workers)
+    plain, plain_read_by_workers, short, short_read_by_workers = (model.state_dict() for model in trained)
+    for name, value in plain.items():
+        assert torch.equal(value, plain_read_by_workers[name]), name
+        assert torch.equal(short[name], short_read_by_workers[name]), name
+        assert short[name].dtype == value.dtype  # the weights stay in float32
+    assert not torch.equal(plain["head.weight"], short["head.weight"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
