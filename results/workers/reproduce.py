@@ -30,7 +30,7 @@ from poolshare.search.storage import open_store
 from poolshare.search.study import run_study
 
 HERE = Path(__file__).parent
-TRIALS = 200
+TRIALS = 600
 
 
 def one(job: Job, kind: str, folder: RunFolder) -> None:
@@ -61,7 +61,7 @@ def measure(job: Job, kind: str, workers: int) -> tuple[float, float]:
 
 def main(rounds: int) -> None:
     torch.set_num_threads(1)
-    job = prepare(checked_config(data="digits", device="cpu", model_args={"depth": 6}))
+    job = prepare(checked_config(data="digits", device="cpu", model_args={"depth": 9}))
     make_task(job)  # decodes the images once, for all
     rows = []
     for number in range(rounds):
