@@ -23,23 +23,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from rich.console import Console
-from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 from poolshare.search.export import load_supernet
 from poolshare.search.pareto import pick
 from poolshare.search.progress import progress_bar
 from poolshare.search.run import RunFolder, versions, write_csv, write_json
 from poolshare.space import Architecture, CostTable, SearchSpace
-from poolshare.supernet import Subnet, SuperNet, measure_macs
+from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import steps_per_epoch, train_model
 from poolshare.supernet.weights import load_base_weights
 
 HERE = Path(__file__).parent
-MODEL = "vit_tiny_patch16_224"
+MODEL, CLASSES = "vit_tiny_patch16_224", 10
 LEVELS = {49: (49, 25, 16, 9), 196: (196, 100, 49, 25)}
 ORDER = (("dense", "searched"), ("uniform", "tome"), ("random",))  # who is trained first, with all seeds
 BUDGETS = (0.58, 0.40)  # of the dense MACs: 42 % fewer is what Token Pooling claims for DeiT
@@ -60,40 +62,26 @@ def late_reduction(depth: int, tokens: int, after: int, at: int) -> Architecture
     return Architecture.parse(" ".join([str(tokens)] * at + [f"{after}@avg2d"] + [str(after)] * (depth - at - 1)))
 
 
-def macs_of(architecture: Architecture, options: dict[str, Any]) -> int:
-    """MACs of an architecture that no space at hand holds."""
-    return _macs_of(str(architecture), *options.items())
-
-
 @cache
-def _macs_of(text: str, *options: tuple[str, Any]) -> int:
-    architecture = Architecture.parse(text)
-    return measure_macs(alone_in_its_space(architecture, dict(options))).total(architecture)
+def macs_of(architecture: Architecture, size: int) -> int:
+    """MACs of one image of this size."""
+    model = Subnet.from_base(MODEL, str(architecture), img_size=size, num_classes=CLASSES)
+    return count_macs(model.eval(), (torch.zeros(1, 3, size, size),))
 
 
-def alone_in_its_space(architecture: Architecture, options: dict[str, Any]) -> SuperNet:
-    """A supernet, at random, whose space holds this architecture."""
-    levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
-    operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
-    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), 3)
-    return SuperNet.from_timm(MODEL, space, **options)
-
-
-def hand_made(depth: int, tokens: int, limit: float, options: dict[str, Any]) -> dict[str, Architecture]:
+def hand_made(depth: int, tokens: int, limit: float, size: int) -> dict[str, Architecture]:
     """The dearest schedule of each family within the limit."""
     late = [late_reduction(depth, tokens, after, at) for after in LEVELS[tokens][1:] for at in range(depth - 1, 0, -1)]
     families = {"uniform": late, "tome": [merging_schedule(depth, tokens, merges) for merges in range(1, tokens // 2)]}
     found = {}
     for name, schedules in families.items():
-        within = {one: cost for one in schedules if (cost := macs_of(one, options)) <= limit}
+        within = {one: cost for one in schedules if (cost := macs_of(one, size)) <= limit}
         if within:
             found[name] = max(within, key=within.__getitem__)
     return found
 
 
-def competitors(
-    folder: RunFolder, space: SearchSpace, costs: CostTable, options: dict[str, Any], seed: int
-) -> list[dict[str, Any]]:
+def competitors(folder: RunFolder, space: SearchSpace, costs: CostTable, size: int, seed: int) -> list[dict[str, Any]]:
     """Who is trained with this seed: name, budget (share of the dense MACs), architecture."""
     dense = costs.total(space[0])
     rows: list[dict[str, Any]] = [{"name": "dense", "budget": 1.0, "architecture": space[0]}]
@@ -103,7 +91,7 @@ def competitors(
         rows.append({"name": "searched", "budget": budget, "architecture": chosen})
         drawn = space.within(costs, 0.97 * limit, limit).sample(random.Random(f"eurosat {budget} {seed}"))
         rows.append({"name": "random", "budget": budget, "architecture": drawn})
-        for name, schedule in hand_made(space.depth, space.levels[0], limit, options).items():
+        for name, schedule in hand_made(space.depth, space.levels[0], limit, size).items():
             rows.append({"name": name, "budget": budget, "architecture": schedule})
     return rows
 
@@ -128,8 +116,7 @@ def unpacked(text: str, images: int) -> np.ndarray:
 
 def interval(values: np.ndarray) -> list[float]:
     """The 95 % t-interval of a mean."""
-    reach = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return [round(float(values.mean() + sign * reach), 3) for sign in (-1, 1)]
+    return [round(float(end), 3) for end in ttest_1samp(values, 0).confidence_interval(0.95)]
 
 
 def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -162,15 +149,16 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def starting_model(start: str, architecture: Architecture, trained: SuperNet, weights: Path, options: Any) -> Subnet:
+def starting_model(start: str, architecture: Architecture, trained: SuperNet, weights: Path, size: int) -> Subnet:
     """The architecture with the supernet's weights, or with ImageNet's."""
-    source = alone_in_its_space(architecture, options)
+    model = Subnet.from_base(MODEL, str(architecture), img_size=size, num_classes=CLASSES)
     if start == "imagenet":
+        source: torch.nn.Module = timm.create_model(MODEL, img_size=size, num_classes=CLASSES)
         load_base_weights(source, weights, MODEL)
     else:
-        held, own = trained.state_dict(), source.state_dict()
-        source.load_state_dict({name: held[name] for name in own})
-    return Subnet.from_supernet(source, architecture)
+        source = trained
+    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    return model
 
 
 def main() -> None:
@@ -211,7 +199,6 @@ def main() -> None:
     folder = RunFolder.open(run)
     trained = load_supernet(folder)
     costs = measure_macs(trained)
-    options = {"img_size": given.img_size, "num_classes": len(folder.read_summary()["classes"])}
     recipe = Recipe(epochs=given.epochs, batch_size=32, lr=3e-4, layer_decay=0.75, amp=given.amp)
     data = open_data(
         given.data, img_size=given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9,
@@ -226,13 +213,13 @@ def main() -> None:
     todo = [(start, names, seed) for start in given.starts.split(",") for names in ORDER for seed in range(given.seeds)]
     for start, names, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
-        for one in competitors(folder, trained.space, costs, options, seed):
+        for one in competitors(folder, trained.space, costs, given.img_size, seed):
             architecture, name, budget = one["architecture"], one["name"], one["budget"]
             if name not in names or (str(architecture), start, seed) in done:
                 continue
             torch.manual_seed(seed)
-            model = starting_model(start, architecture, trained, given.weights, options).to(device)
-            macs = macs_of(architecture, options)
+            model = starting_model(start, architecture, trained, given.weights, given.img_size).to(device)
+            macs = macs_of(architecture, given.img_size)
             state = given.work / f"{given.img_size}.training.safetensors"
             settings = {"architecture": str(architecture), "start": start, "seed": seed}
             total = recipe.epochs * steps_per_epoch(data, recipe, full=True)

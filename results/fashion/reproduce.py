@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 from poolshare.search.progress import progress_bar
 from poolshare.search.retrain import accuracy
 from poolshare.search.run import RunFolder, versions, write_csv, write_json
-from poolshare.space import Architecture, SearchSpace
-from poolshare.supernet import Subnet, SuperNet, measure_macs
+from poolshare.space import Architecture
+from poolshare.supernet import Subnet, count_macs
 from poolshare.supernet.data import open_data
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import steps_per_epoch, train_model
@@ -62,12 +61,15 @@ def model_args(patch: int, width: int) -> dict[str, int]:
     return {"patch_size": patch, "embed_dim": width, "depth": DEPTH, "num_heads": max(width // PER_HEAD, 1)}
 
 
-def supernet_over(architecture: Architecture, patch: int, width: int) -> SuperNet:
-    """A supernet, at random, whose space holds this architecture."""
-    levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
-    operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
-    space = SearchSpace(DEPTH, tuple(levels), tuple(operators), SHARING)
-    return SuperNet.from_timm(MODEL, space, img_size=28, in_chans=1, num_classes=10, **model_args(patch, width))
+def fresh(architecture: Architecture, patch: int, width: int) -> Subnet:
+    """The architecture with random weights."""
+    options = {"img_size": 28, "in_chans": 1, "num_classes": 10, **model_args(patch, width)}
+    return Subnet.from_base(MODEL, str(architecture), **options)
+
+
+def macs_of(model: Subnet) -> int:
+    """MACs of one image."""
+    return count_macs(model.eval(), (torch.zeros(1, 1, 28, 28),))
 
 
 def best(
@@ -91,7 +93,7 @@ def competitors(candidates: pd.DataFrame, patch: int, width: int) -> Iterator[tu
     limits = {}
     for part in NARROWER:
         narrow = round(width * part)
-        limits[part] = measure_macs(supernet_over(dense, patch, narrow)).total(dense)
+        limits[part] = macs_of(fresh(dense, patch, narrow))
         yield f"dense, width {narrow}", narrow, dense
     for part, limit in limits.items():
         yield f"searched for width {round(width * part)}", width, best(candidates, limit)
@@ -121,11 +123,9 @@ def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
         if str(name).startswith("searched"):
             rival = table[table["name"] == str(name).replace("searched for", "dense,")]
             gaps = (group.set_index("seed")["top1"] - rival.set_index("seed")["top1"]).dropna()
-            reach = (
-                student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.nan
-            )
             row["minus_dense_of_equal_macs"] = round(gaps.mean(), 3)
-            row["interval_95"] = [round(gaps.mean() - reach, 3), round(gaps.mean() + reach, 3)]
+            if len(gaps) > 1:
+                row["interval_95"] = [round(float(end), 3) for end in ttest_1samp(gaps, 0).confidence_interval(0.95)]
         found.append(row)
     return found
 
@@ -194,8 +194,7 @@ def main() -> None:
         augmentation=recipe.augmentation,
     )  # fmt: skip
     everybody = list(competitors(candidates, patch, width))
-    first_net = supernet_over(everybody[0][2], patch, width)
-    dense_macs = measure_macs(first_net).total(everybody[0][2])
+    dense_macs = macs_of(fresh(everybody[0][2], patch, width))
     table = given.out / "models.csv"
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     done = {(row["name"], row["seed"]) for row in rows}
@@ -214,9 +213,9 @@ def main() -> None:
                 write_csv(table, pd.DataFrame(rows))
                 continue
             torch.manual_seed(seed)
-            net = supernet_over(architecture, patch, wide)
-            macs = measure_macs(net).total(architecture)
-            model = Subnet.from_supernet(net, architecture).to(device)
+            model = fresh(architecture, patch, wide)
+            macs = macs_of(model)
+            model.to(device)
             total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
             with progress_bar(console, f"{name}, seed {seed}", total, "steps") as advance:
                 train_model(

@@ -24,8 +24,7 @@ from rich.console import Console
 
 from poolshare.search.progress import progress_bar
 from poolshare.search.run import write_csv
-from poolshare.space import Architecture, SearchSpace
-from poolshare.supernet import Subnet, SuperNet, count_macs
+from poolshare.supernet import Subnet, count_macs
 
 HERE = Path(__file__).parent
 MODEL = "vit_tiny_patch16_224"
@@ -45,15 +44,6 @@ MODELS = {
         "pooling and sharing": "49*2 49 25@max2d*3 16@max2d*2 16*3 16",
     },
 }
-
-
-def exported(text: str, size: int) -> Subnet:
-    """The architecture as a stand-alone model."""
-    architecture = Architecture.parse(text)
-    levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
-    operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
-    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), 3)
-    return Subnet.from_supernet(SuperNet.from_timm(MODEL, space, img_size=size, num_classes=10), architecture)
 
 
 @torch.inference_mode()
@@ -80,7 +70,9 @@ def main() -> None:
     console, rows = Console(stderr=True), []
     for size in map(int, given.sizes.split(",")):
         models = {"dense": timm.create_model(MODEL, img_size=size, num_classes=10)}
-        models |= {name: exported(text, size) for name, text in MODELS[size].items()}
+        models |= {
+            name: Subnet.from_base(MODEL, text, img_size=size, num_classes=10) for name, text in MODELS[size].items()
+        }
         macs = {name: count_macs(model.eval(), (torch.zeros(1, 3, size, size),)) for name, model in models.items()}
         for batch in (1, 64):
             images = torch.randn(batch, 3, size, size, device=given.device)
