@@ -4,10 +4,11 @@
     python results/eurosat/reproduce.py … --img-size 224 --device cuda
 
 One supernet is trained and searched from the command line. Then, at each budget, every competitor is fine-tuned by the
-same recipe with the same seeds and tested: from the weights of the supernet, and with `--starts supernet,imagenet` then
-also from the ImageNet weights. Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the
-grid) and ToMe with the same number of merges in every layer; random is another architecture of the budget for each seed.
-About 2 hours on one core at 112 px with bf16 for the first start. Writes results/eurosat/<size>.csv and <size>.json after every
+same recipe with the same seeds and tested. `--starts` says how: `teacher` (default) from the weights of the supernet, with
+the dense model of the same seed as teacher; `supernet` without one; `imagenet` from the ImageNet weights without one.
+Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the grid) and ToMe with the same number
+of merges in every layer; random is another architecture of the budget for each seed.
+About 2 hours on one core at 112 px with bf16 for one start. Writes results/eurosat/<size>.csv and <size>.json after every
 training, and resumes after the last.
 """
 
@@ -18,6 +19,7 @@ import random
 import subprocess
 import sys
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import pandas as pd
 import timm
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_1samp
 
 from poolshare.search.export import load_supernet
@@ -149,6 +152,20 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
+class Remembered(torch.nn.Module):
+    """A teacher that is asked once for each batch: all who learn with one seed see the same images."""
+
+    def __init__(self, teacher: Subnet) -> None:
+        super().__init__()
+        self.teacher, self.answers = teacher, dict[bytes, torch.Tensor]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        key = blake2b(images.cpu().numpy().tobytes(), digest_size=16).digest()
+        if key not in self.answers:
+            self.answers[key] = self.teacher(images)
+        return self.answers[key]
+
+
 def starting_model(start: str, architecture: Architecture, trained: SuperNet, weights: Path, size: int) -> Subnet:
     """The architecture with the supernet's weights, or with ImageNet's."""
     model = Subnet.from_base(MODEL, str(architecture), img_size=size, num_classes=CLASSES)
@@ -161,6 +178,11 @@ def starting_model(start: str, architecture: Architecture, trained: SuperNet, we
     return model
 
 
+def dense_weights(work: Path, size: int, seed: int) -> Path:
+    """Where the dense model of this seed is kept as teacher."""
+    return work / f"{size}-dense-{seed}.safetensors"
+
+
 def main() -> None:
     """Run or resume everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +192,7 @@ def main() -> None:
     parser.add_argument("--search-epochs", type=int, default=8)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--starts", default="supernet", help="supernet, imagenet, or both with a comma")
+    parser.add_argument("--starts", default="teacher", help="teacher, supernet, imagenet, or several with commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
@@ -211,6 +233,7 @@ def main() -> None:
     done = {(row["architecture"], row["start"], row["seed"]) for row in rows}
     dense_macs = costs.total(trained.space[0])
     todo = [(start, names, seed) for start in given.starts.split(",") for names in ORDER for seed in range(given.seeds)]
+    teachers: dict[int, Remembered] = {}
     for start, names, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
         for one in competitors(folder, trained.space, costs, given.img_size, seed):
@@ -219,15 +242,24 @@ def main() -> None:
                 continue
             torch.manual_seed(seed)
             model = starting_model(start, architecture, trained, given.weights, given.img_size).to(device)
+            guide = None
+            if start == "teacher" and name != "dense":
+                if seed not in teachers:
+                    dense = starting_model(start, trained.space[0], trained, given.weights, given.img_size)
+                    dense.load_state_dict(load_file(dense_weights(given.work, given.img_size, seed)))
+                    teachers[seed] = Remembered(dense)
+                guide = teachers[seed]
             macs = macs_of(architecture, given.img_size)
             state = given.work / f"{given.img_size}.training.safetensors"
             settings = {"architecture": str(architecture), "start": start, "seed": seed}
             total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
             with progress_bar(console, f"{name} {budget:.0%} from {start}, seed {seed}", total, "steps") as advance:
                 train_model(
-                    model, data, recipe, seed=seed, workers=given.workers, state=state, settings=settings,
+                    model, data, recipe, teacher=guide, seed=seed, workers=given.workers, state=state, settings=settings,
                     progress=lambda step, loss, show=advance: show(step, f"loss {loss:.3f}"),
                 )  # fmt: skip
+            if start == "teacher" and name == "dense":
+                save_file(model.state_dict(), dense_weights(given.work, given.img_size, seed))
             hits = test_hits(model, data, device)
             for kept in given.work.glob(f"{state.stem}*"):
                 kept.unlink()
