@@ -11,6 +11,7 @@ import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import ne
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,13 @@ class Benchmark:
     def of(cls, candidates: pd.DataFrame, space: SearchSpace, macs: CostTable, parameters: CostTable) -> Benchmark:
         """From a candidates frame that holds the whole space. Raises RunError where rows are missing or foreign."""
         frame = candidates[list(COLUMNS)].reset_index(drop=True)
-        architectures = list(space)
-        if list(frame["architecture"]) != list(map(str, architectures)):
+        if len(frame) != space.size or any(map(ne, frame["architecture"], map(str, space))):
             raise RunError(
                 f"the table has {len(frame):,} rows, the space {space.size:,} architectures; a benchmark holds each of "
                 "them once, in the order of ranks: score the whole space first (--sampler exhaustive)"
             )
         for costs in (macs, parameters):
-            totals = np.fromiter(map(costs.total, architectures), np.int64, len(architectures))
+            totals = np.fromiter(map(costs.total, space), np.int64, space.size)
             wrong = np.flatnonzero(frame[costs.quantity].to_numpy() != totals)
             if len(wrong):
                 raise RunError(

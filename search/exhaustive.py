@@ -202,11 +202,16 @@ class _Whole:
                 tell(trial, self._values(architectures, found, images), {"counts": found, "images": images})
 
     def candidates(self) -> pd.DataFrame:
-        """The candidates frame, once all is scored."""
-        return pd.DataFrame(
-            self.task.row(architecture, correct, self.images, 0)
-            for first, piece in self.pieces.items()
-            for architecture, correct in zip(piece.members(self.task.space), self.counts[first], strict=True)
+        """The candidates frame, once all is scored: piece by piece, for a column takes less than its values in rows."""
+        return pd.concat(
+            [
+                pd.DataFrame(
+                    self.task.row(architecture, correct, self.images, 0)
+                    for architecture, correct in zip(piece.members(self.task.space), self.counts[first], strict=True)
+                )
+                for first, piece in self.pieces.items()
+            ],
+            ignore_index=True,
         )
 
     def _add(self, piece: Subtree) -> None:
