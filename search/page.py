@@ -69,6 +69,8 @@ def page_data(report: Report) -> dict[str, Any]:
         "numbers": _numbers_in_space(report, rows),
         "costs": [{"name": cost, "label": COSTS[cost]} for cost in report.costs],
         "limits": {cost: {"value": limit, "text": quantity(limit, cost)} for cost, limit in report.limits.items()},
+        # Row by row of those that were scored, as characters: whole models that were timed may overrule the limits.
+        "allowed": "".join("01"[int(fits)] for fits in report.candidates.index.isin(report.allowed.index)),
         "dense": index[dense["architecture"]],
         "included": [index[text] for text in report.included if text in index],
         "frontier": {cost: [index[text] for text in report.by(cost)["architecture"]] for cost in report.costs},

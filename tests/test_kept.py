@@ -8,9 +8,9 @@ import torch
 from test_cli import SMALL
 
 from poolshare.search import SearchResult
-from poolshare.search.kept import Timed, time_frontier
+from poolshare.search.kept import AGAIN, Timed, time_frontier
+from poolshare.search.page import page_data
 from poolshare.search.pareto import frontier
-from poolshare.search.progress import no_progress
 from poolshare.search.report import Report
 from poolshare.space import Architecture, BudgetError, SearchSpace
 from poolshare.supernet import SuperNet
@@ -59,6 +59,9 @@ def test_a_dear_one_that_is_faster_than_its_sum_is_taken_and_sums_are_never_made
     timed = Timed(10.0, {"64*2": (1.0, 1.0), "64 36@max2d": (0.45, 0.48)})
     assert report(timed).pick("budget").architecture == "64 36@max2d"
     assert "64 16@max2d" in set(report(timed).allowed["architecture"])
+    # The page marks what keeps the budget in the same way, though the sum of the second one is over it.
+    assert page_data(report(timed))["allowed"] == "01111"
+    assert page_data(report(None))["allowed"] == "00111"
 
 
 def test_milliseconds_are_those_of_the_timing():
@@ -78,13 +81,16 @@ def test_the_frontier_is_timed_until_its_dearest_end_keeps_the_budget():
     sums = [1.0 if index == 0 else 0.1 + 0.001 * index for index in range(len(texts))]
     rows = pd.DataFrame({"architecture": texts, "latency_ms": sums, "top1": [100 * one for one in sums]})
     for budget in ("80%", "60%"):
-        timed = time_frontier(net, rows, 1.0, budget, 1, no_progress)
+        timings: list[float] = [0]
+        timed = time_frontier(net, rows, 1.0, budget, 1, lambda done, note, into=timings: into.append(done))
         keepers = rows[timed.keeps(rows, 1.0, budget)]
         if keepers.empty:  # then every architecture that might have kept it was timed
             assert all(share[1] > float(budget[:-1]) / 100 for share in timed.shares.values())
             continue
         best = frontier(keepers, "latency_ms")["architecture"].iloc[-1]
         assert timed.shares[best][1] <= float(budget[:-1]) / 100
+        assert timings[-1] >= AGAIN * (best != texts[0])  # the best was timed in so many sessions, others too
+        assert timings == sorted(timings)
     assert Timed.from_json(json.loads(json.dumps(timed.to_json()))) == timed
     assert str(Architecture.parse(texts[0])) in timed.shares
 
