@@ -216,7 +216,8 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
     if not options.get("pretrained_cfg"):
         # Input size, statistics and number of classes are the base model's, whose weights this is not.
         options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}
-    return build_model_with_cfg(
+    place = {name: options.pop(name, None) for name in ("device", "dtype")}  # where the caller wants it, as in timm
+    model = build_model_with_cfg(
         lambda **settings: Subnet.from_base(base, architecture, **settings),
         "poolshare_vit",
         pretrained,
@@ -224,3 +225,4 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
         feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
         **options,
     )
+    return model.to(**place)

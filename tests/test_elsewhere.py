@@ -2,7 +2,11 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +159,18 @@ def test_timms_training_script_makes_the_exported_model(changes, export):
     )
 
 
+def test_timms_distillation_makes_the_exported_teacher(export):
+    """Its teacher is made where, and in the precision in which, the student is trained."""
+    out, model = export
+    asked = {"num_classes": 4, "in_chans": 3, "device": torch.device("cpu"), "dtype": torch.bfloat16}
+    teacher = timm.create_model(model_name=f"local-dir:{out}", pretrained=True, **asked)
+    weights = teacher.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], value.bfloat16()) for name, value in model.state_dict().items())
+    meta = timm.create_model(f"local-dir:{out}", device="meta")
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("asked", [{}, {"img_size": 64}, {"input_size": [3, 64, 64]}], ids=str)
 @pytest.mark.parametrize("classes", [None, 4])
 def test_timms_validation_script_makes_the_exported_model(asked, classes, export):
@@ -185,3 +201,56 @@ def test_timms_averages_and_checkpoints_carry_the_exported_model(export, tmp_pat
     load_checkpoint(loaded, path)
     for twin in (begun, loaded):
         assert torch.equal(twin.eval()(images), model(images))
+
+
+def test_timms_tasks_stop_and_continue_an_exported_model(export, tmp_path):
+    """What train.py does since it has tasks: a step, a moving average, a checkpoint of both, --resume."""
+    tasks = pytest.importorskip("timm.task", reason="this timm's train.py has no tasks yet")
+    out, model = export
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def begin(pretrained):
+        made = timm.create_model(f"local-dir:{out}", pretrained=pretrained, **(TRAIN | {"drop_path_rate": 0.1}))
+        task = tasks.ClassificationTask(made, torch.nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+        return task, create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=1e-3, layer_decay=0.75)
+
+    task, optimizer = begin(True)
+    task.setup_ema(decay=0.5)
+    task.get_trainable_module().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        task(images, torch.arange(6) % 4)["loss"].backward()
+    optimizer.step()
+    task.update_ema(step=1)
+    folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    saver = CheckpointSaver(task.get_trainable_module(), optimizer, Namespace(model="x"), task=task, **folders)
+    saver.save_checkpoint(0, metric=1.0)
+
+    path = str(tmp_path / "last.pth.tar")
+    again, its_optimizer = begin(False)
+    assert tasks.resume_task_checkpoint(again, path, its_optimizer, log_info=False) == 1  # the epoch to continue with
+    again.setup_ema(decay=0.5)
+    tasks.load_task_ema_checkpoint(again, path)
+    for ema in (False, True):
+        ended, resumed = (each.get_trainable_module(ema=ema).eval() for each in (task, again))
+        assert torch.equal(resumed(images), ended(images))
+        assert not torch.equal(ended(images), model(images))
+        begun = timm.create_model(f"local-dir:{out}", **TRAIN)
+        load_checkpoint(begun, path, use_ema=ema)
+        assert torch.equal(begun.eval()(images), ended(images))
+    assert its_optimizer.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+
+
+def test_the_readmes_launcher_runs_a_script_that_knows_no_plugins(export, tmp_path):
+    out, model = export
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [launcher] = re.findall(r"`with_poolshare\.py`:\n\n```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "with_poolshare.py").write_text(launcher)
+    (tmp_path / "script.py").write_text(
+        "import sys, timm, torch\n"
+        "if __name__ == '__main__':\n"
+        "    model = timm.create_model(sys.argv[1], pretrained=True).eval()\n"
+        "    torch.save(model(torch.ones(1, 3, 64, 64)), sys.argv[2])\n"
+    )
+    words = [sys.executable, "with_poolshare.py", "script.py", f"local-dir:{out}", "logits.pt"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.ones(1, 3, 64, 64)))
