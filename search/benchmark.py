@@ -8,7 +8,6 @@ on it takes seconds, and needs neither images nor torch.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import ne
@@ -20,7 +19,7 @@ import pandas as pd
 from poolshare.space import Architecture, CostTable, RunError, SearchSpace
 from poolshare.space.files import write_whole
 
-from .run import FORMAT, write_json
+from .run import FORMAT, read_json, write_json
 from .study import Task
 
 COLUMNS = ("architecture", "macs", "parameters", "correct", "total")
@@ -69,7 +68,7 @@ class Benchmark:
         """Read what `save` wrote. Raises RunError where a file is missing or damaged."""
         csv, sidecar = _both(path)
         try:
-            facts = json.loads(sidecar.read_text(encoding="utf-8"))
+            facts = read_json(sidecar)
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}, this poolshare reads {FORMAT}")
             frame = pd.read_csv(csv, compression="gzip")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from poolshare.space.errors import ConfigError, PoolshareError
+from poolshare.space.files import remedy
 
 from . import looking, using
 from .console import PlainConsole, printable
@@ -401,7 +402,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(printable(f"error: {error}; check the path and its permissions"), file=sys.stderr)
+        print(printable(f"error: {error}; {remedy(error)}"), file=sys.stderr)
         sys.exit(1)
 
 

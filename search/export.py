@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
+from poolshare.space.files import sync
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import read_weights, shapes_of
 from poolshare.supernet.sources import GIVEN
@@ -164,9 +165,13 @@ def save_export(
         record["config_sha256"] = _digest(temporary / "config.json")
         write_json(temporary / "architecture.json", record)
         (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8")
+        for file in temporary.iterdir():  # the state of a retraining goes once this is done
+            sync(file)
+        sync(temporary)
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written ({error}); free some space, or choose another --out") from None
     finally:

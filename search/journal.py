@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import TrialState
 
 from poolshare.space import PoolshareError, RunError
+from poolshare.space.files import remedy
 
 from .storage import Store
 
@@ -50,8 +51,9 @@ class Journal(BaseJournalBackend):
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._held.close()  # with it the lock
-                self._held = None
+                held, self._held = self._held, None
+                with suppress(OSError):  # what could not be written was told by then, and tries itself once more
+                    held.close()  # with it the lock
 
     def _open_locked(self) -> BinaryIO:
         file = open(self.path, "a+b")  # noqa: SIM115 - closed by `lock`
@@ -200,6 +202,4 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be used ({error.strerror or error}); free some space, or see to its permissions"
-        ) from None
+        raise RunError(f"{path} cannot be used ({error.strerror or error}); {remedy(error)}") from None

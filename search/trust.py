@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.space.files import held
 from poolshare.supernet import Subnet
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
@@ -64,9 +65,16 @@ def measure_trust(
     Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     epochs: of each training; default: the supernet's. Writes trust.csv after each training and continues from it.
-    Raises RunError for a run that is not trained yet, or whose trust.csv belongs to another plan.
+    Raises RunError for a run that is not trained yet, that another process holds, or whose trust.csv belongs to
+    another plan.
     """
-    console = console or Console(quiet=True)
+    with held(folder.path):
+        return _measure(folder, plan, epochs, workers, device, console or Console(quiet=True))
+
+
+def _measure(
+    folder: RunFolder, plan: Plan, epochs: int | None, workers: int, device: str | None, console: Console
+) -> dict[str, Any]:
     job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)

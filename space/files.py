@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,45 @@ def write_whole(path: Path, write: Callable[[Path], Any], earlier: Path | None =
 
     Both are on the disk when this returns, so a power cut leaves one of them too. earlier: where to keep what stood
     at `path` before; a reader that finds no `path`, because the power failed between the two moves, takes that.
+    Raises RunError, naming `path`, where the disk is full or the folder read-only.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         if earlier is not None and path.exists():
             os.replace(path, earlier)
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        sync(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); {remedy(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk holds none
+            temporary.unlink(missing_ok=True)
+
+
+def remedy(error: OSError) -> str:
+    """What the user can do about an error of the file system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, then give the same command again"
+    return "check the path and its permissions"
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk; a system or a disk that cannot sync folders need not."""
+    folder = path.is_dir()
+    with suppress(OSError) if folder else nullcontext():
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files that killed writers of `path` left. For a process that alone may write it."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    try:
-        opened = os.open(folder, os.O_RDONLY)
-    except OSError:  # a system that opens no folders
-        return
-    try:
-        os.fsync(opened)
-    except OSError:  # a file system that syncs none
-        pass
-    finally:
-        os.close(opened)
 
 
 @contextmanager

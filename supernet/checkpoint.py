@@ -35,7 +35,7 @@ def save_tensors(
     metadata = {"poolshare": text, "facts sha256": _checksum(text, {}), "sha256": _checksum(text, contiguous)}
     try:
         write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata), earlier)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:  # it hides the system's
         raise RunError(
             f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
         ) from None

@@ -119,8 +119,8 @@ def open_source(
     return found
 
 
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
+def _some(items: Sequence[str], most: int = 10) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _open_digits() -> Found:
@@ -247,7 +247,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], tuple[str, ...]]:
     """Class names, (path, class index) of all images, and notes on what was passed over."""
-    folders, samples, passed_over = _subfolders(root), [], 0
+    folders, samples, passed_over = _subfolders(root), [], list[str]()
     endings = get_img_extensions()
     if not folders:
         raise DataError(f"no class folders in {str(root)!r}: images go into ROOT/CLASS/, a folder for each class")
@@ -259,8 +259,11 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], tu
         if not images:
             raise DataError(f"no image ({' '.join(endings)}) in class folder {str(folder)!r}: add some, or remove it")
         samples += [(path, label) for path in sorted(images, key=natural_key)]
-        passed_over += len(files) - len(images)
-    note = f"{passed_over} file(s) in {str(root)!r} were passed over: images end in {' '.join(endings)}."
+        passed_over += sorted(os.path.relpath(path, root) for path in {*files} - {*images})
+    note = (
+        f"{len(passed_over)} file(s) in {str(root)!r} were passed over ({_some(passed_over, 3)}): images end in "
+        f"{' '.join(endings)}."
+    )
     return tuple(folder.name for folder in folders), samples, (note,) * bool(passed_over)
 
 

@@ -59,7 +59,7 @@ def test_a_search_on_a_benchmark_finds_the_frontier_of_the_table(tmp_path):
     pd.testing.assert_frame_equal(frontier(frame)[columns], frontier(table.candidates)[columns])
 
 
-@pytest.mark.parametrize("damage", ["cut", "row", "cost", "count", "sidecar", "name"])
+@pytest.mark.parametrize("damage", ["cut", "row", "cost", "count", "sidecar", "edited", "name"])
 def test_a_damaged_benchmark_is_refused(damage, tmp_path):
     path = tmp_path / "benchmark.csv.gz"
     made().save(path)
@@ -68,6 +68,9 @@ def test_a_damaged_benchmark_is_refused(damage, tmp_path):
         path.write_bytes(path.read_bytes()[:200])
     elif damage == "sidecar":
         (tmp_path / "benchmark.json").write_text("{}")
+    elif damage == "edited":
+        sidecar = tmp_path / "benchmark.json"
+        sidecar.write_text(sidecar.read_text().replace('"max_run": 2', '"max_run": 3'))
     elif damage == "name":
         path = tmp_path / "benchmark.csv"
     else:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from poolshare.search.export import load_export
 from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.space import CostTable, PoolshareError, RunError, SearchSpace
+from poolshare.space.files import held
 from poolshare.supernet import SuperNet
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.latency import Latency
@@ -363,6 +364,37 @@ def test_a_full_disk_is_a_clear_error_and_the_search_goes_on_when_there_is_room(
     status, _, err = verb("export", made / "run", "--out", disk / "export")
     assert (status, "space" in err) == (1, True), err
     assert not (disk / "export").exists()
+
+
+def test_a_full_disk_stops_every_verb_with_the_name_of_the_file_and_takes_nothing(made, verb, disk):
+    shutil.copytree(made / "run", disk / "run")
+    shutil.copytree(made / "export", disk / "export")
+    for name in ("study.journal", "candidates.csv"):  # so that there is something to score
+        (disk / "run" / name).unlink()
+    (disk / "run" / "study.journal").touch()
+    before = {path: path.read_bytes() for path in disk.rglob("*.*") if path.is_file() and path.name != ".lock"}
+    room = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize))
+    plan = ("--architectures", "2", "--twice", "0", "--bands", "1", "--epochs", "1", "-q")
+    for words, file in (
+        (["worker", disk / "run", "-q"], "study.journal"),
+        (["trust", disk / "run", *plan], ""),
+        (["retrain", disk / "export", "--epochs", "1", "-q"], ""),
+        (["pareto", made / "run", "--csv", disk / "frontier.csv"], "frontier.csv"),
+        (["pareto", made / "run", "--png", disk / "frontier.png"], "frontier.png"),
+    ):
+        status, _, err = verb(*words)
+        assert (status, file in err, "No space left" in err, "free some space" in err) == (1, True, True, True), err
+        assert not any(wrong in err for wrong in ("Traceback", "damaged", "delete")), err
+        assert {path: path.read_bytes() for path in before} == before
+    (disk / "filler").unlink()
+    assert verb("worker", disk / "run", "-q")[0] == 0
+
+
+def test_trust_holds_its_run(made, verb):
+    with held(made / "run"):
+        status, _, err = verb("trust", made / "run", "--architectures", "2", "-q")
+    assert (status, f"is in use by process {os.getpid()}" in err) == (1, True), err
 
 
 def test_a_read_only_disk_is_a_clear_error(made, verb, disk):

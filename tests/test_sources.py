@@ -76,7 +76,9 @@ def test_a_second_test_folder_and_foreign_files_are_noted(tmp_path):
     (tmp_path / "train" / "0" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".cache").mkdir()
     first, second = open_source(str(tmp_path)).notes
-    assert first.startswith("1 file(s) in")
+    assert first.startswith(
+        f"1 file(s) in {str(tmp_path / 'train')!r} were passed over ({Path('0', 'notes.txt')}): images end in"
+    )
     assert f"{str(tmp_path / 'val')!r} is not used" in second
 
 
