@@ -8,6 +8,7 @@ on it takes seconds, and needs neither images nor torch.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import ne
@@ -77,7 +78,7 @@ class Benchmark:
             frame = frame.astype({"architecture": str} | dict.fromkeys(COLUMNS[1:], "int64"))
             tables = (CostTable.from_json(facts[name]) for name in ("macs", "parameters"))
             return cls.of(frame, SearchSpace(**facts["space"]), *tables)
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{csv} with {sidecar.name} is no benchmark, or damaged ({error!s:.200}); restore both"
             ) from None

@@ -18,6 +18,7 @@ from .run import RunFolder
 from .storage import storage_kind
 
 SECONDS_BETWEEN_LOOKS = 2
+PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
 
 
 def work(
@@ -37,6 +38,7 @@ def work(
     """
     console = console or Console(quiet=True)
     kind = storage_kind(storage)
+    _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
     folder.check_same(folder.data_fingerprint, kind)
     here = {"data": data, "data_dir": data_dir, "device": device, "download": False, "workers": workers}
@@ -63,6 +65,23 @@ def work(
 
     found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
+
+
+def _wait_for_folder(run: Path, console: Console) -> None:
+    """Return once a search has begun the run, where something else stands, or after `PATIENCE_SECONDS`."""
+
+    def absent() -> bool:
+        return not run.exists() or (run.is_dir() and all(entry.name.startswith(".") for entry in run.iterdir()))
+
+    start = time.monotonic()
+    if absent():
+        console.print(
+            f"{run} is no run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
+            markup=False,
+            soft_wrap=True,
+        )
+    while absent() and time.monotonic() - start < PATIENCE_SECONDS:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:

@@ -59,6 +59,26 @@ def test_a_search_on_a_benchmark_finds_the_frontier_of_the_table(tmp_path):
     pd.testing.assert_frame_equal(frontier(frame)[columns], frontier(table.candidates)[columns])
 
 
+def test_a_flipped_bit_of_a_benchmark_is_refused_or_changes_nothing(tmp_path):
+    path, rng = tmp_path / "benchmark.csv.gz", random.Random(0)
+    made().save(path)
+    right, refused = Benchmark.load(path), 0
+    for file in (path, tmp_path / "benchmark.json"):
+        content = file.read_bytes()
+        for _ in range(30):
+            position, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+            file.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
+            try:
+                found = Benchmark.load(path)
+            except RunError:
+                refused += 1
+                continue
+            pd.testing.assert_frame_equal(found.frame, right.frame)  # the time in gzip's header, for instance
+            assert found == Benchmark(right.space, right.macs, right.parameters, found.frame)
+        file.write_bytes(content)
+    assert refused > 45
+
+
 @pytest.mark.parametrize("damage", ["cut", "row", "cost", "count", "sidecar", "edited", "name"])
 def test_a_damaged_benchmark_is_refused(damage, tmp_path):
     path = tmp_path / "benchmark.csv.gz"

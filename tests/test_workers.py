@@ -216,13 +216,16 @@ def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_proces
         pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
 
 
-def test_a_worker_waits_for_the_supernet_then_shares_the_search_and_no_password_is_kept(alone, tmp_path, request):
+def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(alone, tmp_path, request):
     for kind in ("journal", "postgresql"):
-        folder = begun(alone, tmp_path / kind, kind).path
-        (folder / "supernet.safetensors").unlink()
+        ready = begun(alone, tmp_path / f"{kind} to be", kind).path
+        (ready / "supernet.safetensors").unlink()
+        folder = tmp_path / kind
         hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | hidden}
         with subprocess.Popen([*MAIN, "worker", str(folder), "--json"], **pipes) as worker:
+            assert "waiting 10 minutes for `poolshare search` to begin it" in worker.stderr.readline()
+            ready.rename(folder)
             assert "waiting for `poolshare search` to train it" in worker.stderr.readline()
             words = [*SEARCH, "--trials", str(TRIALS), "--out", str(folder), "--json"]
             search = subprocess.Popen([*MAIN, *words], **pipes)
