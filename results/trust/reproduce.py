@@ -322,6 +322,13 @@ def compare(setting: str) -> None:
         "noise": noise,
     }
     facts |= {"tau_with_macs": kendall_tau(first, macs)}
+    groups = {
+        operator: (wide["architecture"].map(first_drop) == operator).to_numpy() for operator in ("random", "max2d")
+    }
+    facts["alone_by_first_drop"] = {
+        operator: {"n": int(some.sum()), "mean": float(first[some].mean()), "spread": float(first[some].std(ddof=1))}
+        for operator, some in groups.items()
+    }
     found, plain = [], None
     for (lever, seed), group in scores.groupby(["lever", "seed"], sort=False):
         correct = group.set_index("architecture")["correct"]
@@ -337,14 +344,21 @@ def compare(setting: str) -> None:
             row |= {"mean": float(score.mean()), "score_with_macs": kendall_tau(score, macs)}
             row |= {"gap_with_macs": kendall_tau(first - score, macs), "over_plain": gain(wide, plain, score)}
             row |= {key: result[key] for key in ("tau", "share_of_ceiling", "within")}
+            row["tau_with_plain"] = kendall_tau(score, plain)
+            row["tau_by_first_drop"] = {name: kendall_tau(score[some], first[some]) for name, some in groups.items()}
             facts |= {"ceiling": result["ceiling"], "ceiling_within": result["within"]["ceiling"]}
             found.append(row)
             minutes = "" if row["seconds"] is None else f"{row['seconds'] / 60:.0f} min"
             cells = [name, str(seed), text(result["tau"]), text(row["over_plain"]), text(result["within"]["tau"])]
             cells += [text(result["share_of_ceiling"]), f"{row['mean'] / total:.1%}", f"{row['gap_with_macs']:.2f}"]
             print("| " + " | ".join([*cells, minutes]) + " |")
-    print({name: text(value) if isinstance(value, dict) else value for name, value in facts.items()})
+    print({name: text(value) if "ceiling" in name else value for name, value in facts.items()})
     write_json(HERE / f"{setting}.json", facts | {"versions": versions(), "threads": 1, "levers": found})
+
+
+def first_drop(architecture: str) -> str | None:
+    """The operator of an architecture's first reduction."""
+    return next((layer.operator for layer in Architecture.parse(architecture).layers if layer.operator), None)
 
 
 def calibrated(wide: pd.DataFrame, correct: pd.Series) -> pd.Series:
