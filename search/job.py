@@ -34,7 +34,7 @@ from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, MAY_DIFFER, RunFolder, SearchConfig, versions, write_csv, write_json
 from .storage import open_store, storage_kind
-from .study import Task, run_study
+from .study import GENERATION, Task, run_study
 
 SCORING_BATCH = 256
 
@@ -239,7 +239,7 @@ def study_name(job: Job, folder: RunFolder) -> str:
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for
-        ours |= {"budget": job.config.budget, "sampler": job.config.sampler}
+        ours |= {"budget": job.config.budget, "sampler": job.config.sampler, "generation": GENERATION}
         if job.config.objective == "latency":
             ours["objective"] = job.objective.to_json()
     digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from poolshare.space import Architecture, Band, CostTable, Layer, SearchSpace
 
-from .surrogate import EdgeModel, expected_gain
+from .surrogate import Surrogate, expected_gain
 
 _TRIES = 50  # for a proposal that is new and within the budget, before drawing one
 _WHOLE = 5000  # architectures within the budget that the model looks at one and all
-_OFFSPRING = 20  # that it looks at for each proposal in a larger space
+_OFFSPRING = 40  # that it looks at for each proposal in a larger space
+_KNOWN = 1000  # scored architectures that the model is fitted to
+_TURNS = 4  # one of so many proposals is the best of a cost band of its own
 _BAND = 1.25  # width of a proposal's own cost band, as a factor
 
 
@@ -42,14 +45,14 @@ def random_draws(allowed: Band, costs: CostTable, scored: Sequence[Scored], key:
 def evolution(
     allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int, bands: int = 10, elite: int = 3
 ) -> list[Architecture]:
-    """Those of many offspring that an additive model of accuracy expects to push the frontier farthest.
+    """Those of many offspring that a model of accuracy expects to push the frontier farthest.
 
     allowed: the budget. scored: everything scored so far. key: what the randomness is keyed by; equal keys and
     equal records give equal proposals. The first generation is drawn below limits that grow by equal factors, with
     the cheapest architecture and, where the budget allows, the dense one.
 
-    Each later proposal draws a model from what the scores leave open. Every other one is the offspring whose expected
-    gain of hypervolume is highest; the rest, highest expected gain over the frontier inside a cost band of their own, so
+    Each later proposal is the offspring whose expected gain of hypervolume is highest, once those before it are taken to
+    score as expected; every fourth the one of highest expected gain over the frontier inside a cost band of its own, so
     that the whole frontier is worked on and not only where it is widest. Offspring come from the best architectures of
     every cost band; a space of few architectures is looked at whole.
     """
@@ -101,12 +104,13 @@ def _pool(
 def _most_promising(
     allowed: Band, costs: CostTable, inside: Sequence[Scored], pool: list[Architecture], key: str, count: int
 ) -> list[Architecture]:
-    model = EdgeModel(allowed.space, [c.architecture for c in inside], [c.top1 for c in inside])
-    design, cost = model.design(pool), np.array([costs.total(architecture) for architecture in pool])
     steps: list[Scored] = []  # the frontier, by rising cost and accuracy
     for candidate in sorted(inside, key=lambda c: (c.cost, -c.top1)):
         if not steps or candidate.top1 > steps[-1].top1:
             steps.append(candidate)
+    known = _nearest(inside, steps)
+    model = Surrogate(allowed.space, [c.architecture for c in known], [c.top1 for c in known], pool)
+    cost = np.array([costs.total(architecture) for architecture in pool])
     heights = np.array([step.top1 for step in steps])  # (steps,)
     edges = np.array([step.cost for step in steps] + [allowed.high])
     # How much of each step's width a candidate of this cost lies before: (pool, steps)
@@ -115,21 +119,31 @@ def _most_promising(
     free = np.ones(len(pool), bool)
     proposals: list[Architecture] = []
     for index in range(min(count, len(pool))):
-        rng = random.Random(f"{key} {index}")
-        predicted = model.draw(design, rng)
-        if index % 2:
-            limit = _between(allowed, rng.random())
-            band = np.flatnonzero(free & (cost <= limit) & (cost >= limit / _BAND))
-            band = band if len(band) else np.flatnonzero(free)
-            gains = expected_gain(predicted[band], model.noise, below[band])
+        band, spread = np.flatnonzero(free), model.spread
+        if index % _TURNS == _TURNS - 1:
+            limit = _between(allowed, random.Random(f"{key} {index}").random())
+            near = np.flatnonzero(free & (cost <= limit) & (cost >= limit / _BAND))
+            band = near if len(near) else band
+            gains = expected_gain(model.mean[band], spread[band], below[band])
         else:
-            band = np.flatnonzero(free)
-            gains = (expected_gain(predicted[band, None], model.noise, heights) * widths[band]).sum(axis=1)
+            gains = expected_gain(model.mean[band, None], spread[band, None], heights)
+            gains = (gains * widths[band]).sum(axis=1)
         # Rounded, so that another machine's last bits seldom change who is first; of equals the first.
-        best = band[int(np.argmax([float(f"{gain:.9g}") for gain in gains]))]
+        best = int(band[int(np.argmax([float(f"{gain:.9g}") for gain in gains]))])
         free[best] = False
+        model.expect(best)
         proposals.append(pool[best])
     return proposals
+
+
+def _nearest(inside: Sequence[Scored], steps: Sequence[Scored]) -> list[Scored]:
+    """The `_KNOWN` candidates that lack least to the frontier at their cost."""
+    if len(inside) <= _KNOWN:
+        return list(inside)
+    edges, heights = [step.cost for step in steps], [step.top1 for step in steps]
+    lack = [heights[bisect_right(edges, candidate.cost) - 1] - candidate.top1 for candidate in inside]
+    order = sorted(range(len(inside)), key=lambda position: (lack[position], position))
+    return [inside[position] for position in sorted(order[:_KNOWN])]
 
 
 def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> list[list[Scored]]:
@@ -226,8 +240,8 @@ def encode(architecture: Architecture, space: SearchSpace) -> dict[str, Any]:
 PROPOSERS: dict[str, Proposer] = {"evolution": evolution, "random": random_draws}
 
 
-def optuna_sampler(name: str, seed: int, population: int) -> BaseSampler:
-    """Optuna's NSGA-II or multivariate TPE."""
+def optuna_sampler(name: str, seed: int) -> BaseSampler:
+    """Optuna's NSGA-II (population 50) or multivariate TPE."""
     if name == "nsga2":
-        return NSGAIISampler(population_size=population, seed=seed)
+        return NSGAIISampler(seed=seed)
     return TPESampler(multivariate=True, constant_liar=True, seed=seed)

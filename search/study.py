@@ -20,7 +20,7 @@ from .propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sa
 from .run import RunFolder
 from .storage import Store, open_store
 
-GENERATION = 50  # architectures that are proposed together, from all that were scored before
+GENERATION = 25  # architectures that are proposed together, from all that were scored before
 MAX_FAILURES = 20  # workers that may die over one architecture before the search gives up
 
 # Architectures and a progress callback (share done) → correct counts, number of images.
@@ -291,7 +291,7 @@ class _Search:
 
         In the shared study trial numbers depend on who queued and who was killed, and samplers look at them.
         """
-        sampler = optuna_sampler(self.sampler, self.seed * 1_000_003 + generation, GENERATION)
+        sampler = optuna_sampler(self.sampler, self.seed * 1_000_003 + generation)
         study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
         study.add_trials(slot.trial for slot in earlier)
         for _ in range(GENERATION):

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.integrate import quad
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
 from poolshare.search.benchmark import Benchmark
 from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
 from poolshare.search.run import RunFolder, SearchConfig
 from poolshare.search.study import run_study
-from poolshare.search.surrogate import EdgeModel, expected_gain
+from poolshare.search.surrogate import _RATES, _RATIOS, Surrogate, expected_gain
 from poolshare.space import CostTable, RunError, SearchSpace
 
 SPACE = SearchSpace(depth=5, levels=(64, 16, 4), max_run=2)
@@ -109,18 +109,38 @@ def test_the_expected_gain_is_the_integral(mean, spread, best):
     assert float(expected_gain(np.array([mean]), spread, np.array([best]))[0]) == pytest.approx(integral, rel=1e-6)
 
 
-def test_the_edge_model_draws_have_the_posterior_of_ridge_regression():
+def unlikeness(first, second):
+    """Token levels between two architectures, and the layers that share or pool in another way."""
+    way = lambda layer: (layer.shared, layer.operator)
+    levels = SPACE.levels.index
+    pairs = list(zip(first.layers, second.layers, strict=True))
+    return sum(abs(levels(a.tokens) - levels(b.tokens)) + (way(a) != way(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("expected", [(), (3, 17)])
+def test_the_surrogate_is_the_likeliest_gaussian_process_and_takes_expected_scores_as_seen(expected):
     rng = random.Random(0)
-    known = [SPACE.sample(rng) for _ in range(40)]
-    top1 = [90 + MACS.total(a) / 50 + rng.gauss(0, 0.3) for a in known]
-    model = EdgeModel(SPACE, known, top1)
-    design = model.design(known)
-    ask = model.design(list(SPACE)[:20])
-    width = ask.shape[1]
-    design = np.pad(design, ((0, 0), (0, width - design.shape[1])))
-    precision = design.T @ design + model._ratio * np.eye(width)
-    mean = np.mean(top1) + ask @ np.linalg.solve(precision, design.T @ (np.array(top1) - np.mean(top1)))
-    deviation = model.noise * np.sqrt(np.diag(ask @ np.linalg.solve(precision, ask.T)))
-    draws = np.array([model.draw(ask, random.Random(i)) for i in range(4000)])
-    np.testing.assert_allclose((draws.mean(0) - mean) / deviation, 0, atol=0.08)
-    np.testing.assert_allclose(draws.std(0) / deviation, 1, atol=0.06)
+    known = list({SPACE.sample(rng): None for _ in range(60)})
+    top1 = np.array([90 + MACS.total(a) / 50 + rng.gauss(0, 0.3) for a in known])
+    pool = [a for a in SPACE if a not in known]
+    model = Surrogate(SPACE, known, top1, pool)
+    for member in expected:
+        model.expect(member)
+
+    def covariance(first, second, rate):
+        return np.exp([[-rate * unlikeness(a, b) for b in second] for a in first])
+
+    centred = top1 - top1.mean()
+
+    def likelihood(rate, ratio):  # with the likeliest variance, by scipy's density
+        gram = covariance(known, known, rate) + ratio * np.eye(len(known))
+        variance = centred @ np.linalg.solve(gram, centred) / len(known)
+        return multivariate_normal.logpdf(centred, cov=variance * gram), rate, ratio, variance
+
+    _, rate, ratio, variance = max(likelihood(rate, ratio) for rate in _RATES for ratio in _RATIOS)
+    seen = known + [pool[member] for member in expected]
+    gram, across = covariance(seen, seen, rate) + ratio * np.eye(len(seen)), covariance(pool, seen, rate)
+    mean = across[:, : len(known)] @ np.linalg.solve(gram[: len(known), : len(known)], centred) + top1.mean()
+    left = 1 - np.einsum("ij,ji->i", across, np.linalg.solve(gram, across.T))
+    np.testing.assert_allclose(model.mean, mean, rtol=1e-9)
+    np.testing.assert_allclose(model.spread, np.sqrt(variance * (left + ratio)), rtol=1e-6)

@@ -12,7 +12,7 @@ from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.run import RunFolder, SearchConfig
-from poolshare.search.study import Task, run_study
+from poolshare.search.study import GENERATION, Task, run_study
 from poolshare.space import CostTable, SearchSpace
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)
@@ -121,7 +121,7 @@ def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampl
 
         def stop(architectures, progress, score=score):
             result = score(architectures, progress)
-            if len(score.asked) > 40:
+            if len(score.asked) > GENERATION - 10:
                 raise Stopped
             return result
 
@@ -129,8 +129,8 @@ def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampl
             run_study(make_task(stop), folder, sampler, 130, 7, "s", no_progress)
         with open(folder.journal, "ab") as journal:  # a killed writer leaves half a line
             journal.write(b'{"op_code": 5, "worker')
-        first = run_study(make_task(Counter()), folder, sampler, 50, 7, "s", no_progress)
-        assert len(first) == 50
+        first = run_study(make_task(Counter()), folder, sampler, GENERATION, 7, "s", no_progress)
+        assert len(first) == GENERATION
     continued = run_study(make_task(Counter()), folder, sampler, 130, 7, "s", no_progress)
     pd.testing.assert_frame_equal(continued, undisturbed)
 

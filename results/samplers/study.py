@@ -4,8 +4,9 @@
 
 An evaluation is an architecture scored for the first time; one that is proposed again is answered from the record and
 counts for nothing. Hypervolume is a share of the true frontier's, between the frontier's own worst accuracy and worst
-cost (its nadir). A sampler is asked at most 2,000 times (TPE 400: it asks most slowly, and repeats itself
-most); where that gives fewer distinct architectures than a checkpoint wants, it stays at what it had reached.
+cost (its nadir). A run goes on to the last checkpoint, and from there until it has 99 %. A sampler is asked at most 3,000
+times (TPE 400: it asks most slowly, and repeats itself most); where that gives fewer distinct architectures than a
+checkpoint wants, it stays at what it had reached.
 """
 
 from __future__ import annotations
@@ -30,18 +31,21 @@ from poolshare.search.study import GENERATION
 from poolshare.space import Architecture
 
 CHECKPOINTS = (50, 100, 200, 400)
+EVALUATIONS = CHECKPOINTS[-1]
+WANTED = 0.99  # of the true frontier's hypervolume
 STEP = 10  # evaluations between two looks at the hypervolume
 ASKS = {"tpe": 400}
-MOST_ASKS = 2000
+MOST_ASKS = 3000
+POPULATION = 50  # of NSGA-II and AutoFormer's
 
 Score = Callable[[Architecture], Scored]
 Run = Iterator[Architecture]  # what is proposed, in order; the next is asked for when this one is scored
 
 
-def ours(table: Benchmark, score: Score, seed: int, name: str) -> Run:
+def ours(table: Benchmark, score: Score, seed: int, name: str, size: int = GENERATION) -> Run:
     """A proposer of `propose`, in the generations of `study`."""
     task, record, generation = table.task(), [], 0
-    while proposals := PROPOSERS[name](task.allowed, table.macs, record, f"{name} {seed} {generation}", GENERATION):
+    while proposals := PROPOSERS[name](task.allowed, table.macs, record, f"{name} {seed} {generation}", size):
         yield from proposals
         record += map(score, proposals)
         generation += 1
@@ -58,7 +62,7 @@ def by_optuna(table: Benchmark, score: Score, seed: int, make: Callable[[int], B
 
 
 def autoformer(
-    table: Benchmark, score: Score, seed: int, population: int = 50, parents: int = 10, rate: float = 0.2
+    table: Benchmark, score: Score, seed: int, population: int = POPULATION, parents: int = 10, rate: float = 0.2
 ) -> Run:
     """The evolution of AutoFormer (2107.00651): half mutations, half crossovers of the most accurate parents.
 
@@ -101,7 +105,7 @@ def _values(distribution: optuna.distributions.BaseDistribution) -> list:
 
 SAMPLERS: dict[str, Callable[[Benchmark, Score, int], Run]] = {
     **{name: partial(ours, name=name) for name in PROPOSERS},
-    "nsga2": partial(by_optuna, make=lambda seed: NSGAIISampler(population_size=GENERATION, seed=seed)),
+    "nsga2": partial(by_optuna, make=lambda seed: NSGAIISampler(population_size=POPULATION, seed=seed)),
     "tpe": partial(by_optuna, make=lambda seed: TPESampler(multivariate=True, seed=seed)),
     "autoformer": autoformer,
 }
@@ -127,31 +131,30 @@ def race(table: Benchmark, sampler: str, seed: int, evaluations: int) -> pd.Data
             points = set(zip(best["top1"], best["macs"], strict=True))
             found = sum(point in points for point in zip(true["top1"], true["macs"], strict=True))
             looks.append((len(evaluated), hypervolume(best, reference) / whole, found))
-        if len(evaluated) >= evaluations:
-            break
+            if len(evaluated) >= evaluations or (len(evaluated) >= EVALUATIONS and looks[-1][1] >= WANTED):
+                break
     result = pd.DataFrame(looks, columns=["evaluations", "hypervolume", "found"])
     return result.assign(sampler=sampler, seed=seed)[["sampler", "seed", "evaluations", "hypervolume", "found"]]
 
 
 def summarise(runs: pd.DataFrame, points: int) -> str:
     """The table of the README: medians and quartiles over seeds."""
-    last = int(runs["evaluations"].max())
     titles = ["sampler", *(f"{n}" for n in CHECKPOINTS), f"true points of {points}", "evaluations to 99 %", "distinct"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, part in runs.groupby("sampler", sort=False):
         by_seed = [one.set_index("evaluations") for _, one in part.groupby("seed")]
         reached = lambda column, n: [one[column][one.index <= n].iloc[-1] for one in by_seed]  # noqa: B023, E731
         cells = [_quartiles(np.multiply(100, reached("hypervolume", n)), 1) for n in CHECKPOINTS]
-        there = [next(iter(one.index[one["hypervolume"] >= 0.99]), last + 1) for one in by_seed]
-        cells += [_quartiles(reached("found", CHECKPOINTS[-1]), 0), _quartiles(there, 0, last)]
+        there = [next(iter(one.index[one["hypervolume"] >= WANTED]), np.inf) for one in by_seed]
+        cells += [_quartiles(reached("found", EVALUATIONS), 0), _quartiles(there, 0, int(part["evaluations"].max()))]
         cells.append(_quartiles([one.index.max() for one in by_seed], 0))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _quartiles(values: Sequence[float] | np.ndarray, digits: int, last: float = np.inf) -> str:
-    """Median (lower to upper quartile), of values that occur; what lies beyond `last` was not reached."""
-    text = lambda value: f"> {last:,.0f}" if value > last else f"{value:,.{digits}f}"  # noqa: E731
+def _quartiles(values: Sequence[float] | np.ndarray, digits: int, last: int = 0) -> str:
+    """Median (lower to upper quartile), of values that occur; infinite is what was not reached within `last`."""
+    text = lambda value: f"> {last:,}" if value == np.inf else f"{value:,.{digits}f}"  # noqa: E731
     low, middle, high = map(text, np.quantile(values, (0.25, 0.5, 0.75), method="higher"))
     return f"{middle} ({low} to {high})"
 
@@ -161,7 +164,7 @@ def main() -> None:
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="beginning of the names of the two files to write")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--evaluations", type=int, default=3000)
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
