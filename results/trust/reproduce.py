@@ -329,12 +329,13 @@ def compare(setting: str) -> None:
         operator: {"n": int(some.sum()), "mean": float(first[some].mean()), "spread": float(first[some].std(ddof=1))}
         for operator, some in groups.items()
     }
-    found, plain = [], None
+    plains = scores[scores["lever"] == "plain"].set_index(["seed", "architecture"])["correct"]
+    found = []
     for (lever, seed), group in scores.groupby(["lever", "seed"], sort=False):
         correct = group.set_index("architecture")["correct"]
+        plain = wide["architecture"].map(plains[seed]).to_numpy(float)
         both = [(lever, correct)]
         if lever == "plain":
-            plain = wide["architecture"].map(correct).to_numpy(float) if plain is None else plain
             both.append(("calibrated", calibrated(wide, correct)))
         for name, values in both:
             result = summarise(truths.assign(supernet_correct=truths["architecture"].map(values)))
