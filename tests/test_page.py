@@ -13,7 +13,7 @@ from reports import ATTACK, SPACE, candidates, make_report
 
 from poolshare.search.page import SCRIPTS, page_data, write_html
 from poolshare.search.report import Report
-from poolshare.space.errors import RunError
+from poolshare.space import RunError
 
 
 class Page(HTMLParser):
@@ -135,7 +135,7 @@ def test_page_survives_a_failed_write(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(RunError, match="report.html cannot be written .disk full."):
+    with pytest.raises(RunError, match=r"report\.html cannot be written \(disk full\)"):
         write_html(make_report(), target)
     assert os.listdir(tmp_path) == ["report.html"]
     assert target.read_text() == "old"
