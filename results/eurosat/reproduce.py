@@ -4,11 +4,11 @@
     python results/eurosat/reproduce.py … --img-size 224 --device cuda
 
 One supernet is trained and searched from the command line. Then, at each budget, every competitor is fine-tuned by the
-same recipe with the same seeds and tested. `--starts` says how: `teacher` (default) from the weights of the supernet, with
-the dense model of the same seed as teacher; `supernet` without one; `imagenet` from the ImageNet weights without one.
+same recipe with the same seeds and tested. `--starts` says how: `supernet` (default) from the weights of the supernet;
+`teacher` from there, with the dense model of the same seed as teacher; `imagenet` from the ImageNet weights.
 Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the grid) and ToMe with the same number
 of merges in every layer; random is another architecture of the budget for each seed.
-About 2 hours on one core at 112 px with bf16 for one start. Writes results/eurosat/<size>.csv and <size>.json after every
+About 2 hours on one core at 112 px with bf16 for one start. Writes results/eurosat/<size>-<operators>.csv and .json after every
 training, and resumes after the last.
 """
 
@@ -46,8 +46,13 @@ from poolshare.supernet.weights import load_base_weights
 HERE = Path(__file__).parent
 MODEL, CLASSES = "vit_tiny_patch16_224", 10
 LEVELS = {49: (49, 25, 16, 9), 196: (196, 100, 49, 25)}
-ORDER = (("dense", "searched"), ("uniform", "tome"), ("random",))  # who is trained first, with all seeds
 BUDGETS = (0.58, 0.40)  # of the dense MACs: 42 % fewer is what Token Pooling claims for DeiT
+ORDER = (  # who is trained first, with all seeds
+    {("dense", 1.0), ("searched", BUDGETS[0]), ("uniform", BUDGETS[0])},
+    {("searched", BUDGETS[1]), ("uniform", BUDGETS[1])},
+    {("tome", budget) for budget in BUDGETS},
+    {("random", budget) for budget in BUDGETS},
+)
 
 
 def merging_schedule(depth: int, tokens: int, merges: int) -> Architecture:
@@ -178,9 +183,9 @@ def starting_model(start: str, architecture: Architecture, trained: SuperNet, we
     return model
 
 
-def dense_weights(work: Path, size: int, seed: int) -> Path:
+def dense_weights(work: Path, setting: str, seed: int) -> Path:
     """Where the dense model of this seed is kept as teacher."""
-    return work / f"{size}-dense-{seed}.safetensors"
+    return work / f"{setting}-dense-{seed}.safetensors"
 
 
 def main() -> None:
@@ -189,10 +194,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of train and test")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors of the pretrained ViT-Tiny")
     parser.add_argument("--img-size", type=int, choices=(112, 224), default=112)
+    parser.add_argument("--operators", default="avg2d", help="of the search, with commas")
     parser.add_argument("--search-epochs", type=int, default=8)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--starts", default="teacher", help="teacher, supernet, imagenet, or several with commas")
+    parser.add_argument("--starts", default="supernet", help="supernet, teacher, imagenet, or several with commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
@@ -202,10 +208,11 @@ def main() -> None:
     given = parser.parse_args()
     console, device = Console(stderr=True), torch.device(given.device)
     tokens = (given.img_size // 16) ** 2
-    run = given.work / f"run-{given.img_size}"
+    setting = f"{given.img_size}-{given.operators.replace(',', '-')}"
+    run = given.work / f"run-{setting}"
     command = "from poolshare.search.cli import main; main()"
     words = ["--data", given.data, "--model", MODEL, "--weights", str(given.weights), "--img-size", str(given.img_size)]
-    words += ["--levels", ",".join(map(str, LEVELS[tokens])), "--operators", "tome,max2d", "--sampler", "evolution"]
+    words += ["--levels", ",".join(map(str, LEVELS[tokens])), "--operators", given.operators, "--sampler", "evolution"]
     words += [
         "--trials",
         str(given.trials),
@@ -228,17 +235,17 @@ def main() -> None:
     )  # fmt: skip
 
     given.out.mkdir(parents=True, exist_ok=True)
-    table = given.out / f"{given.img_size}.csv"
+    table = given.out / f"{setting}.csv"
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     done = {(row["architecture"], row["start"], row["seed"]) for row in rows}
     dense_macs = costs.total(trained.space[0])
-    todo = [(start, names, seed) for start in given.starts.split(",") for names in ORDER for seed in range(given.seeds)]
+    todo = [(start, stage, seed) for start in given.starts.split(",") for stage in ORDER for seed in range(given.seeds)]
     teachers: dict[int, Remembered] = {}
-    for start, names, seed in todo:
+    for start, stage, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
         for one in competitors(folder, trained.space, costs, given.img_size, seed):
             architecture, name, budget = one["architecture"], one["name"], one["budget"]
-            if name not in names or (str(architecture), start, seed) in done:
+            if (name, budget) not in stage or (str(architecture), start, seed) in done:
                 continue
             torch.manual_seed(seed)
             model = starting_model(start, architecture, trained, given.weights, given.img_size).to(device)
@@ -246,11 +253,11 @@ def main() -> None:
             if start == "teacher" and name != "dense":
                 if seed not in teachers:
                     dense = starting_model(start, trained.space[0], trained, given.weights, given.img_size)
-                    dense.load_state_dict(load_file(dense_weights(given.work, given.img_size, seed)))
+                    dense.load_state_dict(load_file(dense_weights(given.work, setting, seed)))
                     teachers[seed] = Remembered(dense)
                 guide = teachers[seed]
             macs = macs_of(architecture, given.img_size)
-            state = given.work / f"{given.img_size}.training.safetensors"
+            state = given.work / f"{setting}.training.safetensors"
             settings = {"architecture": str(architecture), "start": start, "seed": seed}
             total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
             with progress_bar(console, f"{name} {budget:.0%} from {start}, seed {seed}", total, "steps") as advance:
@@ -259,7 +266,7 @@ def main() -> None:
                     progress=lambda step, loss, show=advance: show(step, f"loss {loss:.3f}"),
                 )  # fmt: skip
             if start == "teacher" and name == "dense":
-                save_file(model.state_dict(), dense_weights(given.work, given.img_size, seed))
+                save_file(model.state_dict(), dense_weights(given.work, setting, seed))
             hits = test_hits(model, data, device)
             for kept in given.work.glob(f"{state.stem}*"):
                 kept.unlink()
@@ -270,7 +277,7 @@ def main() -> None:
             write_csv(table, pd.DataFrame(rows))
             facts = {"recipe": recipe.model_dump(), "versions": versions(), "threads": torch.get_num_threads()}
             facts |= {"device": given.device, "competitors": paired(pd.DataFrame(rows))}
-            write_json(given.out / f"{given.img_size}.json", facts)
+            write_json(given.out / f"{setting}.json", facts)
             console.print(f"{name} {budget:.0%} from {start}, seed {seed}: {row['top1']:.1f} %")
 
 
