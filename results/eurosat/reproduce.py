@@ -213,17 +213,8 @@ def main() -> None:
     command = "from poolshare.search.cli import main; main()"
     words = ["--data", given.data, "--model", MODEL, "--weights", str(given.weights), "--img-size", str(given.img_size)]
     words += ["--levels", ",".join(map(str, LEVELS[tokens])), "--operators", given.operators, "--sampler", "evolution"]
-    words += [
-        "--trials",
-        str(given.trials),
-        "--epochs",
-        str(given.search_epochs),
-        "--batch-size",
-        "32",
-        "--device",
-        given.device,
-    ]
-    words += ["--amp", given.amp, "--workers", str(given.workers), "--out", str(run)]
+    words += ["--trials", str(given.trials), "--epochs", str(given.search_epochs), "--batch-size", "32"]
+    words += ["--device", given.device, "--amp", given.amp, "--workers", str(given.workers), "--out", str(run)]
     subprocess.run([sys.executable, "-c", command, "search", *words], check=True)
     folder = RunFolder.open(run)
     trained = load_supernet(folder)
@@ -252,8 +243,11 @@ def main() -> None:
             guide = None
             if start == "teacher" and name != "dense":
                 if seed not in teachers:
+                    kept_dense = dense_weights(given.work, setting, seed)
+                    if not kept_dense.is_file():
+                        sys.exit(f"{kept_dense} is missing: without {table}'s dense rows from teacher it is trained again")
                     dense = starting_model(start, trained.space[0], trained, given.weights, given.img_size)
-                    dense.load_state_dict(load_file(dense_weights(given.work, setting, seed)))
+                    dense.load_state_dict(load_file(kept_dense))
                     teachers[seed] = Remembered(dense)
                 guide = teachers[seed]
             macs = macs_of(architecture, given.img_size)
