@@ -245,7 +245,9 @@ def main() -> None:
                 if seed not in teachers:
                     kept_dense = dense_weights(given.work, setting, seed)
                     if not kept_dense.is_file():
-                        sys.exit(f"{kept_dense} is missing: without {table}'s dense rows from teacher it is trained again")
+                        sys.exit(
+                            f"{kept_dense} is missing: without {table}'s dense rows from teacher it is trained again"
+                        )
                     dense = starting_model(start, trained.space[0], trained, given.weights, given.img_size)
                     dense.load_state_dict(load_file(kept_dense))
                     teachers[seed] = Remembered(dense)
