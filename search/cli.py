@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from poolshare.space.errors import ConfigError, PoolshareError
 from poolshare.space.files import remedy
 
-from . import looking, using
+from . import judging, looking, using
 from .console import PlainConsole, printable
 from .options import (
     Amp,
@@ -46,9 +46,6 @@ from .options import (
     settings_of,
     words,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="poolshare",
@@ -280,10 +277,10 @@ def export(
         str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
     ] = None,
     pick: Annotated[
-        Literal["half-point", "knee", "budget", "accuracy"] | None,
+        Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
         typer.Option(
-            help="From the frontier; half-point: the cheapest within half a point of dense; budget: the best within "
-            "--budget. Default: budget if given, else knee."
+            help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
+            "half a point of dense; budget: the best within --budget. Default: budget if given, else knee."
         ),
     ] = None,
     budget: Budget = None,
@@ -316,53 +313,8 @@ app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(usin
 app.command(epilog="Example:  poolshare predict exports/photos-retrained holiday.jpg more-photos/")(using.predict)
 
 
-@app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")
-def trust(
-    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
-    architectures: Annotated[int, typer.Option(min=2, help="How many to train alone, drawn across MAC bands.")] = 24,
-    twice: Annotated[
-        int | None, typer.Option(min=0, help="How many of them a second time, for the ceiling. Default: half.")
-    ] = None,
-    bands: Annotated[int, typer.Option(min=1, help="MAC bands of equal width.")] = 4,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Of each training. Default: the supernet's.")] = None,
-    workers: Workers = 0,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """How well supernet scores rank architectures: Kendall's tau against training them alone.
-
-    Test images stay unseen. The same command continues an interrupted one; the report shows the outcome.
-    """
-    from .run import RunFolder
-    from .trust import Plan, measure_trust
-
-    plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
-    folder = RunFolder.open(run)
-    found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=progress_console(quiet))
-    if as_json:
-        return print_json(found)
-    console = PlainConsole()
-    console.print(
-        f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
-        f"scored on {found['images']:,} search-validation images; Kendall tau with 95 % intervals"
-    )
-    for title, part in [
-        ("all", found),
-        ("inside bands", found["within"]),
-        *((f"{one['low_macs'] / 1e6:.3g}-{one['high_macs'] / 1e6:.3g} M MACs", one) for one in found["bands"]),
-    ]:
-        cells = [
-            f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
-        ]
-        console.print(f"{title:<20} {'  '.join(cells)}", soft_wrap=True)
-
-
-def _with_interval(estimate: dict[str, float | None]) -> str:
-    if estimate["value"] is None:
-        return "not known"
-    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
+app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")(judging.trust)
+app.command(epilog="Example:  poolshare finalists runs/photos --budget 60% --count 8 --epochs 2")(judging.finalists)
 
 
 class _Stopped(BaseException):

@@ -117,7 +117,7 @@ class SearchResult:
     def pick(self, how: str | None = None, budget: str | None = None) -> Pick:
         """A point of the frontier, with `architecture` and `why`.
 
-        how: "half-point" (the cheapest within half a point of dense), "knee", "budget" or "accuracy"; default: "budget"
+        how: "finalist", "half-point" (the cheapest within half a point of dense), "knee", "budget", "accuracy"; default: "budget"
         where there is one, else "knee". budget: another one than the search's, such as "60%".
         """
         report = self.report if budget is None else load_report(self.run, budget)

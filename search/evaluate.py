@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from poolshare.space import Architecture, ConfigError
 from poolshare.supernet import SuperNet
@@ -79,3 +80,16 @@ def count_correct(
         if progress:
             progress(index / len(batches))
     return correct.tolist(), total
+
+
+@torch.inference_mode()
+def count_right(model: nn.Module, batches: Batches, metric: Metric = top1) -> tuple[int, int]:
+    """The same of one model that stands alone."""
+    model.eval()
+    device = next(model.parameters()).device
+    correct = total = 0
+    for images, labels in batches:
+        labels = labels.to(device)
+        correct += int(judged(metric, model(images.to(device)), labels).sum())
+        total += len(labels)
+    return correct, total

@@ -189,8 +189,9 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             if folder:
                 load_weights(job.supernet, folder.supernet)
             return 0.0
-        if folder and folder.candidates.exists():  # scored with weights that now change
-            folder.candidates.rename(folder.path / f"candidates-{trained:g}-epochs.csv")
+        for scored in (folder.candidates, folder.finalists) if folder else ():
+            if scored.exists():  # with weights that now change
+                scored.rename(scored.with_stem(f"{scored.stem}-{trained:g}-epochs"))
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,

@@ -21,7 +21,7 @@ CostName = Annotated[
     Literal["macs", "parameters", "latency"], typer.Option("--cost", help="What the frontier weighs against accuracy.")
 ]
 PickName = Annotated[
-    Literal["half-point", "knee", "budget", "accuracy"] | None,
+    Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
     typer.Option(help="Name one point and why. half-point: the cheapest within half a point of dense."),
 ]
 
@@ -155,6 +155,8 @@ def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
     run = shlex.quote(str(folder.path))
     budget = budget or folder.config.budget
     picks = [each.how for each in report.picks()]
-    wish = f"--budget {shlex.quote(budget)}" if budget else f"--pick {picks[0]}"  # half-point where there is one
+    wish = (
+        f"--budget {shlex.quote(budget)}" if budget else f"--pick {picks[0]}"
+    )  # finalist, half-point where there is one
     console.print(f"report: {folder.report}", soft_wrap=True)
     console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)

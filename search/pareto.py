@@ -106,6 +106,12 @@ def pick(
     return choices.iloc[-1]  # on a frontier the dearest is the most accurate
 
 
+def ranked(finalists: pd.DataFrame) -> pd.DataFrame:
+    """Finalists, the best first; of equals the one that the supernet scored higher, then the cheaper one."""
+    order = ["correct", "supernet_correct", "macs"]
+    return finalists.sort_values(order, ascending=[False, False, True], kind="stable", ignore_index=True)
+
+
 def binomial_interval(correct: ArrayLike, total: ArrayLike, confidence: float = 0.95) -> tuple[Any, Any]:
     """Wilson's interval for `correct` out of `total` images: (low, high) in percent, in the inputs' shape.
 

@@ -16,7 +16,7 @@ from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, bud
 
 from .kept import Timed
 from .layers import layer_shares
-from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress
+from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress, ranked
 from .run import RunFolder, SearchConfig, write_csv
 
 COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
@@ -38,9 +38,9 @@ class Row(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """A point of the frontier worth a look."""
+    """An architecture worth a look."""
 
-    how: str  # one of pareto.PICKS
+    how: str  # "finalist" or one of pareto.PICKS
     label: str
     architecture: str
     why: str
@@ -70,6 +70,7 @@ class Report:
     budget: str | None = None  # in words
     included: Sequence[str] = ()  # architectures that the user asked to be scored
     trust: Mapping[str, Any] | None = None  # trust.json
+    finalists: pd.DataFrame | None = None  # finalists.csv; None: none were trained
     space: SearchSpace | None = None
     retraining: Retraining | None = None  # None where its time cannot be told
 
@@ -161,7 +162,10 @@ class Report:
         return pd.concat(parts, ignore_index=True)[["cost", "kind", "value", "layer", "share"]]
 
     def pick(self, how: str, cost: str = "macs") -> Pick:
-        """The point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for what can go wrong."""
+        """The best finalist, or the point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for
+        what can go wrong. Raises ConfigError where no finalist within the budget was trained."""
+        if how == "finalist":
+            return self._best_finalist()
         limit = next(iter(self.limits.items()), None)
         if how == "budget" and limit is None:
             raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
@@ -182,10 +186,24 @@ class Report:
         }[how]
         return Pick(how, label, str(row["architecture"]), why + timed)
 
+    def _best_finalist(self) -> Pick:
+        rows = self.finalists
+        rows = None if rows is None else rows[rows["architecture"].isin(set(self.allowed["architecture"]))]
+        if rows is None or rows.empty:
+            raise ConfigError(
+                f"no finalist within the budget was trained in {self.run}; `poolshare finalists {self.run}` does that"
+            )
+        rows = rows[rows["epochs"] == rows["epochs"].max()]
+        best = ranked(rows).iloc[0]
+        after, before = (100 * best[name] / best["total"] for name in ("correct", "supernet_correct"))
+        epochs = "one epoch" if best["epochs"] == 1 else f"{best['epochs']} epochs"
+        why = f"the best of {len(rows)} finalists: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
+        return Pick("finalist", "Best finalist", str(best["architecture"]), why)
+
     def picks(self, cost: str = "macs") -> list[Pick]:
         """Every pick that this run has."""
         found = []
-        for how in PICKS:
+        for how in ("finalist", *PICKS):
             try:
                 found.append(self.pick(how, cost))
             except (ConfigError, RunError):
@@ -268,6 +286,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
         included=tuple(summary.get("included", ())),
         trust=trust if trust and "tau" in trust else None,  # else not measured to the end
+        finalists=folder.read_finalists() if folder.finalists.exists() else None,
         space=SearchSpace(**summary["space"]),
         retraining=_retraining(folder.config, summary, candidates),
     )

@@ -30,6 +30,8 @@ from .run import read_json
 
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
+# Peak learning rates from a supernet's weights, and where that began with pretrained ones.
+WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4
 
 
 def retrain(
@@ -244,7 +246,7 @@ def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) ->
     situation: dict[str, Any] = {
         "batch_size": source.facts["batch_size"],
         "epochs": 30 if from_scratch else 15,
-        "lr": 2e-3 if from_scratch else 3e-4 if warm_vit else 1e-3,
+        "lr": 2e-3 if from_scratch else WARM_LR_PRETRAINED if warm_vit else WARM_LR,
         "layer_decay": 0.75 if warm_vit else None,
     }
     return checked_recipe(situation | {name: value for name, value in changes.items() if value is not None})

@@ -28,6 +28,7 @@ FORMAT = 1
 SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
 MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between two calls on one run folder
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
+FINALISTS = ("architecture", "macs", "epochs", "supernet_correct", "correct", "total")
 
 
 class SearchConfig(BaseModel):
@@ -109,6 +110,7 @@ class RunFolder:
         self.candidates = path / "candidates.csv"
         self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
         self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
+        self.finalists = path / "finalists.csv"  # the best ones, trained on and scored again
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
@@ -190,15 +192,19 @@ class RunFolder:
 
     def check_same(self, data: str, storage: str) -> None:
         """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
-        if self.data_fingerprint != data:
-            raise RunError(
-                f"the training images of {self.config.data} are not those {self.path} was begun with "
-                f"({data} now, {self.data_fingerprint} there); restore them, or search into a new folder"
-            )
+        self.check_images(data)
         there = self._fact("storage")
         if there not in (None, storage):
             remedy = "give --storage, or set POOLSHARE_STORAGE" if there == "postgresql" else "leave out --storage"
             raise RunError(f"the study of {self.path} is in a {there}: {remedy}, or search into a new folder")
+
+    def check_images(self, fingerprint: str) -> None:
+        """Raise RunError where the run was begun with other training images."""
+        if self.data_fingerprint != fingerprint:
+            raise RunError(
+                f"the training images of {self.config.data} are not those {self.path} was begun with "
+                f"({fingerprint} now, {self.data_fingerprint} there); restore them, or search into a new folder"
+            )
 
     @property
     def data_fingerprint(self) -> str:
@@ -229,6 +235,23 @@ class RunFolder:
             return frame
         except (ValueError, OSError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it to score again") from None
+
+    def read_finalists(self) -> pd.DataFrame:
+        """The finalists that were trained with the present weights, columns FINALISTS; none before the verb has run.
+
+        Raises RunError for a damaged file.
+        """
+        if not self.finalists.exists():
+            return pd.DataFrame(columns=list(FINALISTS))
+        try:
+            frame = read_csv(self.finalists)
+            if tuple(frame.columns) != FINALISTS or frame.isna().any(axis=None):
+                raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
+            for text in frame["architecture"]:
+                Architecture.parse(text)
+            return frame.astype({"architecture": str} | dict.fromkeys(FINALISTS[1:], int))
+        except (ValueError, OSError) as error:
+            raise RunError(f"{self.finalists} is damaged ({error}); delete it to train finalists again") from None
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
         """Replace candidates.csv; latencies are written where all rows have one."""

@@ -15,7 +15,7 @@ import pandas as pd
 from poolshare.space import Architecture, ConfigError, RunError
 
 from .console import printable
-from .pareto import HALF_POINT, hypervolume
+from .pareto import HALF_POINT, binomial_interval, hypervolume
 from .report import Report, amount, axis_label, axis_unit, human, quantity
 
 if TYPE_CHECKING:
@@ -55,6 +55,26 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs")
     cells = [f"{dense['top1']:.2f}", human(dense["macs"]), "100.0", human(dense["parameters"])]
     cells += [quantity(dense["latency_ms"], "latency_ms")] if timed else []
     table.add_row(Text(printable(f"dense: {dense['architecture']}")), *cells)
+    return table
+
+
+def finalists_table(rows: pd.DataFrame) -> Table:
+    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    epochs, images = int(rows["epochs"].iloc[0]), int(rows["total"].iloc[0])
+    more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
+    caption = f"{len(rows)} finalists on {images:,} search-validation images; alone: {more}"
+    table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("architecture", overflow="fold")
+    for heading in ("MACs", "supernet %", "alone % (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    lows, highs = binomial_interval(rows["correct"], rows["total"])
+    for row, low, high in zip(rows.to_dict("records"), lows, highs, strict=True):
+        before, after = (f"{100 * row[name] / images:.2f}" for name in ("supernet_correct", "correct"))
+        table.add_row(Text(row["architecture"]), human(row["macs"]), before, f"{after} ({low:.1f}-{high:.1f})")
     return table
 
 

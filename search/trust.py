@@ -17,11 +17,10 @@ from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 from poolshare.space.files import held
-from poolshare.supernet import Subnet
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
-from .evaluate import count_correct
+from .evaluate import count_correct, count_right
 from .job import SCORING_BATCH
 from .prepare import Job, load_weights, prepare
 from .progress import progress_bar
@@ -193,18 +192,7 @@ def _train_alone(
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
     train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
-    return _count_correct(model, job, workers)
-
-
-@torch.inference_mode()
-def _count_correct(model: Subnet, job: Job, workers: int) -> tuple[int, int]:
-    model.eval()
-    device = next(model.parameters()).device
-    correct = total = 0
-    for images, labels in job.data.eval_loader("search", SCORING_BATCH, workers=workers):
-        correct += int((model(images.to(device)).argmax(dim=-1) == labels.to(device)).sum())
-        total += len(labels)
-    return correct, total
+    return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers))
 
 
 # Statistics

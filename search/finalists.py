@@ -1,0 +1,109 @@
+"""The last choice: the best of a search are trained a little further, each alone, and compared once more.
+
+A supernet's scores tell what harms from what does not, but among good architectures they hardly rank, and the best of
+hundreds of scores is in part the luckiest. Finalists are judged by what they become.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from poolshare.space import Architecture, ConfigError
+from poolshare.space.files import held
+from poolshare.supernet import Subnet
+from poolshare.supernet.train import steps_per_epoch, train_model
+
+from .evaluate import count_right
+from .job import SCORING_BATCH
+from .pareto import ranked
+from .prepare import load_weights, prepare
+from .progress import Advance, progress_bar
+from .report import load_report, write_report
+from .retrain import WARM_LR, WARM_LR_PRETRAINED
+from .run import FINALISTS, RunFolder, write_csv
+
+
+def train_finalists(
+    folder: RunFolder,
+    count: int = 8,
+    *,
+    epochs: int = 2,
+    budget: str | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
+
+    Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
+    in accuracy. Each begins with the supernet's weights and sees the supernet's training images with its augmentation,
+    at the learning rate of `poolshare retrain`; both scores are of the search-validation images, so the test images
+    stay unseen. budget: default: the search's.
+
+    Returns all finalists of so many epochs within the budget, the best first: columns FINALISTS. Writes finalists.csv
+    after each training and continues from it; the report then has the pick "finalist".
+    Raises RunError for a run that has not finished, that another process holds, or whose finalists.csv is damaged.
+    """
+    if count < 1 or epochs < 1:
+        raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
+    console = console or Console(quiet=True)
+    with held(folder.path):
+        report = load_report(folder, budget)
+        chosen = choose(report.allowed, count, folder.config.cost)
+        rows = folder.read_finalists()
+        done = set(zip(rows["architecture"], rows["epochs"], strict=True))
+        missing = [row for row in chosen.to_dict("records") if (row["architecture"], epochs) not in done]
+        if missing:
+            rows = _train(folder, missing, rows, epochs, workers, device, console)
+            write_report(folder)  # the page shows the winner
+    allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
+    return ranked(rows[allowed & (rows["epochs"] == epochs)])
+
+
+def choose(candidates: pd.DataFrame, count: int, cost: str) -> pd.DataFrame:
+    """The most accurate candidates, of equals the cheapest, each with other tokens in some layer."""
+    best_first = candidates.sort_values(["top1", cost], ascending=[False, True], kind="stable")
+    tokens = best_first["architecture"].map(
+        lambda text: tuple((layer.tokens, layer.operator) for layer in Architecture.parse(text).layers)
+    )
+    return best_first[~tokens.duplicated()].head(count)
+
+
+def _show_step(advance: Advance, before: int, note: str, step: int, loss: float) -> None:
+    advance(before + step, f"{note}, loss {loss:.3f}")
+
+
+def _train(
+    folder: RunFolder,
+    missing: list[dict[str, object]],
+    rows: pd.DataFrame,
+    epochs: int,
+    workers: int,
+    device: str | None,
+    console: Console,
+) -> pd.DataFrame:
+    config = folder.config
+    job = prepare(config.model_copy(update={"device": device or config.device, "workers": workers}))
+    folder.check_images(job.data.fingerprint)
+    load_weights(job.supernet, folder.supernet)
+    recipe = job.recipe.model_copy(update={"epochs": epochs, "lr": WARM_LR_PRETRAINED if config.warm else WARM_LR})
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
+    steps = epochs * steps_per_epoch(job.data, recipe)
+    with progress_bar(console, "training finalists", len(missing) * steps, "steps") as advance:
+        for index, candidate in enumerate(missing):
+            text = str(candidate["architecture"])
+            note = f"{index + 1} of {len(missing)}: {text}"
+            torch.manual_seed(config.seed)
+            model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
+            model.to(next(job.supernet.parameters()).device)
+            show = partial(_show_step, advance, index * steps, note)
+            train_model(model, job.data, recipe, full=False, seed=config.seed, workers=workers, progress=show)
+            correct, total = count_right(model, batches)
+            new = (text, candidate["macs"], epochs, candidate["correct"], correct, total)
+            rows = pd.concat([rows, pd.DataFrame([dict(zip(FINALISTS, new, strict=True))])], ignore_index=True)
+            write_csv(folder.finalists, rows, checked=True)
+    return rows

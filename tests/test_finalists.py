@@ -1,0 +1,101 @@
+"""Finalists: who takes part, what is written and continued, and that the best of them can be exported."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from poolshare.search.finalists import choose, train_finalists
+from poolshare.search.job import run_job
+from poolshare.search.pareto import ranked
+from poolshare.search.report import load_report
+from poolshare.search.run import FINALISTS, RunFolder, SearchConfig, write_csv
+from poolshare.space import BudgetError, ConfigError, RunError
+
+SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_job(SearchConfig(**SMALL, epochs=1, budget="70%"), tmp_path_factory.mktemp("finalists") / "run")
+
+
+def test_one_of_each_token_schedule_takes_part_the_most_accurate_first():
+    texts = ["64 64 16@max2d", "64*2 16@max2d", "64 16@max2d 16", "64 16@max2d*2", "64 1@max2d 1"]
+    frame = pd.DataFrame({"architecture": texts, "top1": [90.0, 91.0, 80.0, 80.0, 70.0], "macs": [9, 8, 7, 6, 5]})
+    assert list(choose(frame, 9, "macs")["architecture"]) == [texts[1], texts[3], texts[4]]
+    assert list(choose(frame, 2, "macs")["architecture"]) == [texts[1], texts[3]]
+
+
+def test_equals_are_ranked_by_the_supernet_and_then_by_cost():
+    rows = [("a", 9, 1, 5, 7, 10), ("b", 8, 1, 6, 7, 10), ("c", 7, 1, 6, 7, 10), ("d", 6, 1, 1, 8, 10)]
+    assert list(ranked(pd.DataFrame(rows, columns=FINALISTS))["architecture"]) == ["d", "c", "b", "a"]
+
+
+def test_finalists_are_trained_within_the_budget_kept_and_continued(run):
+    found = train_finalists(run, 3, epochs=1, device="cpu")
+    assert len(found) == 3
+    allowed = load_report(run).allowed
+    expected = choose(allowed, 3, "macs").set_index("architecture")
+    assert set(found["architecture"]) == set(expected.index)
+    for row in found.itertuples():
+        assert (row.macs, row.supernet_correct, row.total) == tuple(
+            expected.loc[row.architecture, ["macs", "correct", "total"]]
+        )
+    assert found["correct"].tolist() == sorted(found["correct"], reverse=True)
+    assert found["correct"].mean() > found["supernet_correct"].mean()  # an epoch alone, after one of the supernet
+
+    # Cut off after the first training: the others are trained again, to the same numbers; a fourth joins them.
+    kept = run.read_finalists()
+    write_csv(run.finalists, kept[:1], checked=True)
+    again = train_finalists(run, 4, epochs=1, device="cpu")
+    assert len(again) == 4
+    both = again.merge(found, on="architecture", suffixes=("", "_before"))
+    assert len(both) == 3
+    assert (both["correct"] == both["correct_before"]).all()
+
+
+def test_the_best_of_the_longest_trained_is_picked_and_exported(run, tmp_path, verb):
+    train_finalists(run, 2, epochs=1, device="cpu")
+    longer = train_finalists(run, 2, epochs=2, device="cpu")
+    assert (longer["epochs"] == 2).all()
+    assert len(longer) == 2
+    pick = load_report(run).pick("finalist")
+    assert pick.architecture == longer["architecture"][0]
+    assert f"{100 * longer['correct'][0] / longer['total'][0]:.2f} % after 2 epochs alone" in pick.why
+    assert load_report(run).picks()[0] == pick
+    assert pick.why.split(":")[1] in (run.path / "report.html").read_text()
+    code, out, _ = verb("export", str(run.path), "--pick", "finalist", "--out", str(tmp_path / "best"), "--json")
+    assert code == 0
+    assert json.loads(out)["architecture"] == pick.architecture
+
+
+def test_the_verb_shows_both_scores_and_what_comes_next(run, verb):
+    code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "-q", "--budget", "60%")
+    assert code == 0
+    assert "finalists on 377 search-validation images; alone: one more epoch" in " ".join(out.split())
+    assert f"poolshare export {run.path} --budget 60% --pick finalist" in out
+    code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "-q", "--json")
+    assert code == 0
+    assert set(json.loads(out)["finalists"][0]) == set(FINALISTS)
+
+
+def test_what_cannot_be_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match="at least 1 of each"):
+        train_finalists(run, 0)
+    with pytest.raises(BudgetError, match="ask for at least that"):
+        train_finalists(run, 2, budget="1%")
+    fresh = run_job(SearchConfig(**SMALL, epochs=0), tmp_path / "fresh")
+    with pytest.raises(ConfigError, match="poolshare finalists"):
+        load_report(fresh).pick("finalist")
+    fresh.finalists.write_text("architecture,macs\n64 64 64,5\n", encoding="utf-8")
+    with pytest.raises(RunError, match="damaged"):
+        train_finalists(fresh, 2)
+
+
+def test_more_epochs_of_the_supernet_set_finalists_aside(tmp_path):
+    folder = run_job(SearchConfig(**SMALL, epochs=1), tmp_path / "run")
+    train_finalists(folder, 1, epochs=1, device="cpu")
+    run_job(SearchConfig(**SMALL, epochs=2), tmp_path / "run")
+    assert RunFolder.open(tmp_path / "run").read_finalists().empty
+    assert (tmp_path / "run" / "finalists-1-epochs.csv").exists()
