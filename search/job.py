@@ -22,7 +22,7 @@ from poolshare.supernet.checkpoint import load_facts, load_state_facts, save_ten
 from poolshare.supernet.data import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.sandwich import Sandwich, sandwich_loss
+from poolshare.supernet.sandwich import Sandwich
 from poolshare.supernet.train import steps_per_epoch, train_supernet
 
 from .benchmark import Benchmark
@@ -140,7 +140,7 @@ def _announce(job: Job, folder: RunFolder, console: Console) -> None:
 
 def calibrate(job: Job) -> tuple[float, float]:
     """Seconds of one training step, and of one MAC in scoring, from a few small trial runs; changes no weight."""
-    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed)
+    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within)
     device = next(job.supernet.parameters()).device
     images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size)))
     whole = len(images)
@@ -148,7 +148,7 @@ def calibrate(job: Job) -> tuple[float, float]:
     times = []
     for step in range(4):
         start = time.perf_counter()
-        sandwich_loss(job.supernet.train(), images, labels, sandwich.at(step)).backward()
+        sandwich.loss(job.supernet.train(), images, labels, step).backward()
         times.append(time.perf_counter() - start)
     job.supernet.zero_grad(set_to_none=True)
     population = [architecture for step in range(8) for architecture in sandwich.at(step)]

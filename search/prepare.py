@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from poolshare.space import (
     Architecture,
     Band,
+    BudgetError,
     ConfigError,
     CostTable,
     ModelError,
@@ -152,6 +153,11 @@ def prepare(
     timed = config.objective == "latency"
     limit = None if config.budget is None or timed else parse_budget(config.budget, dense)
     allowed = supernet.space.within(macs, None, limit)
+    if recipe.within is not None:
+        try:
+            supernet.space.within(macs, None, int(recipe.within * dense))
+        except BudgetError as error:
+            raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)

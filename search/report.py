@@ -73,6 +73,7 @@ class Report:
     finalists: pd.DataFrame | None = None  # finalists.csv; None: none were trained
     space: SearchSpace | None = None
     retraining: Retraining | None = None  # None where its time cannot be told
+    within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
 
     def __post_init__(self) -> None:
         for name, part, needed in (
@@ -131,14 +132,20 @@ class Report:
     @property
     def verdict(self) -> str:
         """How far the frontier can be trusted to be the best there is, in words."""
+        untrained = ""
+        if self.within is not None:
+            untrained = (
+                f" The supernet was trained up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
+                "architectures, and of the dense network, are too low."
+            )
         if self.certified:
             return (
                 f"Certified: all {self.space_size:,} architectures of the space were scored, "
-                "and none of them beats this frontier on the search-validation images."
+                f"and none of them beats this frontier on the search-validation images.{untrained}"
             )
         return (
             f"Found: {len(self.candidates):,} of the space's {self.space_size:,} architectures were scored; "
-            "better ones may exist among the rest."
+            f"better ones may exist among the rest.{untrained}"
         )
 
     @property
@@ -171,6 +178,11 @@ class Report:
             raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
         if how == "budget" and limit is not None:
             cost = limit[0]
+        if how == "half-point" and self.within is not None:
+            raise ConfigError(
+                f"the dense network took no part in the supernet's training (--recipe within={self.within:g}), so nothing can "
+                "be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
+            )
         dense = float(self.dense["top1"])
         rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
         row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
@@ -289,6 +301,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         finalists=folder.read_finalists() if folder.finalists.exists() else None,
         space=SearchSpace(**summary["space"]),
         retraining=_retraining(folder.config, summary, candidates),
+        within=folder.config.within,
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
@@ -346,12 +359,14 @@ def _plain(value: Any) -> str:
 def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:
     """Reckoned from the time the supernet took on the same machine.
 
-    A supernet's step trains the dense network, the cheapest, and two between them; retraining sees all the images.
+    A supernet's step trains the dense network, the cheapest, and two between them, or six from the cheapest to the
+    recipe's limit; retraining sees all the images.
     """
     epochs, seconds = 15, summary["seconds"].get("training", 0)
     if not seconds or not config.epochs:
         return None
-    step = 2 * (summary["dense"]["macs"] + float(candidates["macs"].min()))
+    dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
+    step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
     return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)
 
 

@@ -242,6 +242,8 @@ def _open(
 
 
 def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) -> Recipe:
+    if "within" in changes:
+        raise ConfigError(f"--recipe within={changes['within']}: that belongs to `poolshare search`; leave it out")
     warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
     situation: dict[str, Any] = {
         "batch_size": source.facts["batch_size"],

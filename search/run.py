@@ -89,6 +89,11 @@ class SearchConfig(BaseModel):
         return self.pretrained or self.weights is not None
 
     @property
+    def within(self) -> float | None:
+        """Share of the dense MACs that the supernet's training keeps to; None: it trains the whole space."""
+        return None if self.recipe.get("within") is None else float(self.recipe["within"])
+
+    @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
         return "latency_ms" if self.objective == "latency" else "macs"

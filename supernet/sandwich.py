@@ -1,4 +1,4 @@
-"""The sandwich: which architectures a supernet step trains, and their loss in one forward."""
+"""Which architectures a supernet step trains, the sandwich or draws within a limit, and their loss in one forward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,37 @@ import torch.nn.functional as F
 
 from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace
 
+# images (B, channels, H, W), architectures → logits (architectures, B, classes)
+Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
+
+DRAWN = 6  # architectures of a step that trains within a limit: about the MACs of a sandwich
+
 
 class Sandwich:
     """Which architectures a supernet step trains: the largest, the smallest, and `students` drawn across MAC bands.
 
     Bands are of equal width from the cheapest to the dearest, so that small and large networks get equal shares
     whatever their numbers. Draws are keyed by (seed, step) alone: nothing to save, and the same on every process.
+
+    within: a share of the dearest architecture's cost. A step then trains `DRAWN` architectures across the bands up to
+    there, all on labels, and neither the largest nor the smallest: what is not searched takes no part. It ranks better
+    (results/trust), and says little of dearer ones. Raises BudgetError where nothing is so cheap.
     """
 
-    def __init__(self, space: SearchSpace, costs: CostTable, seed: int, students: int = 2, bands: int = 8):
-        self.space, self.seed, self.students = space, seed, students
+    def __init__(
+        self,
+        space: SearchSpace,
+        costs: CostTable,
+        seed: int,
+        students: int = 2,
+        bands: int = 8,
+        within: float | None = None,
+    ):
+        self.space, self.seed, self.students, self.within = space, seed, students, within
         self.largest, self.smallest = space[0], space.cheapest(costs)
         low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
+        if within is not None:
+            high = space.within(costs, None, int(within * high)).high
         borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
@@ -33,13 +52,28 @@ class Sandwich:
 
     def at(self, step: int) -> list[Architecture]:
         """The architectures of one step, the largest first."""
-        rng = random.Random(f"sandwich {self.seed} {step}")
-        drawn = [rng.choice(self.bands).sample(rng) for _ in range(self.students)]
+        if self.within is not None:
+            return self._draw(random.Random(f"drawn {self.seed} {step}"), DRAWN)
+        drawn = self._draw(random.Random(f"sandwich {self.seed} {step}"), self.students)
         return [self.largest, self.smallest, *drawn]
+
+    def _draw(self, rng: random.Random, count: int) -> list[Architecture]:
+        return [rng.choice(self.bands).sample(rng) for _ in range(count)]
+
+    def loss(
+        self, supernet: Forward, images: torch.Tensor, labels: torch.Tensor, step: int, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """The loss of one step, a scalar; images and labels as `sandwich_loss` takes them."""
+        architectures = self.at(step)
+        if self.within is None:
+            return sandwich_loss(supernet, images, labels, architectures, label_smoothing)
+        every = supernet(images, architectures).unbind(0)  # each (B, classes)
+        losses = [F.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in every]
+        return 2 * torch.stack(losses).mean()  # as much as the two parts of a sandwich, so clipping bites alike
 
 
 def sandwich_loss(
-    supernet: Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor],
+    supernet: Forward,
     images: torch.Tensor,
     labels: torch.Tensor,
     architectures: Sequence[Architecture],

@@ -26,7 +26,7 @@ from .data import Data, keyed_generators
 from .interrupt import kept_signals
 from .model import SuperNet
 from .recipe import Recipe
-from .sandwich import Sandwich, sandwich_loss
+from .sandwich import Sandwich
 
 # model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -40,10 +40,10 @@ def train_supernet(
     supernet: SuperNet, data: Data, costs: CostTable, recipe: Recipe, *, seed: int = 0, **options: Any
 ) -> None:
     """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`."""
-    sandwich = Sandwich(supernet.space, costs, seed)
+    sandwich = Sandwich(supernet.space, costs, seed, within=recipe.within)
 
     def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return sandwich_loss(model, images, labels, sandwich.at(step), _smoothing(recipe, labels))
+        return sandwich.loss(model, images, labels, step, _smoothing(recipe, labels))
 
     fit(supernet, loss, data, recipe, seed=seed, **options)
 

@@ -602,3 +602,23 @@ def test_operators_are_mixed_from_search_to_retraining_on_levels_that_are_no_squ
     assert (facts["architecture"], facts["test_total"]) == (architecture, 540)
     model = timm.create_model(f"local-dir:{out}-retrained", pretrained=True).eval()
     assert count_macs(model, (torch.zeros(1, 1, 8, 8),)) == facts["macs"]
+
+
+def test_training_within_a_limit_is_a_recipe_of_the_search_alone(verb, tmp_path):
+    out, words = (
+        tmp_path / "run",
+        [*SMALL, "--epochs", "1", "--sampler", "random", "--trials", "20", "--budget", "60%", "-q"],
+    )
+    status, shown, errors = verb("search", *words, "--recipe", "within=0.6", "--out", out)
+    assert status == 0, errors
+    assert "trained up to 60% of the dense MACs alone" in " ".join(shown.split())
+    status, _, errors = verb("search", *words, "--recipe", "within=0.01", "--out", tmp_path / "none")
+    assert status == 2
+    assert "--recipe within=0.01 leaves nothing to train" in errors
+    assert not (tmp_path / "none").exists()
+    assert verb("export", out, "--budget", "60%", "--out", tmp_path / "export")[0] == 0
+    status, _, errors = verb(
+        "retrain", tmp_path / "export", "--epochs", "1", "--recipe", "within=0.6", "--out", tmp_path / "r"
+    )
+    assert status == 2
+    assert "belongs to `poolshare search`" in errors

@@ -210,3 +210,11 @@ def test_importing_what_shows_a_run_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_supernet_trained_within_a_limit_says_so_and_is_not_held_against_dense():
+    report = make_report(within=0.6)
+    assert "trained up to 60% of the dense MACs alone" in report.verdict
+    assert "half-point" not in {each.how for each in report.picks()}
+    with pytest.raises(ConfigError, match="took no part"):
+        report.pick("half-point")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from poolshare.space import RunError, SearchSpace, TrainingError
+from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.data import open_data
@@ -67,6 +67,24 @@ def test_sandwich_draws_are_keyed_by_seed_and_step_and_reach_every_band(costs):
     seen = {band for step in range(200) for a in sandwich.at(step)[2:] for band in sandwich.bands if a in band}
     assert seen == set(sandwich.bands)
     assert sum(band.size for band in sandwich.bands) == SPACE.size  # the bands part the space
+
+
+def test_a_step_within_a_limit_trains_six_that_keep_it_on_labels_alone(costs):
+    limit = 0.5 * costs.total(SPACE[0])
+    sandwich = Sandwich(SPACE, costs, seed=3, within=0.5)
+    steps = [sandwich.at(step) for step in range(100)]
+    assert all(len(each) == 6 and costs.total(one) <= limit for each in steps for one in each)
+    assert steps[:9] == [Sandwich(SPACE, costs, seed=3, within=0.5).at(step) for step in range(9)]
+    assert sum(band.size for band in sandwich.bands) == SPACE.within(costs, None, int(limit)).size
+    assert {band for each in steps for one in each for band in sandwich.bands if one in band} == set(sandwich.bands)
+
+    net = make_net()
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    one_by_one = [F.cross_entropy(net(images, [one])[0], labels, label_smoothing=0.1) for one in steps[7]]
+    expected = 2 * sum(one_by_one) / 6
+    torch.testing.assert_close(sandwich.loss(net, images, labels, 7, 0.1), expected)
+    with pytest.raises(BudgetError, match="this space reaches from"):
+        Sandwich(SPACE, costs, seed=3, within=0.01)
 
 
 def test_a_run_that_was_stopped_and_continued_ends_with_the_weights_of_an_undisturbed_one(digits, costs, tmp_path):

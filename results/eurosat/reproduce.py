@@ -6,8 +6,10 @@
 One supernet is trained and searched from the command line. Then, at each budget, every competitor is fine-tuned by the
 same recipe with the same seeds and tested. `--starts` says how: `supernet` (default) from the weights of the supernet;
 `teacher` from there, with the dense model of the same seed as teacher; `imagenet` from the ImageNet weights.
-Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the grid) and ToMe with the same number
-of merges in every layer; random is another architecture of the budget for each seed.
+`finalist` is the best of eight candidates that were trained two epochs further before one was chosen (`poolshare finalists`);
+`searched` has the best supernet score. Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the
+grid) and ToMe with the same number of merges in every layer; random is another architecture of the budget for each seed.
+Several of these may run at once, each with its own `--names`.
 About 2 hours on one core at 112 px with bf16 for one start. Writes results/eurosat/<size>-<operators>.csv and .json after every
 training, and resumes after the last.
 """
@@ -34,6 +36,7 @@ from scipy.stats import ttest_1samp
 from poolshare.search.export import load_supernet
 from poolshare.search.pareto import pick
 from poolshare.search.progress import progress_bar
+from poolshare.search.report import load_report
 from poolshare.search.run import RunFolder, versions, write_csv, write_json
 from poolshare.space import Architecture, CostTable, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
@@ -47,12 +50,14 @@ HERE = Path(__file__).parent
 MODEL, CLASSES = "vit_tiny_patch16_224", 10
 LEVELS = {49: (49, 25, 16, 9), 196: (196, 100, 49, 25)}
 BUDGETS = (0.58, 0.40)  # of the dense MACs: 42 % fewer is what Token Pooling claims for DeiT
+NAMES = ("dense", "searched", "finalist", "uniform", "tome", "random")
 ORDER = (  # who is trained first, with all seeds
-    {("dense", 1.0), ("searched", BUDGETS[0]), ("uniform", BUDGETS[0])},
-    {("searched", BUDGETS[1]), ("uniform", BUDGETS[1])},
+    {("dense", 1.0), ("searched", BUDGETS[0]), ("finalist", BUDGETS[0]), ("uniform", BUDGETS[0])},
+    {("searched", BUDGETS[1]), ("finalist", BUDGETS[1]), ("uniform", BUDGETS[1])},
     {("tome", budget) for budget in BUDGETS},
     {("random", budget) for budget in BUDGETS},
 )
+FINALISTS = ["--count", "8", "--epochs", "2"]
 
 
 def merging_schedule(depth: int, tokens: int, merges: int) -> Architecture:
@@ -97,6 +102,8 @@ def competitors(folder: RunFolder, space: SearchSpace, costs: CostTable, size: i
         limit = budget * dense
         chosen = Architecture.parse(pick(folder.read_candidates(), "budget", limit)["architecture"])
         rows.append({"name": "searched", "budget": budget, "architecture": chosen})
+        best = Architecture.parse(load_report(folder, f"{budget:.0%}").pick("finalist").architecture)
+        rows.append({"name": "finalist", "budget": budget, "architecture": best})
         drawn = space.within(costs, 0.97 * limit, limit).sample(random.Random(f"eurosat {budget} {seed}"))
         rows.append({"name": "random", "budget": budget, "architecture": drawn})
         for name, schedule in hand_made(space.depth, space.levels[0], limit, size).items():
@@ -200,6 +207,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--starts", default="supernet", help="supernet, teacher, imagenet, or several with commas")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--names", default=",".join(NAMES), help="of the competitors to train, with commas")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
     parser.add_argument("--device", default="cpu")
@@ -216,6 +224,10 @@ def main() -> None:
     words += ["--trials", str(given.trials), "--epochs", str(given.search_epochs), "--batch-size", "32"]
     words += ["--device", given.device, "--amp", given.amp, "--workers", str(given.workers), "--out", str(run)]
     subprocess.run([sys.executable, "-c", command, "search", *words], check=True)
+    for budget in BUDGETS:
+        subprocess.run(
+            [sys.executable, "-c", command, "finalists", str(run), "--budget", f"{budget:.0%}", *FINALISTS], check=True
+        )
     folder = RunFolder.open(run)
     trained = load_supernet(folder)
     costs = measure_macs(trained)
@@ -227,8 +239,6 @@ def main() -> None:
 
     given.out.mkdir(parents=True, exist_ok=True)
     table = given.out / f"{setting}.csv"
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
-    done = {(row["architecture"], row["start"], row["seed"]) for row in rows}
     dense_macs = costs.total(trained.space[0])
     todo = [(start, stage, seed) for start in given.starts.split(",") for stage in ORDER for seed in range(given.seeds)]
     teachers: dict[int, Remembered] = {}
@@ -236,7 +246,13 @@ def main() -> None:
         data.seed = seed  # of order and augmentation; the splits are made
         for one in competitors(folder, trained.space, costs, given.img_size, seed):
             architecture, name, budget = one["architecture"], one["name"], one["budget"]
-            if (name, budget) not in stage or (str(architecture), start, seed) in done:
+            rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+            done = {(row["name"], row["budget"], row["start"], row["seed"]) for row in rows}
+            if name not in given.names.split(",") or (name, budget) not in stage or (name, budget, start, seed) in done:
+                continue
+            twins = [r for r in rows if (r["architecture"], r["start"], r["seed"]) == (str(architecture), start, seed)]
+            if twins:  # the same training under another name
+                write_csv(table, pd.DataFrame([*rows, twins[0] | {"name": name, "budget": budget}]))
                 continue
             torch.manual_seed(seed)
             model = starting_model(start, architecture, trained, given.weights, given.img_size).to(device)
@@ -253,7 +269,7 @@ def main() -> None:
                     teachers[seed] = Remembered(dense)
                 guide = teachers[seed]
             macs = macs_of(architecture, given.img_size)
-            state = given.work / f"{setting}.training.safetensors"
+            state = given.work / f"{setting}-{name}-{budget:g}-{start}-{seed}.training.safetensors"
             settings = {"architecture": str(architecture), "start": start, "seed": seed}
             total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
             with progress_bar(console, f"{name} {budget:.0%} from {start}, seed {seed}", total, "steps") as advance:
@@ -269,6 +285,7 @@ def main() -> None:
             row = {"name": name, "budget": budget, "start": start, "seed": seed, "macs": macs}
             row |= {"of_dense": macs / dense_macs, "correct": int(hits.sum()), "total": len(hits)}
             row |= {"top1": 100 * hits.mean(), "architecture": str(architecture), "hits": packed(hits)}
+            rows = pd.read_csv(table).to_dict("records") if table.exists() else []  # others may have written meanwhile
             rows.append(row)
             write_csv(table, pd.DataFrame(rows))
             facts = {"recipe": recipe.model_dump(), "versions": versions(), "threads": torch.get_num_threads()}
