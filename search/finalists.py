@@ -6,6 +6,7 @@ hundreds of scores is in part the luckiest. Finalists are judged by what they be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pandas as pd
@@ -40,9 +41,9 @@ def train_finalists(
     """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
 
     Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
-    in accuracy. Each begins with the supernet's weights and sees the supernet's training images with its augmentation,
-    at the learning rate of `poolshare retrain`; both scores are of the search-validation images, so the test images
-    stay unseen. budget: default: the search's.
+    in accuracy. Those that the search was told to `--include` take part in any case. Each begins with the supernet's
+    weights and sees the supernet's training images with its augmentation, at the learning rate of `poolshare retrain`;
+    both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
 
     Returns all finalists of so many epochs within the budget, the best first: columns FINALISTS. Writes finalists.csv
     after each training and continues from it; the report then has the pick "finalist".
@@ -53,7 +54,7 @@ def train_finalists(
     console = console or Console(quiet=True)
     with held(folder.path):
         report = load_report(folder, budget)
-        chosen = choose(report.allowed, count, folder.config.cost)
+        chosen = choose(report.allowed, count, folder.config.cost, report.included)
         rows = folder.read_finalists()
         done = set(zip(rows["architecture"], rows["epochs"], strict=True))
         missing = [row for row in chosen.to_dict("records") if (row["architecture"], epochs) not in done]
@@ -64,13 +65,14 @@ def train_finalists(
     return ranked(rows[allowed & (rows["epochs"] == epochs)])
 
 
-def choose(candidates: pd.DataFrame, count: int, cost: str) -> pd.DataFrame:
-    """The most accurate candidates, of equals the cheapest, each with other tokens in some layer."""
+def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[str] = ()) -> pd.DataFrame:
+    """The most accurate candidates, of equals the cheapest, each with other tokens in some layer; then those included."""
     best_first = candidates.sort_values(["top1", cost], ascending=[False, True], kind="stable")
     tokens = best_first["architecture"].map(
         lambda text: tuple((layer.tokens, layer.operator) for layer in Architecture.parse(text).layers)
     )
-    return best_first[~tokens.duplicated()].head(count)
+    chosen = best_first[~tokens.duplicated()].head(count)
+    return pd.concat([chosen, best_first[best_first["architecture"].isin(included)]]).drop_duplicates("architecture")
 
 
 def _show_step(advance: Advance, before: int, note: str, step: int, loss: float) -> None:

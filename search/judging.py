@@ -62,7 +62,9 @@ def _with_interval(estimate: dict[str, float | None]) -> str:
 
 def finalists(
     run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
-    count: Annotated[int, typer.Option(min=1, help="How many of the best to train on.")] = 8,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many of the best to train on, beside those --included in the search.")
+    ] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
     budget: Budget = None,
     workers: Workers = 0,

@@ -87,7 +87,10 @@ def time_frontier(
     found = Timed(dense_sum, {dense: (1.0, 1.0)})
     dense_times: list[float] = []
     sessions: dict[str, list[Share]] = {}
-    believed = lambda text: text == dense or len(sessions.get(text, ())) >= AGAIN  # noqa: E731
+
+    def believed(text: str) -> bool:
+        return text == dense or len(sessions.get(text, ())) >= AGAIN
+
     for session in range(SESSIONS):
         rows = frontier(candidates[found.keeps(candidates, dense_sum, budget)], "latency_ms")
         texts = list(rows["architecture"])

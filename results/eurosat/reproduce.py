@@ -6,9 +6,10 @@
 One supernet is trained and searched from the command line. Then, at each budget, every competitor is fine-tuned by the
 same recipe with the same seeds and tested. `--starts` says how: `supernet` (default) from the weights of the supernet;
 `teacher` from there, with the dense model of the same seed as teacher; `imagenet` from the ImageNet weights.
-`finalist` is the best of eight candidates that were trained two epochs further before one was chosen (`poolshare finalists`);
-`searched` has the best supernet score. Hand-made are one reduction as late as the budget asks (uniform pooling, mean over the
-grid) and ToMe with the same number of merges in every layer; random is another architecture of the budget for each seed.
+`finalist` is the best of eight candidates and the uniform schedules within the budget, after two epochs of training alone
+(`poolshare finalists`); `searched` has the best supernet score. Hand-made are one reduction as late as the budget asks
+(uniform pooling, mean over the grid) and ToMe with the same number of merges in every layer; random is another architecture
+of the budget for each seed.
 Several of these may run at once, each with its own `--names`.
 About 2 hours on one core at 112 px with bf16 for one start. Writes results/eurosat/<size>-<operators>.csv and .json after every
 training, and resumes after the last.
@@ -223,6 +224,10 @@ def main() -> None:
     words += ["--levels", ",".join(map(str, LEVELS[tokens])), "--operators", given.operators, "--sampler", "evolution"]
     words += ["--trials", str(given.trials), "--epochs", str(given.search_epochs), "--batch-size", "32"]
     words += ["--device", given.device, "--amp", given.amp, "--workers", str(given.workers), "--out", str(run)]
+    base = Subnet.from_base(MODEL, " ".join([str(tokens)] * 12), img_size=given.img_size, num_classes=CLASSES)
+    dense_cost = count_macs(base.eval(), (torch.zeros(1, 3, given.img_size, given.img_size),))
+    for budget in BUDGETS:  # the uniform ones take part in the last choice
+        words += ["--include", str(hand_made(12, tokens, budget * dense_cost, given.img_size)["uniform"])]
     subprocess.run([sys.executable, "-c", command, "search", *words], check=True)
     for budget in BUDGETS:
         subprocess.run(
