@@ -155,8 +155,9 @@ def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
     run = shlex.quote(str(folder.path))
     budget = budget or folder.config.budget
     picks = [each.how for each in report.picks()]
-    wish = (
-        f"--budget {shlex.quote(budget)}" if budget else f"--pick {picks[0]}"
-    )  # finalist, half-point where there is one
+    wishes = [f"--budget {shlex.quote(budget)}"] if budget else []
+    if picks[0] == "finalist" or not budget:
+        wishes.append(f"--pick {picks[0]}")  # finalist, or else half-point where there is one
+    wish = " ".join(wishes)
     console.print(f"report: {folder.report}", soft_wrap=True)
     console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)

@@ -66,6 +66,7 @@ def test_the_best_of_the_longest_trained_is_picked_and_exported(run, tmp_path, v
     assert pick.architecture == longer["architecture"][0]
     assert f"{100 * longer['correct'][0] / longer['total'][0]:.2f} % after 2 epochs alone" in pick.why
     assert load_report(run).picks()[0] == pick
+    assert "--budget 70% --pick finalist" in verb("pareto", run.path)[1]
     assert pick.why.split(":")[1] in (run.path / "report.html").read_text()
     code, out, _ = verb("export", str(run.path), "--pick", "finalist", "--out", str(tmp_path / "best"), "--json")
     assert code == 0

@@ -158,7 +158,7 @@ class Lever:
     labels: float = 0.0  # the labels' share of the students' loss; the rest is the largest network's answers
     equal: bool = False  # every network weighs the same; else the largest as much as all students together
     alone: bool = False  # neither largest nor smallest, and no distillation: all drawn across bands, on labels
-    largest_first: float = 0.0  # share of the steps that train the largest alone
+    largest_first: float = 0.0  # share of the steps that train the largest alone, on labels
     alpha: bool = False  # AlphaNet's divergence in place of the cross-entropy with the largest network's answers
     norms: bool = False  # scales and shifts of LayerNorm for each pair of token count and sharing
     ema: float | None = None
@@ -179,6 +179,8 @@ LEVERS = {
     "drawn-anywhere": Lever(students=6, alone=True),
     "drawn": Lever(students=6, within=True, alone=True),
     "within-6": Lever(students=6, within=True),
+    "within-labels": Lever(students=6, within=True, labels=1.0),
+    "drawn-after-largest": Lever(students=6, within=True, alone=True, largest_first=0.25),
     "drawn-four-times": Lever(epochs=4, students=6, within=True, alone=True),
     "half": Lever(labels=0.5),
     "labels": Lever(labels=1.0),
@@ -243,10 +245,12 @@ def draws(job: Job, lever: Lever, seed: int, steps: int) -> Callable[[int], list
         sandwich.bands = [space.within(job.macs, start, stop - 1) for start, stop in pairwise(borders)]
 
     def at(step: int) -> list[Architecture]:
+        if step < lever.largest_first * steps:
+            return sandwich.at(step)[:1]
         if lever.alone:
             rng = random.Random(f"drawn {seed} {step}")
             return [rng.choice(sandwich.bands).sample(rng) for _ in range(lever.students)]
-        return sandwich.at(step)[: 1 if step < lever.largest_first * steps else None]
+        return sandwich.at(step)
 
     return at
 
