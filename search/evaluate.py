@@ -83,13 +83,12 @@ def count_correct(
 
 
 @torch.inference_mode()
-def count_right(model: nn.Module, batches: Batches, metric: Metric = top1) -> tuple[int, int]:
-    """The same of one model that stands alone."""
+def count_right(model: nn.Module, batches: Batches) -> tuple[int, int]:
+    """Images that one model, which stands alone, classifies correctly, and the number of images."""
     model.eval()
     device = next(model.parameters()).device
     correct = total = 0
     for images, labels in batches:
-        labels = labels.to(device)
-        correct += int(judged(metric, model(images.to(device)), labels).sum())
+        correct += int(top1(model(images.to(device)), labels.to(device)).sum())
         total += len(labels)
     return correct, total

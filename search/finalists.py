@@ -41,8 +41,8 @@ def train_finalists(
     """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
 
     Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
-    in accuracy. Those that the search was told to `--include` take part in any case. Each begins with the supernet's
-    weights and sees the supernet's training images with its augmentation, at the learning rate of `poolshare retrain`;
+    in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
+    the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
     both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
 
     Returns all finalists of so many epochs within the budget, the best first: columns FINALISTS. Writes finalists.csv

@@ -63,7 +63,10 @@ def _with_interval(estimate: dict[str, float | None]) -> str:
 def finalists(
     run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
     count: Annotated[
-        int, typer.Option(min=1, help="How many of the best to train on, beside those --included in the search.")
+        int,
+        typer.Option(
+            min=1, help="How many of the best to train on, beside those that the search was told to --include."
+        ),
     ] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
     budget: Budget = None,
@@ -75,7 +78,7 @@ def finalists(
     """Train the best within the budget a little further, each alone, and score them again.
 
     The best of hundreds of scores is partly the luckiest; this decides between the best by what becomes of them. Test images
-    stay unseen. The same command continues an interrupted one; then `poolshare export RUN --pick finalist`.
+    stay unseen. The same command continues an interrupted one. `poolshare export RUN --pick finalist` takes the winner.
     """
     from .finalists import train_finalists
     from .run import RunFolder
@@ -88,6 +91,5 @@ def finalists(
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()
     out.print(finalists_table(rows))
-    wish = f"--budget {shlex.quote(budget)} " if budget else ""
-    name = shlex.quote(str(run))
-    out.print(f"export: poolshare export {name} {wish}--pick finalist --out {name}-export", soft_wrap=True)
+    name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
+    out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

@@ -106,6 +106,12 @@ def pick(
     return choices.iloc[-1]  # on a frontier the dearest is the most accurate
 
 
+def compared(finalists: pd.DataFrame) -> pd.DataFrame:
+    """Those of equally long training: as many finalists as there are of one number of epochs; of equals the longest."""
+    epochs = finalists.groupby("epochs").size().reset_index(name="count").sort_values(["count", "epochs"])["epochs"]
+    return finalists if epochs.empty else finalists[finalists["epochs"] == epochs.iloc[-1]]
+
+
 def ranked(finalists: pd.DataFrame) -> pd.DataFrame:
     """Finalists, the best first; of equals the one that the supernet scored higher, then the cheaper one."""
     order = ["correct", "supernet_correct", "macs"]

@@ -158,6 +158,12 @@ def prepare(
             supernet.space.within(macs, None, int(recipe.within * dense))
         except BudgetError as error:
             raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
+        if not timed and (limit is None or limit > recipe.within * dense):
+            raise ConfigError(
+                f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
+                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "
+                f"{recipe.within:.0%}, or less"
+            )
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)

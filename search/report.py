@@ -16,7 +16,7 @@ from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, bud
 
 from .kept import Timed
 from .layers import layer_shares
-from .pareto import PICKS, binomial_interval, frontier, hypervolume, pick, progress, ranked
+from .pareto import PICKS, binomial_interval, compared, frontier, hypervolume, pick, progress, ranked
 from .run import RunFolder, SearchConfig, write_csv
 
 COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
@@ -170,7 +170,7 @@ class Report:
 
     def pick(self, how: str, cost: str = "macs") -> Pick:
         """The best finalist, or the point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for
-        what can go wrong. Raises ConfigError where no finalist within the budget was trained."""
+        what can go wrong. Raises RunError where no finalist within the budget was trained."""
         if how == "finalist":
             return self._best_finalist()
         limit = next(iter(self.limits.items()), None)
@@ -200,16 +200,18 @@ class Report:
 
     def _best_finalist(self) -> Pick:
         rows = self.finalists
-        rows = None if rows is None else rows[rows["architecture"].isin(set(self.allowed["architecture"]))]
+        rows = None if rows is None else compared(rows[rows["architecture"].isin(set(self.allowed["architecture"]))])
         if rows is None or rows.empty:
-            raise ConfigError(
-                f"no finalist within the budget was trained in {self.run}; `poolshare finalists {self.run}` does that"
+            wish = ["--budget", self.budget] if self.budget else []
+            raise RunError(
+                f"no finalist within the budget was trained yet; `{shlex.join(['poolshare', 'finalists', self.run, *wish])}` "
+                "does that"
             )
-        rows = rows[rows["epochs"] == rows["epochs"].max()]
         best = ranked(rows).iloc[0]
         after, before = (100 * best[name] / best["total"] for name in ("correct", "supernet_correct"))
         epochs = "one epoch" if best["epochs"] == 1 else f"{best['epochs']} epochs"
-        why = f"the best of {len(rows)} finalists: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
+        of = "the only finalist" if len(rows) == 1 else f"the best of {len(rows)} finalists"
+        why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
         return Pick("finalist", "Best finalist", str(best["architecture"]), why)
 
     def picks(self, cost: str = "macs") -> list[Pick]:

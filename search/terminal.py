@@ -66,7 +66,8 @@ def finalists_table(rows: pd.DataFrame) -> Table:
 
     epochs, images = int(rows["epochs"].iloc[0]), int(rows["total"].iloc[0])
     more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
-    caption = f"{len(rows)} finalists on {images:,} search-validation images; alone: {more}"
+    who = "1 finalist" if len(rows) == 1 else f"{len(rows)} finalists"
+    caption = f"{who} on {images:,} search-validation images; alone: {more}"
     table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("architecture", overflow="fold")
     for heading in ("MACs", "supernet %", "alone % (95 %)"):

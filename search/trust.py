@@ -122,7 +122,9 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
     if not table.exists():
         return []
     earlier = folder.read_trust()
-    changed = [name for name in ("plan", "recipe") if earlier is None or earlier.get(name) != header[name]]
+    # An older recipe lacks the fields that are newer than it, and had what is now their default.
+    there = {**(earlier or {}), "recipe": Recipe().model_dump() | (earlier or {}).get("recipe", {})}
+    changed = [name for name in ("plan", "recipe") if there.get(name) != header[name]]
     if changed:
         raise RunError(
             f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or remove {table}"

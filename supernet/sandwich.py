@@ -23,7 +23,7 @@ class Sandwich:
     Bands are of equal width from the cheapest to the dearest, so that small and large networks get equal shares
     whatever their numbers. Draws are keyed by (seed, step) alone: nothing to save, and the same on every process.
 
-    within: a share of the dearest architecture's cost. A step then trains `DRAWN` architectures across the bands up to
+    within: a share of the dense network's cost. A step then trains `DRAWN` architectures across the bands up to
     there, all on labels, and neither the largest nor the smallest: what is not searched takes no part. It ranks better
     (results/trust), and says little of dearer ones. Raises BudgetError where nothing is so cheap.
     """
@@ -41,7 +41,7 @@ class Sandwich:
         self.largest, self.smallest = space[0], space.cheapest(costs)
         low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
         if within is not None:
-            high = space.within(costs, None, int(within * high)).high
+            high = space.within(costs, None, int(within * costs.total(self.largest))).high
         borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
@@ -51,7 +51,7 @@ class Sandwich:
                 continue
 
     def at(self, step: int) -> list[Architecture]:
-        """The architectures of one step, the largest first."""
+        """The architectures of one step; of a sandwich the largest first."""
         if self.within is not None:
             return self._draw(random.Random(f"drawn {self.seed} {step}"), DRAWN)
         drawn = self._draw(random.Random(f"sandwich {self.seed} {step}"), self.students)

@@ -144,8 +144,11 @@ def fit(
     identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
     kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None))
     first = kept.restore()
-    # The largest of a sandwich uses every parameter of the base model, but not those of the poolings.
-    some_unused = isinstance(model, SuperNet) and any(True for _ in model.poolings.parameters())
+    # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a step
+    # may leave out the norms of queries and keys in a layer that all of its architectures share.
+    some_unused = isinstance(model, SuperNet) and (
+        recipe.within is not None or any(True for _ in model.poolings.parameters())
+    )
     trained = distributed.parallel(model, some_unused)
     model.train()
     if progress and first:

@@ -615,6 +615,9 @@ def test_training_within_a_limit_is_a_recipe_of_the_search_alone(verb, tmp_path)
     status, _, errors = verb("search", *words, "--recipe", "within=0.01", "--out", tmp_path / "none")
     assert status == 2
     assert "--recipe within=0.01 leaves nothing to train" in errors
+    status, _, errors = verb("search", *words, "--recipe", "within=0.5", "--out", tmp_path / "none")
+    assert status == 2
+    assert "--budget 60% asks for dearer ones too: give --budget 50%, or less" in errors
     assert not (tmp_path / "none").exists()
     assert verb("export", out, "--budget", "60%", "--out", tmp_path / "export")[0] == 0
     status, _, errors = verb(

@@ -21,6 +21,7 @@ from poolshare.supernet.train import train_model, train_supernet
 
 SPACE = SearchSpace(depth=3, levels=(64, 16, 4), operators=("max2d_conv",))  # one that learns
 RECIPES = {
+    "within": Recipe(epochs=3, batch_size=128, within=0.6),
     "plain": Recipe(epochs=1, batch_size=256, clip_grad=None),
     "mixed in parts": Recipe(epochs=1, batch_size=256, clip_grad=None, mixup=0.8, cutmix=1.0, accumulate=3),
     "averaged": Recipe(epochs=3, batch_size=128, ema=0.9),
@@ -75,7 +76,7 @@ def in_each_process(folder):
     data = digits()
     with distributed.joined(torch.device("cpu")):
         rank = distributed.rank()
-        for name in ("plain", "mixed in parts"):
+        for name in ("plain", "mixed in parts", "within"):
             save_file(gradients(name, data, seed=rank), folder / f"{name}-{rank}.safetensors")
         train(data, rank, folder / "stopped.safetensors" if rank == 0 else None, stop_at=5)
         state = folder / "state.safetensors" if rank == 0 else None
@@ -102,7 +103,7 @@ def together(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "mixed in parts"])
+@pytest.mark.parametrize("name", ["plain", "mixed in parts", "within"])
 def test_two_processes_give_the_gradients_of_one(name, together):
     alone = gradients(name, digits(), seed=0)
     first, second = (load_file(together / f"{name}-{rank}.safetensors") for rank in (0, 1))

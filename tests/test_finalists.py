@@ -57,7 +57,13 @@ def test_finalists_are_trained_within_the_budget_kept_and_continued(run):
     assert (both["correct"] == both["correct_before"]).all()
 
 
-def test_the_best_of_the_longest_trained_is_picked_and_exported(run, tmp_path, verb):
+def test_the_best_of_the_most_that_trained_equally_long_is_picked_and_exported(run, tmp_path, verb):
+    train_finalists(run, 1, epochs=3, device="cpu")
+    assert (
+        load_report(run).pick("finalist").architecture
+        == train_finalists(run, 4, epochs=1, device="cpu")["architecture"][0]
+    )
+    run.finalists.unlink()
     train_finalists(run, 2, epochs=1, device="cpu")
     longer = train_finalists(run, 2, epochs=2, device="cpu")
     assert (longer["epochs"] == 2).all()
@@ -77,7 +83,7 @@ def test_the_verb_shows_both_scores_and_what_comes_next(run, verb):
     code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "-q", "--budget", "60%")
     assert code == 0
     assert "finalists on 377 search-validation images; alone: one more epoch" in " ".join(out.split())
-    assert f"poolshare export {run.path} --budget 60% --pick finalist" in out
+    assert f"poolshare export {run.path} --architecture" in out
     code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "-q", "--json")
     assert code == 0
     assert set(json.loads(out)["finalists"][0]) == set(FINALISTS)
@@ -89,8 +95,8 @@ def test_what_cannot_be_is_refused(run, tmp_path):
     with pytest.raises(BudgetError, match="ask for at least that"):
         train_finalists(run, 2, budget="1%")
     fresh = run_job(SearchConfig(**SMALL, epochs=0), tmp_path / "fresh")
-    with pytest.raises(ConfigError, match="poolshare finalists"):
-        load_report(fresh).pick("finalist")
+    with pytest.raises(RunError, match=r"poolshare finalists .*fresh --budget 50%"):
+        load_report(fresh, "50%").pick("finalist")
     fresh.finalists.write_text("architecture,macs\n64 64 64,5\n", encoding="utf-8")
     with pytest.raises(RunError, match="damaged"):
         train_finalists(fresh, 2)

@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 from poolshare.search import cli
 from poolshare.search.job import run_job
 from poolshare.search.prepare import prepare
-from poolshare.search.run import SearchConfig, read_json
+from poolshare.search.run import SearchConfig, read_json, write_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
 from poolshare.space import ConfigError, RunError
 
@@ -110,6 +110,12 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     plan = Plan(architectures=4, twice=2, bands=2)
     assert measure_trust(run, plan, epochs=1, device="cpu") == found
     pd.testing.assert_frame_equal(pd.read_csv(run.path / "trust.csv"), table)
+
+    # A run of before a field of the recipe was there.
+    older = read_json(run.trust)
+    del older["recipe"]["within"], older["recipe"]["ema"]
+    write_json(run.trust, older)
+    assert measure_trust(run, plan, epochs=1, device="cpu") == found
 
     with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
         measure_trust(run, plan, epochs=2, device="cpu")

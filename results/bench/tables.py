@@ -1,6 +1,7 @@
 """Scoring complete sub-trees of a space by one walk, beside scoring the same architectures one by one: times over counts.
 
-    python results/bench/tables.py     # all settings, some 10 minutes; writes tables.json beside this file
+    python results/bench/tables.py                                 # all settings, some 30 minutes; writes tables.json
+    python results/bench/tables.py "fashion-bench, 256 images"     # one of them, beside those already there
 
 Each setting takes three complete sub-trees of the space, spread over its ranks, and scores one batch of random images with
 random weights (times do not depend on either), by `count_correct`, the function that searches use, on the thread's own clock.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,14 @@ def measure(name: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = []
-    for name in SETTINGS:
-        rows.append(measure(name))
-        print(rows[-1], flush=True)
-    facts = {"machine": f"{os.cpu_count()} CPU cores, no GPU, one thread", "versions": versions(), "rows": rows}
-    Path(__file__).with_name("tables.json").write_text(json.dumps(facts, indent=1) + "\n")
+    target = Path(__file__).with_name("tables.json")
+    for name in sys.argv[1:] or SETTINGS:
+        row = measure(name)
+        print(row, flush=True)
+        earlier = json.loads(target.read_text())["rows"] if target.exists() else []
+        rows = [*(one for one in earlier if one["setting"] != name), row]
+        facts = {"machine": f"{os.cpu_count()} CPU cores, no GPU, one thread", "versions": versions(), "rows": rows}
+        target.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
