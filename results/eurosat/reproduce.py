@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--starts", default="supernet", help="supernet, teacher, imagenet, or several with commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--names", default=",".join(NAMES), help="of the competitors to train, with commas")
+    parser.add_argument("--also", metavar="NAME=ARCHITECTURE", help="one more competitor at the first budget")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
     parser.add_argument("--device", default="cpu")
@@ -245,15 +246,19 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     table = given.out / f"{setting}.csv"
     dense_macs = costs.total(trained.space[0])
-    todo = [(start, stage, seed) for start in given.starts.split(",") for stage in ORDER for seed in range(given.seeds)]
+    also, _, text = (given.also or "").partition("=")
+    order = ({(also, BUDGETS[0])},) if also else ORDER
+    names = [also] if also else given.names.split(",")
+    todo = [(start, stage, seed) for start in given.starts.split(",") for stage in order for seed in range(given.seeds)]
     teachers: dict[int, Remembered] = {}
     for start, stage, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
-        for one in competitors(folder, trained.space, costs, given.img_size, seed):
+        extra = [{"name": also, "budget": BUDGETS[0], "architecture": Architecture.parse(text)}] if also else []
+        for one in [*competitors(folder, trained.space, costs, given.img_size, seed), *extra]:
             architecture, name, budget = one["architecture"], one["name"], one["budget"]
             rows = pd.read_csv(table).to_dict("records") if table.exists() else []
             done = {(row["name"], row["budget"], row["start"], row["seed"]) for row in rows}
-            if name not in given.names.split(",") or (name, budget) not in stage or (name, budget, start, seed) in done:
+            if name not in names or (name, budget) not in stage or (name, budget, start, seed) in done:
                 continue
             twins = [r for r in rows if (r["architecture"], r["start"], r["seed"]) == (str(architecture), start, seed)]
             if twins:  # the same training under another name
