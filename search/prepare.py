@@ -158,7 +158,7 @@ def prepare(
             supernet.space.within(macs, None, int(recipe.within * dense))
         except BudgetError as error:
             raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
-        if not timed and (limit is None or limit > recipe.within * dense):
+        if not timed and recipe.within < 1 and (limit is None or limit > recipe.within * dense):
             raise ConfigError(
                 f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
                 f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "

@@ -135,9 +135,14 @@ class Report:
         untrained = ""
         if self.within is not None:
             untrained = (
-                f" The supernet was trained up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
-                "architectures, and of the dense network, are too low."
+                f" The supernet was trained on architectures up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
+                "ones, and of the dense network, are too low."
             )
+            if self.within == 1:
+                untrained = (
+                    " The supernet was trained on draws from the whole space, seldom on the dense network: that one's score is "
+                    "too low."
+                )
         if self.certified:
             return (
                 f"Certified: all {self.space_size:,} architectures of the space were scored, "
@@ -180,8 +185,8 @@ class Report:
             cost = limit[0]
         if how == "half-point" and self.within is not None:
             raise ConfigError(
-                f"the dense network took no part in the supernet's training (--recipe within={self.within:g}), so nothing can "
-                "be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
+                f"the dense network took little or no part in the supernet's training (--recipe within={self.within:g}): "
+                "nothing can be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
             )
         dense = float(self.dense["top1"])
         rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more

@@ -25,7 +25,7 @@ class Sandwich:
 
     within: a share of the dense network's cost. A step then trains `DRAWN` architectures across the bands up to
     there, all on labels, and neither the largest nor the smallest: what is not searched takes no part. It ranks better
-    (results/trust), and says little of dearer ones. Raises BudgetError where nothing is so cheap.
+    (results/trust), and says little of dearer ones, nor of the largest where it is 1. Raises BudgetError where nothing is so cheap.
     """
 
     def __init__(
