@@ -148,7 +148,9 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
         row |= {"of_dense_macs": round(float(group["of_dense"].mean()), 4)}
         row |= {"top1": round(group["top1"].mean(), 3), "deviation": round(group["top1"].std(ddof=1), 3)}
         for other, at in (("dense", 1.0), ("searched", budget)):
-            rivals = table[(table["name"] == other) & (table["start"] == start) & (table["budget"] == at)]
+            rivals = table[(table["name"] == other) & (table["budget"] == at)]
+            # Who began at a supernet that never trained the dense network is compared with the dense one of the other.
+            rivals = rivals[rivals["start"] == (start if start in set(rivals["start"]) else "supernet")]
             both = group.merge(rivals, on="seed", suffixes=("", "_rival"))
             if name == other or both.empty:
                 continue
@@ -210,6 +212,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--names", default=",".join(NAMES), help="of the competitors to train, with commas")
     parser.add_argument("--also", metavar="NAME=ARCHITECTURE", help="one more competitor at the first budget")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="RUN", help="begin at this run's supernet, not at the script's"
+    )
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
     parser.add_argument("--device", default="cpu")
@@ -246,10 +251,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     table = given.out / f"{setting}.csv"
     dense_macs = costs.total(trained.space[0])
+    source = trained if given.source is None else load_supernet(RunFolder.open(given.source))
+    starts = given.starts.split(",") if given.source is None else [given.source.name]
     also, _, text = (given.also or "").partition("=")
     order = ({(also, BUDGETS[0])},) if also else ORDER
     names = [also] if also else given.names.split(",")
-    todo = [(start, stage, seed) for start in given.starts.split(",") for stage in order for seed in range(given.seeds)]
+    todo = [(start, stage, seed) for start in starts for stage in order for seed in range(given.seeds)]
     teachers: dict[int, Remembered] = {}
     for start, stage, seed in todo:
         data.seed = seed  # of order and augmentation; the splits are made
@@ -265,7 +272,7 @@ def main() -> None:
                 write_csv(table, pd.DataFrame([*rows, twins[0] | {"name": name, "budget": budget}]))
                 continue
             torch.manual_seed(seed)
-            model = starting_model(start, architecture, trained, given.weights, given.img_size).to(device)
+            model = starting_model(start, architecture, source, given.weights, given.img_size).to(device)
             guide = None
             if start == "teacher" and name != "dense":
                 if seed not in teachers:
