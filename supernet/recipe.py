@@ -30,9 +30,8 @@ class Recipe(BaseModel):
     cutmix: float = Field(0.0, ge=0)  # α of CutMix
     mix_prob: float = Field(1.0, gt=0, le=1)  # share of the steps that mix
     ema: float | None = Field(None, gt=0, lt=1)  # decay of a moving average of the weights, which is then the result
-    within: float | None = Field(
-        None, gt=0, lt=1
-    )  # share of the dense MACs that a supernet's steps keep to, see `Sandwich`
+    # Share of the dense MACs that a supernet's steps keep to, see `Sandwich`; a search's alone.
+    within: float | None = Field(None, gt=0, le=1, strict=True)
     drop_path: float = Field(0.0, ge=0, lt=1)  # largest rate, at the last block; retraining only
     distill: float = Field(0.5, gt=0, le=1)  # a teacher's share of the loss; retraining only
     hflip: float = Field(0.5, ge=0, le=1)  # augmentation, see `Augmentation`

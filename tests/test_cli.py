@@ -612,6 +612,10 @@ def test_training_within_a_limit_is_a_recipe_of_the_search_alone(verb, tmp_path)
     status, shown, errors = verb("search", *words, "--recipe", "within=0.6", "--out", out)
     assert status == 0, errors
     assert "trained on architectures up to 60% of the dense MACs alone" in " ".join(shown.split())
+    status, shown, errors = verb("search", *words, "--recipe", "within=1", "--out", tmp_path / "whole")
+    assert status == 0, errors
+    assert "trained on draws from the whole space" in " ".join(shown.split())
+    assert verb("search", *words, "--recipe", "within=true", "--out", tmp_path / "none")[0] == 2
     status, _, errors = verb("search", *words, "--recipe", "within=0.01", "--out", tmp_path / "none")
     assert status == 2
     assert "--recipe within=0.01 leaves nothing to train" in errors

@@ -69,7 +69,7 @@ def test_sandwich_draws_are_keyed_by_seed_and_step_and_reach_every_band(costs):
     assert sum(band.size for band in sandwich.bands) == SPACE.size  # the bands part the space
 
 
-def test_a_step_within_a_limit_trains_six_that_keep_it_on_labels_alone(costs):
+def test_a_step_within_a_limit_trains_six_that_keep_it_on_labels_alone(digits, costs):
     limit = 0.5 * costs.total(SPACE[0])
     sandwich = Sandwich(SPACE, costs, seed=3, within=0.5)
     steps = [sandwich.at(step) for step in range(100)]
@@ -83,6 +83,8 @@ def test_a_step_within_a_limit_trains_six_that_keep_it_on_labels_alone(costs):
     one_by_one = [F.cross_entropy(net(images, [one])[0], labels, label_smoothing=0.1) for one in steps[7]]
     expected = 2 * sum(one_by_one) / 6
     torch.testing.assert_close(sandwich.loss(net, images, labels, 7, 0.1), expected)
+    train_supernet(net, digits, costs, Recipe(epochs=1, batch_size=256, within=1), seed=3)
+    assert sum(band.size for band in Sandwich(SPACE, costs, seed=3, within=1).bands) == SPACE.size
     with pytest.raises(BudgetError, match="this space reaches from"):
         Sandwich(SPACE, costs, seed=3, within=0.01)
 
