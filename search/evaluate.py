@@ -83,12 +83,17 @@ def count_correct(
 
 
 @torch.inference_mode()
-def count_right(model: nn.Module, batches: Batches) -> tuple[int, int]:
-    """Images that one model, which stands alone, classifies correctly, and the number of images."""
+def count_right(model: nn.Module, batches: Batches, progress: Callable[[int], None] | None = None) -> tuple[int, int]:
+    """Images that one model, which stands alone, classifies correctly, and the number of images.
+
+    progress: called after each batch with the number of batches done.
+    """
     model.eval()
     device = next(model.parameters()).device
     correct = total = 0
-    for images, labels in batches:
+    for index, (images, labels) in enumerate(batches, start=1):
         correct += int(top1(model(images.to(device)), labels.to(device)).sum())
         total += len(labels)
+        if progress:
+            progress(index)
     return correct, total

@@ -22,7 +22,7 @@ from .evaluate import count_right
 from .job import SCORING_BATCH
 from .pareto import ranked
 from .prepare import load_weights, prepare
-from .progress import Advance, progress_bar
+from .progress import advance_step, progress_bar
 from .report import load_report, write_report
 from .retrain import WARM_LR, WARM_LR_PRETRAINED
 from .run import FINALISTS, RunFolder, write_csv
@@ -75,10 +75,6 @@ def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[s
     return pd.concat([chosen, best_first[best_first["architecture"].isin(included)]]).drop_duplicates("architecture")
 
 
-def _show_step(advance: Advance, before: int, note: str, step: int, loss: float) -> None:
-    advance(before + step, f"{note}, loss {loss:.3f}")
-
-
 def _train(
     folder: RunFolder,
     missing: list[dict[str, object]],
@@ -102,7 +98,7 @@ def _train(
             torch.manual_seed(config.seed)
             model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
             model.to(next(job.supernet.parameters()).device)
-            show = partial(_show_step, advance, index * steps, note)
+            show = partial(advance_step, advance, index * steps, note)
             train_model(model, job.data, recipe, full=False, seed=config.seed, workers=workers, progress=show)
             correct, total = count_right(model, batches)
             new = (text, candidate["macs"], epochs, candidate["correct"], correct, total)

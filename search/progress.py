@@ -20,6 +20,11 @@ def no_progress(done: float, note: str = "", total: float | None = None) -> None
     """An Advance that shows nothing."""
 
 
+def advance_step(advance: Advance, before: int, note: str, step: int, loss: float) -> None:
+    """A training's progress as a part of a longer work, of which `before` steps were done when it began."""
+    advance(before + step, note)
+
+
 @contextmanager
 def progress_bar(console: Console, title: str, total: float, unit: str) -> Iterator[Advance]:
     """Yields a function to call with the units done so far, of `total`, and a short note; it may correct the total.

@@ -22,6 +22,7 @@ from poolshare.supernet.checkpoint import load_facts
 from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
+from .evaluate import count_right
 from .export import Exported, check_new, load_export, save_export
 from .pareto import binomial_interval
 from .prepare import as_trained, checked_recipe, opening_options, pick_device
@@ -196,19 +197,11 @@ def evaluate(
     }
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | None = None) -> tuple[int, int]:
     """Correctly classified test images, and how many there are."""
-    model.eval()
-    device = next(model.parameters()).device
     batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
-    correct = images = 0
     with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
-        for index, (inputs, labels) in enumerate(batches, start=1):
-            correct += int((model(inputs.to(device)).argmax(dim=-1) == labels.to(device)).sum())
-            images += len(labels)
-            advance(index)
-    return correct, images
+        return count_right(model, batches, advance)
 
 
 def _open(

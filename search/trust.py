@@ -23,7 +23,7 @@ from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 from .evaluate import count_correct, count_right
 from .job import SCORING_BATCH
 from .prepare import Job, load_weights, prepare
-from .progress import progress_bar
+from .progress import advance_step, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, read_csv, write_csv, write_json
 
@@ -96,7 +96,7 @@ def _measure(
         for done, (repeat, index) in enumerate(missing):
             architecture, band = drawn[index]
             note = f"{done + 1} of {len(missing)}: {architecture}"
-            show = partial(_show_step, advance, done * steps, note)
+            show = partial(advance_step, advance, done * steps, note)
             correct, total = _train_alone(
                 job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", workers, show
             )
@@ -110,10 +110,6 @@ def _measure(
     if folder.summary.exists():
         write_report(folder)  # the page shows it
     return result
-
-
-def _show_step(advance: Callable[..., None], before: int, note: str, step: int, loss: float) -> None:
-    advance(before + step, note)
 
 
 def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, Any]]:

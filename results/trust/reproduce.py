@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from poolshare.search.evaluate import count_correct
+from poolshare.search.evaluate import count_correct, count_right
 from poolshare.search.prepare import Job, make_supernet, model_options, prepare
 from poolshare.search.run import SearchConfig, versions, write_csv, write_json
 from poolshare.search.trust import Plan, draw, kendall_tau, summarise
@@ -121,12 +121,9 @@ def train_alone(job: Job, architecture: Architecture, seed: int) -> int:
     return right(model, job)
 
 
-@torch.inference_mode()
 def right(model: nn.Module, job: Job) -> int:
     """Of the scored images."""
-    model.eval()
-    batches = job.data.eval_loader("search", 256)
-    return sum(int((model(images).argmax(dim=-1) == labels).sum()) for images, labels in batches)
+    return count_right(model, job.data.eval_loader("search", 256))[0]
 
 
 def alone(job: Job, table: Path, twice: int) -> None:
