@@ -25,7 +25,7 @@ from poolshare.space.errors import BrokenDataError, DataError
 
 from .sources import Progress, Source, Split, StrPath, open_source
 
-CACHE_BYTES = 256 * 2**20  # evaluation splits of up to this size, as float32, are kept decoded
+CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
 _SEARCH, _TEST, _ORDER, _AUGMENT = range(4)  # one stream of random numbers for each use of the seed
 

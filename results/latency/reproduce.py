@@ -1,6 +1,6 @@
 """Sums of a latency table against whole exported models it was not fitted to, beside sums of parts timed alone.
 
-python results/latency/reproduce.py digits 1 --rounds 40      # also: digits 64, vit 1, vit 64
+python results/latency/reproduce.py digits 1 --rounds 40      # also: digits 64, vit 1, vit 64; --device cuda
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("batch_size", type=int)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     name, space, options = MODELS[asked.model]
-    net = SuperNet.from_timm(name, space, num_classes=10, **options)
+    net = SuperNet.from_timm(name, space, num_classes=10, **options).to(asked.device)
     kinds, rng, batch = kinds_of(space), random.Random(0), asked.batch_size
     by_itself = time_parts(net, batch, kinds)  # (kinds,)
     chosen = design(space, kinds, 2 * len(kinds), rng)
@@ -48,7 +50,8 @@ def main() -> None:
         (asked.model, batch, str(a), round(whole), table.total(a), round(float(counts(a, kinds) @ by_itself)))
         for a, whole in zip(others, timed[len(chosen) :], strict=True)
     ]
-    with open(HERE / f"{asked.model}-{batch}.csv", "w", newline="", encoding="utf-8") as file:
+    suffix = "" if asked.device == "cpu" else "-gpu"
+    with open(asked.out / f"{asked.model}-{batch}{suffix}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("model", "batch", "architecture", "timed_ns", "summed_ns", "parts_alone_ns"))
         writer.writerows(rows)
