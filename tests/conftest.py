@@ -1,4 +1,4 @@
-"""What several test files need: timm without fused attention, weights that leave nothing trivial, a browser."""
+"""What several test files need: no GPU, timm without fused attention, weights that leave nothing trivial, a browser."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +18,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is expected here are a CPU's numbers, so no default device is a GPU, in child processes neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_gpu.py":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A pretrained ViT-Tiny on EuroSAT: searched models beside dense, hand-made schedules and random draws of equal cost.
 
     python results/eurosat/reproduce.py --data DATA/eurosat --weights vit_tiny_patch16_224.safetensors
-    python results/eurosat/reproduce.py … --img-size 224 --seeds 10 --device cuda --jobs 10 --workers 4
+    python results/eurosat/reproduce.py … --img-size 224 --batch-size 64 --lr 4e-4 --seeds 5 --device cuda --jobs 14 --workers 4
 
 Three supernets are trained and searched from the command line: one within each budget (`--recipe within=`), and one by
 the sandwich over the whole space. Then, with each seed, every competitor is fine-tuned by the same recipe and tested:
@@ -14,9 +14,9 @@ the sandwich over the whole space. Then, with each seed, every competitor is fin
     random     another architecture of the budget for each seed
 
 All of a budget begin at the weights of the supernet that was trained within it, `sandwich` and the dense model at the
-sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's. All who learn with one
-seed see the same images. `--jobs`: processes at once, one for each seed. Some 6 hours on one core at 112 px.
-Writes results/eurosat/<size>-<operators>.csv and .json, and resumes after the last training of each seed.
+sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
+(`imagenet, longer`) for those of the supernet's training besides. All who learn with one seed see the same images, which are
+augmented once and kept in --work (1.2 GB a seed at 112 px). Some 6 hours on one core at 112 px. Writes results/eurosat/<size>-<operators>.csv and .json, and resumes after the last training.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -58,9 +59,43 @@ from poolshare.supernet.weights import load_base_weights
 HERE = Path(__file__).parent
 MODEL, CLASSES, DEPTH = "vit_tiny_patch16_224", 10, 12
 LEVELS = {112: (49, 25, 16, 9), 224: (196, 100, 49, 25)}  # by size of the images
-BUDGETS = (0.58, 0.40)  # of the dense MACs: 42 % fewer is what Token Pooling claims for DeiT
+NAMES = ("dense", "searched", "uniform", "tome", "random", "sandwich", "finalist")
+LONGER = "imagenet, longer"
 FINALISTS = ["--count", "8", "--epochs", "2"]
 POOLSHARE = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
+
+
+class Settings(NamedTuple):
+    """The options."""
+
+    data: str
+    weights: Path
+    img_size: int
+    operators: str
+    budgets: tuple[float, ...]  # of the dense MACs
+    names: tuple[str, ...]
+    search_epochs: int
+    trials: int
+    epochs: int
+    batch_size: int
+    lr: float
+    seeds: int
+    jobs: int
+    workers: int
+    minutes: float
+    amp: Literal["none", "bf16"]
+    device: str
+    work: Path
+    out: Path
+
+    @property
+    def setting(self) -> str:
+        """What its files are called."""
+        return f"{self.img_size}-{self.operators.replace(',', '-')}"
+
+    def run(self, name: str) -> Path:
+        """The run folder of a supernet."""
+        return self.work / f"{self.setting} {name}".replace(" ", "-").rstrip("%")
 
 
 class Competitor(NamedTuple):
@@ -72,25 +107,34 @@ class Competitor(NamedTuple):
     architecture: Architecture
 
 
-class Bytes(list):
-    """Batches of (uint8 images, labels), given as timm makes images numbers: x / 255, then (x − 0.5) / 0.5."""
+class Epoch:
+    """Batches of bytes, made numbers on the device as timm makes them: x / 255, then (x − 0.5) / 0.5."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device: torch.device) -> None:
+        self.images, self.labels, self.device = images, labels, device
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((images.float().div(255).sub(0.5).div(0.5), labels) for images, labels in super().__iter__())
+        for images, labels in zip(self.images, self.labels, strict=True):
+            yield images.to(self.device).float().div(255).sub(0.5).div(0.5), labels
 
 
 class Remembered:
-    """The augmented images of one seed on the device, bit for bit those of `data`; `train_model` takes it for a Data."""
+    """The augmented images of one seed, bit for bit those of `Data`; `train_model` takes it for one.
 
-    def __init__(self, data: Data, recipe: Recipe, device: torch.device, workers: int) -> None:
-        self.classes, self.epochs = data.classes, list[Bytes]()
-        for epoch in range(recipe.epochs):
-            batches = data.train_loader(epoch, recipe.batch_size, full=True, workers=workers)
-            self.epochs.append(Bytes(((127.5 * x + 127.5).round().byte().to(device), y.to(device)) for x, y in batches))
+    images: uint8 (epochs, steps, B, 3, H, W); labels: (epochs, steps, B).
+    """
 
-    def train_loader(self, epoch: int, batch_size: int, **_: Any) -> Bytes:
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], device: torch.device
+    ) -> None:
+        self.images, self.labels, self.classes, self.device = images, labels, classes, device
+
+    def train_loader(self, epoch: int, batch_size: int, **_: Any) -> Epoch:
         """The batches of an epoch."""
-        return self.epochs[epoch]
+        return Epoch(self.images[epoch], self.labels[epoch], self.device)
 
 
 def merging_schedule(tokens: int, merges: int) -> Architecture:
@@ -139,57 +183,65 @@ def within(budget: float) -> str:
     return f"within {budget:.0%}"
 
 
-def search(given: argparse.Namespace, name: str, log: Path | None) -> None:
+def search(given: Settings, name: str) -> None:
     """Train and search one supernet; within a budget, train its finalists too."""
-    budget = next((budget for budget in BUDGETS if name == within(budget)), None)
+    budget = next((budget for budget in given.budgets if name == within(budget)), None)
     words = ["--data", given.data, "--model", MODEL, "--weights", given.weights, "--img-size", given.img_size]
     words += ["--levels", ",".join(map(str, LEVELS[given.img_size])), "--operators", given.operators]
-    words += ["--sampler", "evolution", "--trials", given.trials, "--epochs", given.search_epochs, "--batch-size", 32]
-    words += ["--device", given.device, "--amp", given.amp, "--workers", given.workers, "--out", given.run(name)]
-    for one in BUDGETS if budget is None else [budget]:  # the hand-made ones take part in the last choice
+    words += ["--sampler", "evolution", "--trials", given.trials, "--epochs", given.search_epochs]
+    words += ["--batch-size", given.batch_size, "--device", given.device, "--amp", given.amp]
+    words += ["--workers", given.workers, "--out", given.run(name)]
+    for one in given.budgets if budget is None else [budget]:  # the hand-made ones take part in the last choice
         words += ["--include", hand_made(one, given.img_size)["uniform"]]
     if budget is not None:
         words += ["--budget", f"{budget:.0%}", "--recipe", f"within={budget}"]
-    with nullcontext() if log is None else log.open("a") as stderr:
+    with nullcontext() if given.jobs == 1 else given.run(name).with_suffix(".log").open("a") as stderr:
         subprocess.run([*POOLSHARE, "search", *map(str, words)], check=True, stderr=stderr)
-        if budget is not None:
+        if budget is not None and "finalist" in given.names:
             more = [*FINALISTS, "--workers", given.workers, "--device", given.device]
             subprocess.run([*POOLSHARE, "finalists", given.run(name), *map(str, more)], check=True, stderr=stderr)
 
 
-def competitors(given: argparse.Namespace, net: SuperNet, seed: int) -> list[Competitor]:
+def competitors(given: Settings, net: SuperNet, seed: int) -> list[Competitor]:
     """Who is trained with this seed, the most important first. net: one of the supernets."""
     space, costs = net.space, measure_macs(net)
     first = [Competitor("dense", 1.0, "sandwich", space[0])]
-    later = [Competitor("dense", 1.0, "imagenet", space[0])]
-    for budget in BUDGETS:
+    later = [Competitor("dense", 1.0, start, space[0]) for start in ("imagenet", LONGER)]
+    for budget in given.budgets:
         limit, start, made = budget * costs.total(space[0]), within(budget), hand_made(budget, given.img_size)
         folder, whole = RunFolder.open(given.run(start)), RunFolder.open(given.run("sandwich"))
         chosen, of_whole = (
             Architecture.parse(pick(one.read_candidates(), "budget", limit)["architecture"]) for one in (folder, whole)
         )
-        best = Architecture.parse(load_report(folder).pick("finalist").architecture)
         drawn = space.within(costs, int(0.97 * limit), int(limit)).sample(random.Random(f"eurosat {budget} {seed}"))
         first += [Competitor("searched", budget, start, chosen), Competitor("uniform", budget, start, made["uniform"])]
         later += [
             Competitor("tome", budget, start, made["tome"]),
             Competitor("random", budget, start, drawn),
             Competitor("sandwich", budget, "sandwich", of_whole),
-            Competitor("finalist", budget, start, best),
             Competitor("searched", budget, "sandwich", chosen),
             Competitor("uniform", budget, "sandwich", made["uniform"]),
         ]
-    return first + later
+        if "finalist" in given.names:
+            best = load_report(folder).pick("finalist").architecture
+            later.append(Competitor("finalist", budget, start, Architecture.parse(best)))
+    return [one for one in first + later if one.name in given.names]
 
 
-def starting_model(start: str, architecture: Architecture, given: argparse.Namespace) -> Subnet:
+@cache
+def supernet_of(given: Settings, name: str) -> SuperNet:
+    """A trained supernet."""
+    return load_supernet(RunFolder.open(given.run(name)))
+
+
+def starting_model(start: str, architecture: Architecture, given: Settings) -> Subnet:
     """The architecture with a supernet's weights, or with ImageNet's."""
     model = Subnet.from_base(MODEL, str(architecture), img_size=given.img_size, num_classes=CLASSES)
-    if start == "imagenet":
+    if start in ("imagenet", LONGER):
         source: torch.nn.Module = timm.create_model(MODEL, img_size=given.img_size, num_classes=CLASSES)
         load_base_weights(source, given.weights, MODEL)
     else:
-        source = load_supernet(RunFolder.open(given.run(start)))
+        source = supernet_of(given, start)
     model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
     return model
 
@@ -251,55 +303,82 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def train_seed(given: argparse.Namespace, seed: int, deadline: float) -> None:
-    """Fine-tune and test every competitor with one seed, into a table of its own."""
-    console, device, recipe = Console(stderr=True), torch.device(given.device), recipe_of(given)
+def recipe_of(given: Settings) -> Recipe:
+    """How everybody is fine-tuned."""
+    return Recipe(epochs=given.epochs, batch_size=given.batch_size, lr=given.lr, layer_decay=0.75, amp=given.amp)
+
+
+def opened(given: Settings, seed: int) -> Data:
+    """The images in the order and augmentation of a seed; the splits do not depend on it."""
     data = open_data(
         given.data, img_size=given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9,
-        interpolation="bicubic", augmentation=recipe.augmentation,
+        interpolation="bicubic", augmentation=recipe_of(given).augmentation,
     )  # fmt: skip
-    data.seed = seed  # of order and augmentation; the splits are made
-    images = Remembered(data, recipe, device, given.workers)
-    console.print(f"seed {seed}: images are ready")
-    for budget in BUDGETS:
-        hand_made(budget, given.img_size)
-    while not given.searched.exists():
-        time.sleep(1)
-    if given.searched.read_text():
-        sys.exit("a search failed")
-    table = given.rows(seed)
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
-    everybody = competitors(given, load_supernet(RunFolder.open(given.run("sandwich"))), seed)
-    dense = macs_of(dense_model(given.img_size), given.img_size)
-    for name, budget, start, architecture in everybody:
-        if (name, budget, start) in {(row["name"], row["budget"], row["start"]) for row in rows}:
-            continue
-        same = [row for row in rows if (row["architecture"], row["start"]) == (str(architecture), start)]
-        if same:  # the same training under another name
-            row = same[0] | {"name": name, "budget": budget}
-        elif time.time() > deadline:
-            break
-        else:
-            torch.manual_seed(seed)
-            model = starting_model(start, architecture, given).to(device)
-            total = recipe.epochs * steps_per_epoch(images, recipe, full=True)  # type: ignore[arg-type]
-            with progress_bar(console, f"{name} {budget:.0%} from {start}, seed {seed}", total, "steps") as advance:
-                train_model(
-                    model, images, recipe, seed=seed,  # type: ignore[arg-type]
-                    progress=lambda step, loss, show=advance: show(step, f"loss {loss:.3f}"),
-                )  # fmt: skip
-            hits, macs = test_hits(model, data, device), macs_of(architecture, given.img_size)
-            row = {"name": name, "budget": budget, "start": start, "seed": seed, "macs": macs, "of_dense": macs / dense}
-            row |= {"correct": int(hits.sum()), "total": len(hits), "top1": 100 * hits.mean()}
-            row |= {"architecture": str(architecture), "hits": packed(hits)}
-        rows.append(row)
-        write_csv(table, pd.DataFrame(rows))
-        print(f"{name} {budget:.0%} from {start}, seed {seed}: {row['top1']:.1f} %", flush=True)
+    data.seed = seed
+    return data
 
 
-def recipe_of(given: argparse.Namespace) -> Recipe:
-    """How everybody is fine-tuned."""
-    return Recipe(epochs=given.epochs, batch_size=32, lr=3e-4, layer_decay=0.75, amp=given.amp)
+def files_of(given: Settings, seed: int) -> tuple[Path, Path]:
+    """Where the augmented images and their labels lie."""
+    name = f"{given.setting}-{given.epochs}-{given.batch_size}-seed-{seed}"
+    return given.work / f"{name}-images.npy", given.work / f"{name}-labels.npy"
+
+
+def augment(given: Settings, seed: int) -> None:
+    """Write the images that everybody sees with this seed."""
+    images, labels = files_of(given, seed)
+    if labels.exists():
+        return
+    data, recipe, kept = opened(given, seed), recipe_of(given), list[np.ndarray]()
+    steps = steps_per_epoch(data, recipe, full=True)
+    shape = (recipe.epochs, steps, recipe.batch_size, 3, given.img_size, given.img_size)
+    pixels = np.lib.format.open_memmap(images, "w+", np.uint8, shape)
+    with progress_bar(
+        Console(stderr=True, quiet=given.jobs > 1), f"images of seed {seed}", recipe.epochs * steps, "steps"
+    ) as show:
+        for epoch in range(recipe.epochs):
+            batches = data.train_loader(epoch, recipe.batch_size, full=True, workers=given.workers)
+            for step, (x, y) in enumerate(batches):
+                pixels[epoch, step] = (127.5 * x + 127.5).round().byte().numpy()
+                kept.append(y.numpy())
+                show(epoch * steps + step + 1, "")
+    np.save(labels, np.stack(kept).reshape(shape[:3]))
+
+
+@cache
+def images_of(given: Settings, seed: int) -> Remembered:
+    """What `augment` wrote."""
+    images, labels = files_of(given, seed)
+    pixels = torch.from_numpy(np.load(images, mmap_mode="c"))
+    return Remembered(pixels, torch.from_numpy(np.load(labels)), test_images(given).classes, torch.device(given.device))
+
+
+@cache
+def test_images(given: Settings) -> Data:
+    """The data set for testing; it decodes them once."""
+    return opened(given, 0)
+
+
+def train(given: Settings, one: Competitor, seed: int) -> dict[str, Any]:
+    """Fine-tune and test one competitor; its row of the table."""
+    device, recipe = torch.device(given.device), recipe_of(given)
+    images: Any = images_of(given, seed)
+    if one.start == LONGER:
+        recipe, images = recipe.model_copy(update={"epochs": given.search_epochs + given.epochs}), opened(given, seed)
+    torch.manual_seed(seed)
+    model = starting_model(one.start, one.architecture, given).to(device)
+    title = f"{one.name} {one.budget:.0%} from {one.start}, seed {seed}"
+    total = recipe.epochs * steps_per_epoch(images, recipe, full=True)
+    with progress_bar(Console(stderr=True, quiet=given.jobs > 1), title, total, "steps") as advance:
+        train_model(
+            model, images, recipe, seed=seed, workers=given.workers,
+            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    hits, macs = test_hits(model, test_images(given), device), macs_of(one.architecture, given.img_size)
+    row = {"name": one.name, "budget": one.budget, "start": one.start, "seed": seed, "macs": macs}
+    row |= {"of_dense": macs / macs_of(dense_model(given.img_size), given.img_size)}
+    row |= {"correct": int(hits.sum()), "total": len(hits), "top1": 100 * hits.mean()}
+    return row | {"architecture": str(one.architecture), "hits": packed(hits)}
 
 
 def main() -> None:
@@ -309,9 +388,18 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors of the pretrained ViT-Tiny")
     parser.add_argument("--img-size", type=int, choices=LEVELS, default=112)
     parser.add_argument("--operators", default="avg2d", help="of the search, with commas")
+    parser.add_argument(
+        "--budgets",
+        type=lambda text: tuple(map(float, text.split(","))),
+        default=(0.58, 0.40),
+        help="0.58,0.4 of the MACs",
+    )
+    parser.add_argument("--names", type=lambda text: tuple(text.split(",")), default=NAMES, help="of those to train")
     parser.add_argument("--search-epochs", type=int, default=8)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--workers", type=int, default=0, help="of each process, for its images")
@@ -320,51 +408,54 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/eurosat-results"))
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # a process of --jobs
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    setting = f"{given.img_size}-{given.operators.replace(',', '-')}"
-    given.run = lambda name: given.work / f"{setting} {name}".replace(" ", "-").rstrip("%")
-    given.rows = lambda seed: given.work / f"{setting}-seed-{seed}.csv"
-    given.searched = given.work / f"{setting}-searched"
-    if given.seed is not None:
-        return train_seed(given, given.seed, given.deadline)
+    given = Settings(**vars(parser.parse_args()))
     given.work.mkdir(parents=True, exist_ok=True)
-    given.searched.unlink(missing_ok=True)
-    deadline, alone = time.time() + 60 * given.minutes, given.jobs == 1
-
-    def train(seed: int) -> None:
-        words = [sys.executable, *sys.argv, "--seed", str(seed), "--deadline", str(deadline)]
-        with nullcontext() if alone else (given.work / f"{setting}-seed-{seed}.log").open("a") as stderr:
-            subprocess.run(words, check=True, stderr=stderr)
-
-    names = [*map(within, BUDGETS), "sandwich"]
-    with ThreadPoolExecutor(given.jobs) as pool, ThreadPoolExecutor(given.jobs) as trainers:
-        logs = [None if alone else given.run(name).with_suffix(".log") for name in names]
-        searching = [pool.submit(search, given, name, log) for name, log in zip(names, logs, strict=True)]
-        training = [] if alone else [trainers.submit(train, seed) for seed in range(given.seeds)]  # they wait
-        wait(searching)
-        given.searched.write_text("".join(str(one.exception() or "") for one in searching))
-        for one in searching:
-            one.result()
-        training = training or [trainers.submit(train, seed) for seed in range(given.seeds)]
-        for one in training:
-            one.result()
-    tables = [pd.read_csv(given.rows(seed)) for seed in range(given.seeds) if given.rows(seed).exists()]
-    rows = pd.concat(tables, ignore_index=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    write_csv(given.out / f"{setting}.csv", rows)
-    facts = {"recipe": recipe_of(given).model_dump(), "versions": versions(), "device": given.device}
-    facts |= {"device_name": torch.cuda.get_device_name(given.device) if "cuda" in given.device else "CPU"}
-    facts |= {"search_epochs": given.search_epochs, "trials": given.trials, "competitors": paired(rows)}
-    write_json(given.out / f"{setting}.json", facts)
+    begin, table, names = time.time(), given.out / f"{given.setting}.csv", [*map(within, given.budgets), "sandwich"]
+    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    found = {(row["start"], row["architecture"], row["seed"]): row for row in rows}
+    with ThreadPoolExecutor(given.jobs) as threads, ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        searching = [threads.submit(search, given, name) for name in names]
+        if given.jobs == 1:
+            wait(searching)
+        for one in [*searching, *(pool.submit(augment, given, seed) for seed in range(given.seeds))]:
+            one.result()
+        net = supernet_of(given, "sandwich")
+        everybody = [competitors(given, net, seed) for seed in range(given.seeds)]
+        ranked = [(one, seed) for rank in zip(*everybody, strict=True) for seed, one in enumerate(rank)]
+        print(f"{time.time() - begin:.0f} s: {len(ranked)} competitors, seeds counted", flush=True)
+        missing = {(one.start, str(one.architecture), seed): (one, seed) for one, seed in ranked}
+        running = [pool.submit(train, given, *missing[key]) for key in missing if key not in found]
+        with suppress(TimeoutError):
+            for future in as_completed(running, max(begin + 60 * given.minutes - time.time(), 0)):
+                row = future.result()
+                found[row["start"], row["architecture"], row["seed"]] = row
+                write_results(given, ranked, found)
+                print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
+        pool.shutdown(cancel_futures=True)
+        for future in running:
+            if not future.cancelled():
+                row = future.result()
+                found[row["start"], row["architecture"], row["seed"]] = row
+    shown = write_results(given, ranked, found)
     for name in names:
         folder = RunFolder.open(given.run(name))
-        write_csv(
-            given.out / f"{setting}-{given.run(name).name.removeprefix(setting + '-')}.csv", folder.read_candidates()
-        )
-    summary = pd.DataFrame(facts["competitors"]).drop(columns=["minus_searched", "minus_uniform"], errors="ignore")
-    print(summary.to_string())
+        write_csv(given.out / f"{given.run(name).name}-search.csv", folder.read_candidates())
+    print(shown.drop(columns=[column for column in shown if "searched" in column or "uniform" in column]).to_string())
+
+
+def write_results(
+    given: Settings, ranked: Sequence[tuple[Competitor, int]], found: dict[tuple[str, str, int], dict[str, Any]]
+) -> pd.DataFrame:
+    """Write table and summary of what has been trained; a training may stand there under several names."""
+    keys = [((one.start, str(one.architecture), seed), one) for one, seed in ranked]
+    rows = pd.DataFrame([found[key] | {"name": one.name, "budget": one.budget} for key, one in keys if key in found])
+    write_csv(given.out / f"{given.setting}.csv", rows)
+    facts: dict[str, Any] = {"recipe": recipe_of(given).model_dump(), "versions": versions()}
+    facts |= {"search_epochs": given.search_epochs, "trials": given.trials, "competitors": paired(rows)}
+    facts |= {"device": given.device if given.device == "cpu" else torch.cuda.get_device_name(given.device)}
+    write_json(given.out / f"{given.setting}.json", facts)
+    return pd.DataFrame(facts["competitors"])
 
 
 if __name__ == "__main__":
