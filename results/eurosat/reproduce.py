@@ -16,7 +16,8 @@ the sandwich over the whole space. Then, with each seed, every competitor is fin
 All of a budget begin at the weights of the supernet that was trained within it, `sandwich` and the dense model at the
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
 (`imagenet, longer`) for those of the supernet's training besides. All who learn with one seed see the same images, which are
-augmented once and kept in --work (1.2 GB a seed at 112 px). Some 6 hours on one core at 112 px. Writes results/eurosat/<size>-<operators>.csv and .json, and resumes after the last training.
+augmented once and kept in --work (1.2 GB a seed at 112 px). Some 6 hours on one core at 112 px.
+Writes results/eurosat/<size>-<operators>.csv and .json, and resumes after the last training.
 """
 
 from __future__ import annotations
