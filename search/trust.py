@@ -64,8 +64,8 @@ def measure_trust(
     Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     epochs: of each training; default: the supernet's. Writes trust.csv after each training and continues from it.
-    Raises RunError for a run that is not trained yet, that another process holds, or whose trust.csv belongs to
-    another plan.
+    Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
+    trust.csv belongs to another plan.
     """
     with held(folder.path):
         return _measure(folder, plan, epochs, workers, device, console or Console(quiet=True))
@@ -75,6 +75,7 @@ def _measure(
     folder: RunFolder, plan: Plan, epochs: int | None, workers: int, device: str | None, console: Console
 ) -> dict[str, Any]:
     job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
+    folder.check_images(job.data.fingerprint)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     recipe = job.recipe.model_copy(update={} if epochs is None else {"epochs": epochs})

@@ -1,6 +1,7 @@
 """Finalists: who takes part, what is written and continued, and that the best of them can be exported."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from poolshare.search.finalists import choose, train_finalists
 from poolshare.search.job import run_job
 from poolshare.search.pareto import ranked
 from poolshare.search.report import load_report
-from poolshare.search.run import FINALISTS, RunFolder, SearchConfig, write_csv
+from poolshare.search.run import FINALISTS, RunFolder, SearchConfig, read_json, write_csv, write_json
 from poolshare.space import BudgetError, ConfigError, RunError
 
 SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}
@@ -100,6 +101,18 @@ def test_what_cannot_be_is_refused(run, tmp_path):
     fresh.finalists.write_text("architecture,macs\n64 64 64,5\n", encoding="utf-8")
     with pytest.raises(RunError, match="damaged"):
         train_finalists(fresh, 2)
+
+
+@pytest.mark.parametrize("words", [["finalists", "--count", "1"], ["trust", "--architectures", "2", "--twice", "0"]])
+def test_other_images_are_refused_before_anything_is_trained(run, tmp_path, verb, words):
+    changed = shutil.copytree(run.path, tmp_path / "run")
+    config = read_json(changed / "config.json")
+    write_json(changed / "config.json", config | {"data": "1257 images, 0123456789abcdef"})
+    before = sorted(path.name for path in changed.iterdir())
+    code, _, error = verb(words[0], changed, *words[1:], "--epochs", "1", "--device", "cpu", "-q")
+    assert code == 1
+    assert "0123456789abcdef there); restore them" in " ".join(error.split())
+    assert sorted(path.name for path in changed.iterdir()) == before
 
 
 def test_more_epochs_of_the_supernet_set_finalists_aside(tmp_path):
