@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from poolshare.space.errors import ConfigError, PoolshareError
+from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
 
 from . import judging, looking, using
@@ -266,48 +265,10 @@ app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick k
 app.command(epilog='Example:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"')(looking.show)
 
 
-@app.command(
+app.command(
     epilog="Examples:  poolshare export runs/digits --budget 60% --out exports/digits    "
     'poolshare export runs/digits --architecture "64*2 36@max2d*3 16@max2d*3" --out exports/mine'
-)
-def export(
-    run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
-    architecture: Annotated[
-        str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
-    ] = None,
-    pick: Annotated[
-        Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
-        typer.Option(
-            help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
-            "half a point of dense; budget: the best within --budget. Default: budget if given, else knee."
-        ),
-    ] = None,
-    budget: Budget = None,
-    as_json: Json = False,
-) -> None:
-    """Take one architecture home as a timm model.
-
-    It is chosen by budget, by text, or as the frontier's knee.
-    """
-    from poolshare.search import SearchResult
-
-    found = SearchResult(run)
-    if architecture is None:
-        chosen = found.pick(pick or ("budget" if budget else "knee"), budget).architecture
-    elif budget or pick:
-        raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
-    else:
-        chosen = architecture
-    facts = found.export(chosen, out)
-    if as_json:
-        return print_json({"out": str(out), **facts})
-    console = PlainConsole()
-    console.print(f"{out}: {facts['architecture']}")
-    console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
-    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
-
-
+)(using.export)
 app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")(using.retrain)
 app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(using.evaluate)
 app.command(epilog="Example:  poolshare predict exports/photos-retrained holiday.jpg more-photos/")(using.predict)

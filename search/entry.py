@@ -16,13 +16,14 @@ from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data import Data
 from poolshare.supernet.own_data import Parts, loader_batch, open_own
 
+from .config import SearchConfig, checked_config
 from .evaluate import Metric, metric_name, top1
 from .export import export_architecture, load_supernet
 from .job import run_job
 from .options import progress_console
 from .progress import progress_bar
 from .report import Pick, Report, load_report
-from .run import RunFolder, SearchConfig, checked_config
+from .run import RunFolder
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
 NOT_OWN = ("data_dir", "download", "search_fraction", "img_size", "in_chans")  # what the user's own data decide

@@ -13,8 +13,9 @@ import pandas as pd
 from poolshare.space.files import write_whole
 
 from .pareto import binomial_interval
-from .report import COSTS, Report, amount, axis_label, axis_unit
+from .report import Report
 from .run import write_csv
+from .units import COSTS, amount, axis_label, axis_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

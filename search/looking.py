@@ -101,9 +101,9 @@ def show(
     """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
     from poolshare.space import Architecture, RunError
 
-    from .report import quantity
     from .run import read_json
     from .terminal import draw_architecture
+    from .units import quantity
 
     facts: dict[str, Any] = {}
     if Path(what).is_dir():

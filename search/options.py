@@ -84,7 +84,7 @@ def print_json(value: Any) -> None:
 
 
 def make_config(**values: Any) -> Any:
-    from .run import checked_config
+    from .config import checked_config
 
     return checked_config(**values)
 

@@ -18,7 +18,8 @@ from poolshare.space import Architecture
 from poolshare.space.files import write_whole
 
 from .layers import in_words
-from .report import COSTS, Report, quantity
+from .report import Report
+from .units import COSTS, quantity
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
 

@@ -32,8 +32,8 @@ from poolshare.supernet.model import create_base
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.weights import load_base_weights
 
+from .config import SearchConfig, first_problem
 from .evaluate import Metric, check_metric, top1
-from .run import SearchConfig, first_problem
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
 # spends on the candidates it happens to try (ALGORITHMS: 3,350).

@@ -16,7 +16,8 @@ from poolshare.space import Architecture, ConfigError, RunError
 
 from .console import printable
 from .pareto import HALF_POINT, binomial_interval, hypervolume
-from .report import Report, amount, axis_label, axis_unit, human, quantity
+from .report import Report
+from .units import amount, axis_label, axis_unit, human, quantity
 
 if TYPE_CHECKING:
     from rich.table import Table

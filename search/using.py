@@ -1,15 +1,19 @@
-"""The verbs that take an exported model further: `retrain` it, `evaluate` it, let it `predict`."""
+"""The verbs of exported models: `export` one, `retrain` it, `evaluate` it, let it `predict`."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from poolshare.space.errors import ConfigError
 
 from .console import PlainConsole
 from .options import (
     Amp,
+    Budget,
     DataDir,
     Device,
     Download,
@@ -24,6 +28,44 @@ from .options import (
     progress_console,
     recipe_of,
 )
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
+    architecture: Annotated[
+        str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
+    ] = None,
+    pick: Annotated[
+        Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
+        typer.Option(
+            help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
+            "half a point of dense; budget: the best within --budget. Default: budget if given, else knee."
+        ),
+    ] = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """Take one architecture home as a timm model.
+
+    It is chosen by budget, by text, or as the frontier's knee.
+    """
+    from poolshare.search import SearchResult
+
+    found = SearchResult(run)
+    if architecture is None:
+        chosen = found.pick(pick or ("budget" if budget else "knee"), budget).architecture
+    elif budget or pick:
+        raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
+    else:
+        chosen = architecture
+    facts = found.export(chosen, out)
+    if as_json:
+        return print_json({"out": str(out), **facts})
+    console = PlainConsole()
+    console.print(f"{out}: {facts['architecture']}")
+    console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
 
 
 def retrain(

@@ -10,9 +10,10 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from poolshare.search.benchmark import Benchmark
+from poolshare.search.config import SearchConfig
 from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.search.run import RunFolder
 from poolshare.search.study import run_study
 from poolshare.search.surrogate import _RATES, _RATIOS, Surrogate, expected_gain
 from poolshare.space import CostTable, RunError, SearchSpace

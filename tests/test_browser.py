@@ -8,7 +8,7 @@ from browser import LAPTOP, PHONE, Opened
 from reports import ATTACK, SPACE, candidates, make_report
 
 from poolshare.search.page import write_html
-from poolshare.search.report import human, quantity
+from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, SearchSpace
 
 WORST = 200  # of the made-up rows: dear and inaccurate, so never on a frontier

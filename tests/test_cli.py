@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.prepare import prepare
-from poolshare.search.run import RunFolder, SearchConfig, read_json, write_json
+from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.space import Architecture, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs
 from poolshare.supernet.checkpoint import load_tensors

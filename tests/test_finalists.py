@@ -6,11 +6,12 @@ import shutil
 import pandas as pd
 import pytest
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.finalists import choose, train_finalists
 from poolshare.search.job import run_job
 from poolshare.search.pareto import ranked
 from poolshare.search.report import load_report
-from poolshare.search.run import FINALISTS, RunFolder, SearchConfig, read_json, write_csv, write_json
+from poolshare.search.run import FINALISTS, RunFolder, read_json, write_csv, write_json
 from poolshare.space import BudgetError, ConfigError, RunError
 
 SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from poolshare.search.config import SearchConfig, checked_config
 from poolshare.search.journal import Journal, JournalStore
 from poolshare.search.options import integers, settings_of, words
 from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, SearchConfig, checked_config, read_json, write_json
+from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.search.study import Task, run_study
 from poolshare.space import Architecture, CostTable, PoolshareError, RunError, SearchSpace, parse_budget
 

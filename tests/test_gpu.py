@@ -23,7 +23,9 @@ def vit() -> SuperNet:
     """A small ViT with all operators, away from identities and zeros."""
     torch.manual_seed(0)
     options = {"img_size": 128, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "depth": 4}
-    net = SuperNet.from_timm("vit_tiny_patch16_224", SearchSpace(4, (64, 32, 16, 4), tuple(OPERATORS)), **options).eval()
+    net = SuperNet.from_timm(
+        "vit_tiny_patch16_224", SearchSpace(4, (64, 32, 16, 4), tuple(OPERATORS)), **options
+    ).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

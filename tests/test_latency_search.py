@@ -10,7 +10,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from test_cli import SMALL
 
-from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.search.config import SearchConfig
+from poolshare.search.run import RunFolder
 from poolshare.space import Architecture
 
 MINE = "64*2 16@max2d"

@@ -10,8 +10,8 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
-from poolshare.search.run import SearchConfig
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data import keyed_generators, open_data

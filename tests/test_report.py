@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from reports import SPACE, candidates, make_report
 
+from poolshare.search.config import checked_config
 from poolshare.search.layers import in_words, layer_shares, ranges
 from poolshare.search.pareto import PICKS, hypervolume, pick, progress
-from poolshare.search.report import human, load_report, quantity, write_report
-from poolshare.search.run import FORMAT, RunFolder, checked_config, write_json
+from poolshare.search.report import load_report, write_report
+from poolshare.search.run import FORMAT, RunFolder, write_json
+from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 
 

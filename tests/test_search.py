@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.journal import JournalStore
 from poolshare.search.pareto import frontier
 from poolshare.search.progress import no_progress
 from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
-from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.search.run import RunFolder
 from poolshare.search.study import GENERATION, Task, run_study
 from poolshare.space import CostTable, SearchSpace
 

@@ -9,9 +9,10 @@ import pytest
 from scipy.stats import kendalltau
 
 from poolshare.search import cli
+from poolshare.search.config import SearchConfig
 from poolshare.search.job import run_job
 from poolshare.search.prepare import prepare
-from poolshare.search.run import SearchConfig, read_json, write_json
+from poolshare.search.run import read_json, write_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
 from poolshare.space import ConfigError, RunError
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.evaluate import count_correct
 from poolshare.search.exhaustive import score_everything
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, SearchConfig
+from poolshare.search.run import RunFolder
 from poolshare.search.storage import open_store
 from poolshare.search.study import Task
 from poolshare.space import Architecture, SearchSpace

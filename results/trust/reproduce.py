@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from poolshare.search.config import SearchConfig
 from poolshare.search.evaluate import count_correct, count_right
 from poolshare.search.prepare import Job, make_supernet, model_options, prepare
-from poolshare.search.run import SearchConfig, versions, write_csv, write_json
+from poolshare.search.run import versions, write_csv, write_json
 from poolshare.search.trust import Plan, draw, kendall_tau, summarise
 from poolshare.space import Architecture, Layer, forecast
 from poolshare.supernet import Subnet, SuperNet

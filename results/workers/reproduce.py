@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
+from poolshare.search.config import checked_config
 from poolshare.search.exhaustive import score_everything
 from poolshare.search.job import make_task
 from poolshare.search.prepare import Job, prepare
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, checked_config
+from poolshare.search.run import RunFolder
 from poolshare.search.storage import open_store
 from poolshare.search.study import run_study
 
