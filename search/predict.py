@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from timm.utils import natural_key
 
 from poolshare.space import DataError
 from poolshare.supernet.data import evaluation_transform
-from poolshare.supernet.sources import Images, check_images
+from poolshare.supernet.sources import Images, check_images, passed_over_note
 
 from .export import load_export
 from .prepare import opening_options, pick_device
@@ -23,14 +23,20 @@ BATCH = 64
 
 @torch.inference_mode()
 def predict(
-    exported: str | Path, images: Sequence[str | Path], *, top: int = 3, device: str | None = None
+    exported: str | Path,
+    images: Sequence[str | Path],
+    *,
+    top: int = 3,
+    device: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """For each image its path and its `top` most probable classes with their probabilities, 0 to 1, falling.
 
-    images: files, and folders whose images, however deep, are taken in natural order.
+    images: files, and folders whose images, however deep, are taken in natural order. say: told which files of a folder
+    are passed over.
     Raises DataError where there is none, BrokenDataError naming all that cannot be read.
     """
-    paths = [path for one in images for path in _files(Path(one))]
+    paths = [path for one in images for path in _files(Path(one), say)]
     pictures = Images([(path,) for path in paths], "the images")
     check_images(pictures, None)
     source, place = load_export(exported), pick_device(device)
@@ -48,7 +54,7 @@ def predict(
     return found
 
 
-def _files(path: Path) -> list[str]:
+def _files(path: Path, say: Callable[[str], None] | None) -> list[str]:
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
@@ -58,4 +64,7 @@ def _files(path: Path) -> list[str]:
     images = sorted((name for name in names if os.path.splitext(name)[1].lower() in endings), key=natural_key)
     if not images:
         raise DataError(f"no image ({' '.join(endings)}) in {str(path)!r}")
+    if say:
+        for note in passed_over_note(path, sorted(os.path.relpath(name, path) for name in {*names} - {*images})):
+            say(note)
     return images

@@ -163,7 +163,8 @@ def predict(
     """The most probable classes of images."""
     from .predict import predict as run_predict
 
-    found = run_predict(exported, images, top=top, device=device)
+    aside = PlainConsole(stderr=True, soft_wrap=True)
+    found = run_predict(exported, images, top=top, device=device, say=aside.print)
     if as_json:
         return print_json(found)
     console = PlainConsole()

@@ -260,11 +260,14 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], tu
             raise DataError(f"no image ({' '.join(endings)}) in class folder {str(folder)!r}: add some, or remove it")
         samples += [(path, label) for path in sorted(images, key=natural_key)]
         passed_over += sorted(os.path.relpath(path, root) for path in {*files} - {*images})
-    note = (
-        f"{len(passed_over)} file(s) in {str(root)!r} were passed over ({_some(passed_over, 3)}): images end in "
-        f"{' '.join(endings)}."
-    )
-    return tuple(folder.name for folder in folders), samples, (note,) * bool(passed_over)
+    return tuple(folder.name for folder in folders), samples, passed_over_note(root, passed_over)
+
+
+def passed_over_note(root: Path, files: Sequence[str]) -> tuple[str, ...]:
+    """A note on the files of a folder that are no images by their names; none where there are none."""
+    endings = " ".join(get_img_extensions())
+    note = f"{len(files)} file(s) in {str(root)!r} were passed over ({_some(files, 3)}): images end in {endings}."
+    return (note,) * bool(files)
 
 
 def check_images(read: Images, progress: Progress | None) -> None:

@@ -76,6 +76,16 @@ def test_probabilities_are_the_models_on_timms_transform_in_natural_order(export
     assert len(predict(out, [photos / "a.png"], top=99)[0]["classes"]) == 4
 
 
+def test_files_of_a_folder_that_are_passed_over_are_said(export, photos, verb):
+    Image.new("RGB", (8, 8)).save(photos / "b" / "c.webp")
+    code, out, error = verb("predict", export[0], photos)
+    assert code == 0
+    assert "c.webp" not in out
+    assert f"2 file(s) in '{photos}' were passed over (b/c.webp, notes.txt): images end in .png .jpg .jpeg." in error
+    code, _, error = verb("predict", export[0], photos / "b" / "c.webp")
+    assert (code, error) == (0, "")  # named by itself, it is taken
+
+
 def test_images_that_are_none_are_all_named(export, photos):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 not really")
     (photos / "b" / "empty.png").write_bytes(b"")
