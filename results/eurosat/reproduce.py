@@ -1,7 +1,8 @@
 """A pretrained ViT-Tiny on EuroSAT: searched models beside dense, hand-made schedules and random draws of equal cost.
 
     python results/eurosat/reproduce.py --data DATA/eurosat --weights vit_tiny_patch16_224.safetensors
-    python results/eurosat/reproduce.py … --img-size 224 --batch-size 64 --lr 4e-4 --seeds 5 --device cuda --jobs 14 --workers 4
+    python results/eurosat/reproduce.py … --img-size 224 --device cuda --jobs 12 --workers 1 --seeds 10
+        --budgets 0.58 --names dense,searched,finalist,uniform
 
 Three supernets are trained and searched from the command line: one within each budget (`--recipe within=`), and one by
 the sandwich over the whole space. Then, with each seed, every competitor is fine-tuned by the same recipe and tested:
@@ -272,7 +273,7 @@ def interval(values: np.ndarray) -> list[float]:
 
 def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
     """For each competitor and start: mean and deviation of test top-1, and its differences in points, paired by seed and
-    image, from the dense model and from the searched and the uniform one that began at the same weights.
+    image, from the dense models and from the searched and the uniform one that began at the same weights.
 
     Two 95 % intervals: over the seeds, and over the test images, where each image gives the mean over seeds of its
     difference.
@@ -282,14 +283,16 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
         row = {"name": name, "budget": budget, "start": start, "seeds": len(group)}
         row |= {"of_dense_macs": round(float(group["of_dense"].mean()), 4)}
         row |= {"top1": round(group["top1"].mean(), 3), "deviation": round(group["top1"].std(ddof=1), 3)}
-        for other, at, from_where in (
-            ("dense", 1.0, "sandwich"),
-            ("searched", budget, start),
-            ("uniform", budget, start),
+        for other, rival in (
+            ("dense", ("dense", 1.0, "sandwich")),
+            ("dense_from_imagenet", ("dense", 1.0, "imagenet")),
+            ("dense_from_imagenet_longer", ("dense", 1.0, LONGER)),
+            ("searched", ("searched", budget, start)),
+            ("uniform", ("uniform", budget, start)),
         ):
-            rivals = table[(table["name"] == other) & (table["budget"] == at) & (table["start"] == from_where)]
+            rivals = table[(table[["name", "budget", "start"]] == rival).all(axis=1)]
             both = group.merge(rivals, on="seed", suffixes=("", "_rival"))
-            if (name, start) == (other, from_where) or both.empty:
+            if (name, budget, start) == rival or both.empty:
                 continue
             images = int(group["total"].iloc[0])
             ours, theirs = (
