@@ -6,12 +6,13 @@ import statistics
 import time
 from functools import partial
 
+import torch
 from rich.console import Console
 
 from poolshare.space import forecast, forecast_space
 from poolshare.supernet import distributed
 from poolshare.supernet.sandwich import Sandwich
-from poolshare.supernet.train import steps_per_epoch
+from poolshare.supernet.train import precision_of, steps_per_epoch
 
 from .evaluate import count_correct
 from .prepare import Job
@@ -67,7 +68,11 @@ def calibrate(job: Job) -> tuple[float, float]:
     times = []
     for step in range(4):
         start = time.perf_counter()
-        sandwich.loss(job.supernet.train(), images, labels, step).backward()
+        with precision_of(job.recipe, device):
+            loss = sandwich.loss(job.supernet.train(), images, labels, step)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     job.supernet.zero_grad(set_to_none=True)
     population = [architecture for step in range(8) for architecture in sandwich.at(step)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def _backward(
     model: nn.Module, batch_loss: BatchLoss, images: torch.Tensor, labels: torch.Tensor, step: int, recipe: Recipe
 ) -> torch.Tensor:
     """Add the gradients of the mean loss, part by part; returns that loss, (). Shared after the last part alone."""
-    autocast = torch.autocast(images.device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
+    autocast = precision_of(recipe, images.device)
     parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
     whole = torch.zeros((), device=images.device)
     for index, (some, their_labels) in enumerate(parts):
@@ -223,6 +223,11 @@ def _backward(
             weighted.backward()
             whole += weighted.detach()
     return whole
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
+    """In what a training's forwards run: bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
 
 
 class _Mixer:
