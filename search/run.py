@@ -1,4 +1,4 @@
-"""The run folder: the interface between the verbs. Configuration, lock, and the files of one search."""
+"""The run folder: the interface between the verbs. The lock and the files of one search."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from poolshare.space import OPERATORS, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, measure_latency_table, measure_macs
@@ -41,14 +40,16 @@ def digits_net() -> SuperNet:
 @torch.no_grad()
 def test_logits_are_the_cpus_and_exports_give_the_same():
     net = vit()
-    population = [net.space.sample(random.Random(seed)) for seed in range(24)]
+    drawn = [net.space.sample(random.Random(seed)) for seed in range(100)]
+    used = [{layer.operator for layer in one.layers} for one in drawn]
+    population = [drawn[next(at for at, names in enumerate(used) if name in names)] for name in OPERATORS]
     images = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     # In double precision no rounding can turn the choice of a token round.
     expected = net.double()(images.double(), population)
     net.to(GPU)
     found = net(images.double().to(GPU), population)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
-    for architecture, logits in zip(population[:8], found, strict=False):
+    for architecture, logits in zip(population, found, strict=True):
         alone = Subnet.from_supernet(net, architecture).to(GPU)
         torch.testing.assert_close(alone(images.double().to(GPU)), logits, rtol=1e-9, atol=1e-9)
 
@@ -58,7 +59,7 @@ def test_a_supernet_learns_as_on_a_cpu(changes):
     data = open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
     losses: dict[torch.device, list[float]] = {}
     for device in (CPU, GPU):
-        net, seen = digits_net().to(device), []
+        net, seen = digits_net().to(device), list[float]()
         recipe = Recipe(epochs=6, batch_size=64, lr=1e-2, **changes)
         train_supernet(net, data, measure_macs(net), recipe, progress=lambda _, loss, seen=seen: seen.append(loss))
         losses[device] = seen
@@ -103,14 +104,3 @@ def test_a_run_made_on_the_gpu_is_continued_on_the_cpu(tmp_path, verb):
     status, _, err = verb(*words, "--trials", "20", "--device", "cpu")
     assert status == 0, err
     assert len(pd.read_csv(tmp_path / "run" / "candidates.csv")) == 20
-
-
-def test_a_damaged_module_is_not_hidden():
-    """The comparison above can fail: other weights give other logits."""
-    net = vit().double().to(GPU)
-    images = torch.randn(2, 3, 128, 128, device=GPU, dtype=torch.double)
-    before = net(images, [net.space[0]])
-    with torch.no_grad():
-        assert isinstance(net.head, nn.Linear)
-        net.head.weight[0, 0] += 1e-3
-    assert not torch.allclose(net(images, [net.space[0]]), before, rtol=1e-9, atol=1e-9)

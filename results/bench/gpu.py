@@ -47,6 +47,7 @@ def attention(tokens: int) -> dict[str, int]:
         "map × values": microseconds(lambda: used @ values),
         "padding": microseconds(lambda: F.pad(keys, (0, 0, 0, more))),
         "padded scores": microseconds(lambda: scaled @ padded.transpose(-2, -1)),
+        "padded softmax": microseconds(lambda: wide.softmax(-1)),
         "padded map × values": microseconds(lambda: wide @ longer),
     }
 
@@ -61,7 +62,7 @@ def pooling(before: int, after: int) -> dict[str, int]:
 
 
 def steps(batch: int) -> dict[str, float]:
-    """Milliseconds of a dense step and of a sandwich of four, and what the MACs of both say of their ratio."""
+    """Milliseconds of a dense step and of a sandwich of four, what MACs say of their ratio, and the peak memory so far."""
     torch.manual_seed(0)
     space = SearchSpace(12, (196, 100, 49, 25), ("avg2d",), 3)
     net = SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=10).to("cuda")
@@ -85,7 +86,8 @@ def steps(batch: int) -> dict[str, float]:
             seen.append(1e3 * (time.perf_counter() - start))
     counted = statistics.mean(forecast(sandwich.at(step), costs).cost for step in range(3, 12)) / costs.total(space[0])
     found = {name: statistics.median(seen[3:]) for name, seen in times.items()}
-    return {"batch": batch} | found | {"ratio": found["sandwich"] / found["dense"], "counted": counted}
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    return {"batch": batch} | found | {"ratio": found["sandwich"] / found["dense"], "counted": counted, "GiB": memory}
 
 
 def main() -> None:

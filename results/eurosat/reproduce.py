@@ -8,7 +8,8 @@ Three supernets are trained and searched from the command line: one within each 
 the sandwich over the whole space. Then, with each seed, every competitor is fine-tuned by the same recipe and tested:
 
     searched   the best score of the supernet that was trained within the budget
-    finalist   the best of its eight best and the uniform schedule, after two epochs of training alone (`poolshare finalists`)
+    finalist   the best of its eight best and, where the search has avg2d, the uniform schedule, after two epochs of training
+               alone (`poolshare finalists`)
     sandwich   the best score within the budget of the supernet that was trained on the whole space
     uniform    hand-made: one reduction (mean over the grid), as late as the budget asks
     tome       hand-made: ToMe with the same number of merges in every layer
@@ -18,19 +19,20 @@ All of a budget begin at the weights of the supernet that was trained within it,
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
 (`imagenet, longer`) for those of the supernet's training besides. All who learn with one seed see the same images, which are
 augmented once and kept in --work (1.2 GB a seed at 112 px). Some 6 hours on one core at 112 px.
-Writes results/eurosat/<size>-<operators>.csv and .json, and resumes after the last training.
+Resumes from --work after the last training; writes results/eurosat/<size>-<operators>.csv and .json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import subprocess
 import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import chain
@@ -49,7 +51,7 @@ from poolshare.search.export import load_supernet
 from poolshare.search.pareto import pick
 from poolshare.search.progress import progress_bar
 from poolshare.search.report import load_report
-from poolshare.search.run import RunFolder, versions, write_csv, write_json
+from poolshare.search.run import RunFolder, read_json, versions, write_csv, write_json
 from poolshare.space import Architecture
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
 from poolshare.supernet.data import Data, open_data
@@ -124,7 +126,7 @@ class Epoch:
 
 
 class Remembered:
-    """The augmented images of one seed, bit for bit those of `Data`; `train_model` takes it for one.
+    """The augmented images of one seed, on a CPU bit for bit those of `Data`; `train_model` takes it for one.
 
     images: uint8 (epochs, steps, B, 3, H, W); labels: (epochs, steps, B).
     """
@@ -193,8 +195,9 @@ def search(given: Settings, name: str) -> None:
     words += ["--sampler", "evolution", "--trials", given.trials, "--epochs", given.search_epochs]
     words += ["--batch-size", given.batch_size, "--device", given.device, "--amp", given.amp]
     words += ["--workers", given.workers, "--out", given.run(name)]
-    for one in given.budgets if budget is None else [budget]:  # the hand-made ones take part in the last choice
-        words += ["--include", hand_made(one, given.img_size)["uniform"]]
+    if "avg2d" in given.operators.split(","):  # the hand-made ones take part in the last choice
+        for one in given.budgets if budget is None else [budget]:
+            words += ["--include", hand_made(one, given.img_size)["uniform"]]
     if budget is not None:
         words += ["--budget", f"{budget:.0%}", "--recipe", f"within={budget}"]
     with nullcontext() if given.jobs == 1 else given.run(name).with_suffix(".log").open("a") as stderr:
@@ -282,7 +285,8 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
     for (name, budget, start), group in table.groupby(["name", "budget", "start"], sort=False):
         row = {"name": name, "budget": budget, "start": start, "seeds": len(group)}
         row |= {"of_dense_macs": round(float(group["of_dense"].mean()), 4)}
-        row |= {"top1": round(group["top1"].mean(), 3), "deviation": round(group["top1"].std(ddof=1), 3)}
+        row |= {"top1": round(group["top1"].mean(), 3)}
+        row |= {"deviation": round(group["top1"].std(ddof=1), 3) if len(group) > 1 else None}
         for other, rival in (
             ("dense", ("dense", 1.0, "sandwich")),
             ("dense_from_imagenet", ("dense", 1.0, "imagenet")),
@@ -300,7 +304,7 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
                 for column in ("hits", "hits_rival")
             )
             gaps = 100 * (ours - theirs)
-            row[f"minus_{other}"] = round(gaps.mean(), 3)
+            row[f"minus_{other}"], row[f"minus_{other}_pairs"] = round(gaps.mean(), 3), len(gaps)
             row[f"minus_{other}_over_seeds"] = interval(gaps.mean(1)) if len(gaps) > 1 else None
             row[f"minus_{other}_over_images"] = interval(gaps.mean(0))
         found.append(row)
@@ -413,11 +417,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/eurosat-results"))
     parser.add_argument("--out", type=Path, default=HERE)
     given = Settings(**vars(parser.parse_args()))
+    if unknown := {*given.names} - {*NAMES}:
+        parser.error(f"--names {', '.join(unknown)}: there are {', '.join(NAMES)}")
+    if odd := [
+        budget for budget in given.budgets if not 0 < budget < 1 or round(100 * budget) != round(100 * budget, 6)
+    ]:
+        parser.error(f"--budgets {', '.join(map(str, odd))}: take whole percents as shares, such as 0.58")
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    begin, table, names = time.time(), given.out / f"{given.setting}.csv", [*map(within, given.budgets), "sandwich"]
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
-    found = {(row["start"], row["architecture"], row["seed"]): row for row in rows}
+    begin, names, found = time.time(), [*map(within, given.budgets), "sandwich"], earlier(given)
     with ThreadPoolExecutor(given.jobs) as threads, ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         searching = [threads.submit(search, given, name) for name in names]
         if given.jobs == 1:
@@ -430,28 +438,63 @@ def main() -> None:
         print(f"{time.time() - begin:.0f} s: {len(ranked)} competitors, seeds counted", flush=True)
         missing = {(one.start, str(one.architecture), seed): (one, seed) for one, seed in ranked}
         running = [pool.submit(train, given, *missing[key]) for key in missing if key not in found]
-        with suppress(TimeoutError):
-            for future in as_completed(running, max(begin + 60 * given.minutes - time.time(), 0)):
-                row = future.result()
-                found[row["start"], row["architecture"], row["seed"]] = row
-                write_results(given, ranked, found)
-                print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
-        pool.shutdown(cancel_futures=True)
-        for future in running:
-            if not future.cancelled():
-                row = future.result()
-                found[row["start"], row["architecture"], row["seed"]] = row
+        failed = list[BaseException]()
+
+        def keep(future: Future[dict[str, Any]]) -> None:
+            if error := future.exception():
+                failed.append(error)
+                print(f"a training failed: {error!r}", file=sys.stderr, flush=True)
+                return
+            row = future.result()
+            found[row["start"], row["architecture"], row["seed"]] = row
+            write_results(given, ranked, found)
+            print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
+
+        kept = set[Future[dict[str, Any]]]()
+        try:
+            with suppress(TimeoutError):
+                for future in as_completed(running, max(begin + 60 * given.minutes - time.time(), 0)):
+                    keep(future)
+                    kept.add(future)
+        finally:  # those that have begun are ended
+            pool.shutdown(cancel_futures=True)
+            for future in running:
+                if not future.cancelled() and future not in kept:
+                    keep(future)
+    if not found:
+        sys.exit("no training was finished in this time")
     shown = write_results(given, ranked, found)
     for name in names:
         folder = RunFolder.open(given.run(name))
         write_csv(given.out / f"{given.run(name).name}-search.csv", folder.read_candidates())
+    if failed:
+        sys.exit(f"{len(failed)} trainings failed; the same command tries them again")
     print(shown.drop(columns=[column for column in shown if "searched" in column or "uniform" in column]).to_string())
+
+
+def settings_of(given: Settings) -> dict[str, Any]:
+    """What a row depends on beside who is trained."""
+    kept = {name: getattr(given, name) for name in ("data", "search_epochs", "trials", "device")}
+    return json.loads(json.dumps(kept | {"recipe": recipe_of(given).model_dump()}))
+
+
+def earlier(given: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """What has been trained in --work with these settings: (start, architecture, seed) → row."""
+    table, settings = given.work / f"{given.setting}.csv", given.work / f"{given.setting}-settings.json"
+    if not settings.exists():
+        write_json(settings, settings_of(given))
+    there = {name: value for name, value in read_json(settings).items() if name != "checksum"}
+    if there != settings_of(given):
+        sys.exit(f"{given.work} was begun with {there}: repeat these, or give another --work")
+    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    return {(row["start"], row["architecture"], row["seed"]): row for row in rows}
 
 
 def write_results(
     given: Settings, ranked: Sequence[tuple[Competitor, int]], found: dict[tuple[str, str, int], dict[str, Any]]
 ) -> pd.DataFrame:
     """Write table and summary of what has been trained; a training may stand there under several names."""
+    write_csv(given.work / f"{given.setting}.csv", pd.DataFrame(found.values()))
     keys = [((one.start, str(one.architecture), seed), one) for one, seed in ranked]
     rows = pd.DataFrame([found[key] | {"name": one.name, "budget": one.budget} for key, one in keys if key in found])
     write_csv(given.out / f"{given.setting}.csv", rows)
