@@ -110,7 +110,7 @@ def test_other_images_are_refused_before_anything_is_trained(run, tmp_path, verb
     config = read_json(changed / "config.json")
     write_json(changed / "config.json", config | {"data": "1257 images, 0123456789abcdef"})
     before = sorted(path.name for path in changed.iterdir())
-    code, _, error = verb(words[0], changed, *words[1:], "--epochs", "1", "--device", "cpu", "-q")
+    code, _, error = verb(words[0], changed, *words[1:], "--epochs", "7", "--device", "cpu", "-q")  # as none did yet
     assert code == 1
     assert "0123456789abcdef there); restore them" in " ".join(error.split())
     assert sorted(path.name for path in changed.iterdir()) == before
