@@ -480,7 +480,8 @@ def test_help_and_version_need_no_heavy_import():
     script = (
         "import sys\nfrom poolshare.search.cli import main\nsys.argv = ['poolshare', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
-        "heavy = {'torch', 'optuna', 'pandas', 'timm', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "heavy = {'torch', 'optuna', 'pandas', 'timm', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     for words in (
         ["--help"],
