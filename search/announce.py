@@ -6,11 +6,11 @@ import statistics
 import time
 from functools import partial
 
-import torch
 from rich.console import Console
 
 from poolshare.space import forecast, forecast_space
 from poolshare.supernet import distributed
+from poolshare.supernet.measure import wait_for
 from poolshare.supernet.sandwich import Sandwich
 from poolshare.supernet.train import precision_of, steps_per_epoch
 
@@ -73,8 +73,7 @@ def calibrate(job: Job) -> tuple[float, float]:
         with precision_of(job.recipe, device):
             loss = sandwich.loss(job.supernet.train(), images, labels, step)
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     job.supernet.zero_grad(set_to_none=True)
     population = [architecture for step in range(8) for architecture in sandwich.at(step)]

@@ -21,7 +21,7 @@ from torch import nn
 from poolshare.space import Architecture, CostTable, Layer, ModelError, SearchSpace
 from poolshare.space.cost import needs_attention
 
-from .measure import Kind, evaluating, parts
+from .measure import Kind, evaluating, parts, wait_for
 from .model import SuperNet
 from .subnet import Subnet, checkpoint_filter_fn
 
@@ -290,13 +290,11 @@ def _seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...], repeats: int) -
     device = inputs[0].device
     own_clock = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if own_clock else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     start = clock()
     for _ in range(repeats):
         model(*inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return max(clock() - start, 1e-9) / repeats
 
 

@@ -165,16 +165,20 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given, so that a clock may be read; a CPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure_latency(model: nn.Module, images: torch.Tensor, repeats: int = 11) -> float:
     """Median wall-clock milliseconds of one forward on this batch, after a warm-up. The model's device must hold it."""
 
     def forward() -> float:
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        wait_for(images.device)
         start = time.perf_counter()
         model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        wait_for(images.device)
         return (time.perf_counter() - start) * 1e3
 
     with evaluating(model), torch.inference_mode():

@@ -25,7 +25,6 @@ Resumes from --work after the last training; writes results/eurosat/<size>-<oper
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -475,7 +474,7 @@ def main() -> None:
 def settings_of(given: Settings) -> dict[str, Any]:
     """What a row depends on beside who is trained."""
     kept = {name: getattr(given, name) for name in ("data", "search_epochs", "trials", "device")}
-    return json.loads(json.dumps(kept | {"recipe": recipe_of(given).model_dump()}))
+    return kept | {"recipe": recipe_of(given).model_dump()}
 
 
 def earlier(given: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:

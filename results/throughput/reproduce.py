@@ -27,6 +27,7 @@ from rich.console import Console
 from poolshare.search.progress import progress_bar
 from poolshare.search.run import write_csv
 from poolshare.supernet import Subnet, count_macs
+from poolshare.supernet.measure import wait_for
 
 HERE = Path(__file__).parent
 MODEL = "vit_tiny_patch16_224"
@@ -53,8 +54,7 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
     """One forward."""
     start = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
+    wait_for(torch.device(device))
     return (time.perf_counter() - start) * 1e3
 
 
