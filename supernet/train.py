@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def fit(
     model.train()
     if progress and first:
         progress(first, math.nan)
-    with kept_signals(state is not None or distributed.world_size() > 1) as stop:
+    with attention_of(recipe, model, device), kept_signals(state is not None or distributed.world_size() > 1) as stop:
         for step, images, labels in _batches(data, recipe, full, first, steps, workers):
             # Dropout and drop-path of a resumed run are those of an undisturbed one.
             torch.manual_seed(_key(seed, step, distributed.rank()))
@@ -228,6 +228,23 @@ def _backward(
 def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
     """In what a training's forwards run: bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
+
+
+@contextmanager
+def attention_of(recipe: Recipe, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """How a training's blocks attend: as the model is set, but in bfloat16 on a CPU by timm's explicit path.
+
+    The backward of PyTorch's fused kernel takes up to half of a step there (results/bench).
+    """
+    slow = recipe.amp == "bf16" and device.type == "cpu"
+    fused: list[Any] = [part for part in model.modules() if slow and getattr(part, "fused_attn", False)]
+    for part in fused:
+        part.fused_attn = False
+    try:
+        yield
+    finally:
+        for part in fused:
+            part.fused_attn = True
 
 
 class _Mixer:

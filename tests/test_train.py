@@ -14,6 +14,7 @@ from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.data import open_data
+from poolshare.supernet.model import create_base
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.sandwich import Sandwich, sandwich_loss
 from poolshare.supernet.train import steps_per_epoch, train_model, train_supernet
@@ -204,6 +205,24 @@ def test_bf16_trains_another_model_and_workers_train_the_same(digits):
         assert torch.equal(short[name], short_read_by_workers[name]), name
         assert short[name].dtype == value.dtype  # the weights stay in float32
     assert not torch.equal(plain["head.weight"], short["head.weight"])
+
+
+@pytest.mark.parametrize(("amp", "fused"), [("none", True), ("bf16", False)])
+def test_training_in_bf16_on_a_cpu_attends_without_the_fused_kernel_and_leaves_the_model_as_it_was(
+    amp, fused, digits, monkeypatch
+):
+    kernel, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or kernel(*a, **k))
+    model = create_base("digits_vit", depth=2)
+    assert all(block.attn.fused_attn for block in model.blocks)
+
+    def stop(step, loss):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train_model(model, digits, Recipe(epochs=1, batch_size=64, amp=amp), progress=stop)
+    assert bool(seen) == fused
+    assert all(block.attn.fused_attn for block in model.blocks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

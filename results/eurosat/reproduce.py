@@ -17,8 +17,10 @@ the sandwich over the whole space. Then, with each seed, every competitor is fin
 
 All of a budget begin at the weights of the supernet that was trained within it, `sandwich` and the dense model at the
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
-(`imagenet, longer`) for those of the supernet's training besides. All who learn with one seed see the same images, which are
-augmented once and kept in --work (1.2 GB a seed at 112 px). Some 6 hours on one core at 112 px.
+(`imagenet, longer`) for those of the supernet's training besides. `--starts` and `--names` say who takes part; supernets that
+none of these needs are not trained. `--take NAME=ARCHITECTURE` puts one that was found elsewhere in the place of what is found
+here, with `--trials 1` nothing is searched. All who learn with one seed see the same images, which are augmented once and kept
+in --work (1.2 GB a seed at 112 px, 3.6 GB at 224). Some 6 hours on one core at 112 px.
 Resumes from --work after the last training; writes results/eurosat/<size>-<operators>.csv and .json.
 """
 
@@ -31,12 +33,13 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
-from contextlib import nullcontext, suppress
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -64,6 +67,7 @@ MODEL, CLASSES, DEPTH = "vit_tiny_patch16_224", 10, 12
 LEVELS = {112: (49, 25, 16, 9), 224: (196, 100, 49, 25)}  # by size of the images
 NAMES = ("dense", "searched", "uniform", "tome", "random", "sandwich", "finalist")
 LONGER = "imagenet, longer"
+STARTS = ("within", "sandwich", "imagenet", "longer")  # the last is LONGER
 FINALISTS = ["--count", "8", "--epochs", "2"]
 POOLSHARE = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
 
@@ -77,6 +81,8 @@ class Settings(NamedTuple):
     operators: str
     budgets: tuple[float, ...]  # of the dense MACs
     names: tuple[str, ...]
+    starts: tuple[str, ...]
+    take: tuple[tuple[str, str], ...]  # name and architecture
     search_epochs: int
     trials: int
     epochs: int
@@ -199,37 +205,65 @@ def search(given: Settings, name: str) -> None:
             words += ["--include", hand_made(one, given.img_size)["uniform"]]
     if budget is not None:
         words += ["--budget", f"{budget:.0%}", "--recipe", f"within={budget}"]
+        words += list(chain(*(("--include", architecture) for _, architecture in given.take)))
     with nullcontext() if given.jobs == 1 else given.run(name).with_suffix(".log").open("a") as stderr:
         subprocess.run([*POOLSHARE, "search", *map(str, words)], check=True, stderr=stderr)
-        if budget is not None and "finalist" in given.names:
+        if budget is not None and "finalist" in given.names and "finalist" not in dict(given.take):
             more = [*FINALISTS, "--workers", given.workers, "--device", given.device]
             subprocess.run([*POOLSHARE, "finalists", given.run(name), *map(str, more)], check=True, stderr=stderr)
 
 
-def competitors(given: Settings, net: SuperNet, seed: int) -> list[Competitor]:
-    """Who is trained with this seed, the most important first. net: one of the supernets."""
-    space, costs = net.space, measure_macs(net)
-    first = [Competitor("dense", 1.0, "sandwich", space[0])]
-    later = [Competitor("dense", 1.0, start, space[0]) for start in ("imagenet", LONGER)]
+def competitors(given: Settings, seed: int) -> list[Competitor]:
+    """Who is trained with this seed from a supernet, the most important first."""
+    one = supernet_of(given, supernets(given)[0])
+    space, costs = one.space, measure_macs(one)
+    first, later = [Competitor("dense", 1.0, "sandwich", space[0])], list[Competitor]()
     for budget in given.budgets:
         limit, start, made = budget * costs.total(space[0]), within(budget), hand_made(budget, given.img_size)
-        folder, whole = RunFolder.open(given.run(start)), RunFolder.open(given.run("sandwich"))
-        chosen, of_whole = (
-            Architecture.parse(pick(one.read_candidates(), "budget", limit)["architecture"]) for one in (folder, whole)
-        )
         drawn = space.within(costs, int(0.97 * limit), int(limit)).sample(random.Random(f"eurosat {budget} {seed}"))
+        chosen = found_in(given, start, "searched", limit)
         first += [Competitor("searched", budget, start, chosen), Competitor("uniform", budget, start, made["uniform"])]
-        later += [
-            Competitor("tome", budget, start, made["tome"]),
-            Competitor("random", budget, start, drawn),
-            Competitor("sandwich", budget, "sandwich", of_whole),
-            Competitor("searched", budget, "sandwich", chosen),
-            Competitor("uniform", budget, "sandwich", made["uniform"]),
-        ]
+        later += [Competitor("tome", budget, start, made["tome"]), Competitor("random", budget, start, drawn)]
         if "finalist" in given.names:
-            best = load_report(folder).pick("finalist").architecture
-            later.append(Competitor("finalist", budget, start, Architecture.parse(best)))
-    return [one for one in first + later if one.name in given.names]
+            later.append(Competitor("finalist", budget, start, found_in(given, start, "finalist", limit)))
+        if "sandwich" in supernets(given):
+            of_whole = found_in(given, "sandwich", "sandwich", limit)
+            later += [
+                Competitor("sandwich", budget, "sandwich", of_whole),
+                Competitor("searched", budget, "sandwich", chosen),
+                Competitor("uniform", budget, "sandwich", made["uniform"]),
+            ]
+    return [one for one in first + later if one.name in given.names and kind(one.start) in given.starts]
+
+
+def found_in(given: Settings, supernet: str, name: str, limit: float) -> Architecture:
+    """The best score of a search within the limit, its best finalist, or what `--take` says."""
+    folder, told = RunFolder.open(given.run(supernet)), dict(given.take)
+    if name in told:
+        return Architecture.parse(told[name])
+    if name == "finalist":
+        return Architecture.parse(load_report(folder).pick("finalist").architecture)
+    return Architecture.parse(pick(folder.read_candidates(), "budget", limit)["architecture"])
+
+
+def dense_alone(given: Settings) -> list[Competitor]:
+    """The dense model as it is trained without any supernet."""
+    if "dense" not in given.names:
+        return []
+    both = [Competitor("dense", 1.0, start, dense_model(given.img_size)) for start in ("imagenet", LONGER)]
+    return [one for one in both if kind(one.start) in given.starts]
+
+
+def kind(start: str) -> str:
+    """Which of `--starts`."""
+    return "within" if start.startswith("within") else "longer" if start == LONGER else start
+
+
+def supernets(given: Settings) -> list[str]:
+    """Those that somebody begins at or was found in."""
+    needed = [*map(within, given.budgets)] if {*given.names} - {"dense", "sandwich"} else []
+    of_sandwich = {*given.names} - {"tome", "random", "finalist"} and "sandwich" in given.starts
+    return needed + ["sandwich"] * bool(of_sandwich)
 
 
 @cache
@@ -402,6 +436,10 @@ def main() -> None:
         help="0.58,0.4 of the MACs",
     )
     parser.add_argument("--names", type=lambda text: tuple(text.split(",")), default=NAMES, help="of those to train")
+    parser.add_argument("--starts", type=lambda text: tuple(text.split(",")), default=STARTS, help="at whose weights")
+    parser.add_argument(
+        "--take", type=lambda text: tuple(text.split("=", 1)), action="append", default=[], help="NAME=ARCHITECTURE"
+    )
     parser.add_argument("--search-epochs", type=int, default=8)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=8)
@@ -415,55 +453,63 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/eurosat-results"))
     parser.add_argument("--out", type=Path, default=HERE)
-    given = Settings(**vars(parser.parse_args()))
+    options = vars(parser.parse_args())
+    given = Settings(**options | {"take": tuple(options["take"])})
     if unknown := {*given.names} - {*NAMES}:
         parser.error(f"--names {', '.join(unknown)}: there are {', '.join(NAMES)}")
+    if unknown := {*given.starts} - {*STARTS}:
+        parser.error(f"--starts {', '.join(unknown)}: there are {', '.join(STARTS)}")
+    if given.take and (len(given.budgets) > 1 or {*dict(given.take)} - {"searched", "finalist"}):
+        parser.error("--take: it is searched=… or finalist=…, and wants a single one of --budgets")
     if odd := [
         budget for budget in given.budgets if not 0 < budget < 1 or round(100 * budget) != round(100 * budget, 6)
     ]:
         parser.error(f"--budgets {', '.join(map(str, odd))}: take whole percents as shares, such as 0.58")
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    begin, names, found = time.time(), [*map(within, given.budgets), "sandwich"], earlier(given)
-    with ThreadPoolExecutor(given.jobs) as threads, ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        searching = [threads.submit(search, given, name) for name in names]
-        if given.jobs == 1:
-            wait(searching)
-        for one in [*searching, *(pool.submit(augment, given, seed) for seed in range(given.seeds))]:
-            one.result()
-        net = supernet_of(given, "sandwich")
-        everybody = [competitors(given, net, seed) for seed in range(given.seeds)]
-        ranked = [(one, seed) for rank in zip(*everybody, strict=True) for seed, one in enumerate(rank)]
-        print(f"{time.time() - begin:.0f} s: {len(ranked)} competitors, seeds counted", flush=True)
-        missing = {(one.start, str(one.architecture), seed): (one, seed) for one, seed in ranked}
-        running = [pool.submit(train, given, *missing[key]) for key in missing if key not in found]
-        failed = list[BaseException]()
+    begin, found, ranked = time.time(), earlier(given), list[tuple[Competitor, int]]()
+    running, failed, lock = list[Future[Any]](), list[BaseException](), Lock()
 
-        def keep(future: Future[dict[str, Any]]) -> None:
-            if error := future.exception():
-                failed.append(error)
-                print(f"a training failed: {error!r}", file=sys.stderr, flush=True)
-                return
-            row = future.result()
+    def keep(future: Future[dict[str, Any]]) -> None:
+        if future.cancelled():
+            return
+        if error := future.exception():
+            failed.append(error)
+            print(f"a training failed: {error!r}", file=sys.stderr, flush=True)
+            return
+        row = future.result()
+        with lock:
             found[row["start"], row["architecture"], row["seed"]] = row
             write_results(given, ranked, found)
-            print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
+        print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
 
-        kept = set[Future[dict[str, Any]]]()
-        try:
-            with suppress(TimeoutError):
-                for future in as_completed(running, max(begin + 60 * given.minutes - time.time(), 0)):
-                    keep(future)
-                    kept.add(future)
-        finally:  # those that have begun are ended
-            pool.shutdown(cancel_futures=True)
-            for future in running:
-                if not future.cancelled() and future not in kept:
-                    keep(future)
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        searching = [pool.submit(search, given, name) for name in supernets(given)]
+        augmented = [pool.submit(augment, given, seed) for seed in range(given.seeds)]
+
+        def begin_all(everybody: Sequence[tuple[Competitor, int]]) -> None:
+            with lock:
+                ranked.extend(everybody)
+            missing = {(one.start, str(one.architecture), seed): (one, seed) for one, seed in everybody}
+            for key in missing:
+                if key not in found:
+                    running.append(pool.submit(train, given, *missing[key]))
+                    running[-1].add_done_callback(keep)
+
+        for one in augmented:
+            one.result()
+        begin_all([(one, seed) for seed in range(given.seeds) for one in dense_alone(given)])
+        for one in searching:
+            one.result()
+        if searching:
+            begin_all([(one, seed) for seed in range(given.seeds) for one in competitors(given, seed)])
+        print(f"{time.time() - begin:.0f} s: {len(ranked)} competitors, seeds counted", flush=True)
+        wait(running, max(begin + 60 * given.minutes - time.time(), 0))
+        pool.shutdown(cancel_futures=True)  # those that have begun are ended
     if not found:
         sys.exit("no training was finished in this time")
     shown = write_results(given, ranked, found)
-    for name in names:
+    for name in supernets(given):
         folder = RunFolder.open(given.run(name))
         write_csv(given.out / f"{given.run(name).name}-search.csv", folder.read_candidates())
     if failed:
