@@ -327,7 +327,9 @@ def paired(table: pd.DataFrame) -> list[dict[str, Any]]:
             ("searched", ("searched", budget, start)),
             ("uniform", ("uniform", budget, start)),
         ):
-            rivals = table[(table[["name", "budget", "start"]] == rival).all(axis=1)]
+            rivals = table[
+                (table[["name", "budget", "start"]] == pd.Series(rival, ["name", "budget", "start"])).all(axis=1)
+            ]
             both = group.merge(rivals, on="seed", suffixes=("", "_rival"))
             if (name, budget, start) == rival or both.empty:
                 continue
