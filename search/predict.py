@@ -12,8 +12,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils import natural_key
 
 from poolshare.space import DataError
-from poolshare.supernet.data import evaluation_transform
 from poolshare.supernet.sources import Images, check_images, passed_over_note
+from poolshare.supernet.transforms import Augmentation, picture_transform
 
 from .export import load_export
 from .prepare import opening_options, pick_device
@@ -40,11 +40,13 @@ def predict(
     pictures = Images([(path,) for path in paths], "the images")
     check_images(pictures, None)
     source, place = load_export(exported), pick_device(device)
-    transform = evaluation_transform(**opening_options(source.data_config))
+    transform = picture_transform(**opening_options(source.data_config), augmentation=Augmentation.none())
     model, classes = source.model.eval().to(place), source.facts["classes"]
     found = []
     for start in range(0, len(paths), BATCH):
-        inputs = torch.stack([transform(pictures(index)) for index in range(start, min(start + BATCH, len(paths)))])
+        inputs = torch.stack(
+            [transform(pictures(index), None) for index in range(start, min(start + BATCH, len(paths)))]
+        )
         for path, row in zip(paths[start : start + BATCH], model(inputs.to(place)).softmax(dim=-1).cpu(), strict=True):
             values, indices = row.topk(min(top, len(classes)))
             named = zip(indices.tolist(), values.tolist(), strict=True)

@@ -19,8 +19,9 @@ from poolshare.space import ConfigError, DataError
 from poolshare.space.files import held
 from poolshare.supernet import count_macs, distributed, measure_latency
 from poolshare.supernet.checkpoint import load_facts
-from poolshare.supernet.data import DEFAULT_AUGMENTATION, Augmentation, Data, open_data
+from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 from .evaluate import count_right
 from .export import Exported, check_new, load_export, save_export
@@ -93,7 +94,7 @@ def retrain(
                 model,
                 opened,
                 recipe,
-                teacher=guide and guide.model,
+                teacher=guide.model if guide else None,
                 seed=seed,
                 workers=workers,
                 state=kept and kept / "training.safetensors",

@@ -53,7 +53,8 @@ class Surrogate:
 def _coordinates(space: SearchSpace, architectures: Sequence[Architecture]) -> np.ndarray:
     """(architectures, layers, 2): token level, and the way a layer shares or pools."""
     level = {tokens: index for index, tokens in enumerate(space.levels)}
-    ways = {(False, None): 0, (True, None): 1} | {(False, name): 2 + i for i, name in enumerate(space.operators)}
+    ways: dict[tuple[bool, str | None], int] = {(False, None): 0, (True, None): 1}
+    ways |= {(False, name): 2 + index for index, name in enumerate(space.operators)}
     found = [[(level[layer.tokens], ways[layer.shared, layer.operator]) for layer in a.layers] for a in architectures]
     return np.array(found, np.int8).reshape(len(architectures), space.depth, 2)
 

@@ -6,67 +6,22 @@ What an image looks like in training depends on (seed, epoch, index) alone, its 
 
 import hashlib
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import posterize
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .sources import Progress, Source, Split, StrPath, open_source
+from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, generator, picture_transform
 
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
 _SEARCH, _TEST, _ORDER, _AUGMENT = range(4)  # one stream of random numbers for each use of the seed
-
-Draw = tuple[int, ...] | None  # what keys an image's augmentation; None: as evaluation sees it
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images vary. `shift` concerns only the digits, the rest only pictures.
-
-    hflip, re_prob: probabilities of a mirror image and of random erasing.
-    scale: least and greatest share of the image's area that a random crop keeps.
-    color_jitter: greatest relative change of brightness, contrast and saturation.
-    auto_augment: one of timm's policies, such as "rand-m9-mstd0.5"; it takes the place of color_jitter.
-    shift: greatest move in pixels, vertical and horizontal; zeros (black) come in.
-
-    Raises DataError for a value out of its range.
-    """
-
-    hflip: float = 0.5
-    scale: tuple[float, float] = (0.35, 1.0)
-    color_jitter: float = 0.3
-    auto_augment: str | None = None
-    re_prob: float = 0.0
-    shift: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.hflip <= 1 and 0 <= self.re_prob <= 1):
-            raise DataError(f"{self}: hflip and re_prob are probabilities, from 0 to 1")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise DataError(f"{self}: scale takes the least and the greatest area, 0 < least ≤ greatest ≤ 1")
-        if self.color_jitter < 0 or self.shift not in (0, 1):
-            raise DataError(f"{self}: color_jitter is at least 0, shift is 0 or 1")
-
-    @classmethod
-    def none(cls) -> "Augmentation":
-        """Training images exactly as evaluation sees them."""
-        return cls(hflip=0, scale=(1, 1), color_jitter=0, auto_augment=None, re_prob=0, shift=0)
-
-
-DEFAULT_AUGMENTATION = Augmentation()
 
 
 class Batches(Protocol):
@@ -92,7 +47,7 @@ class Data:
     notes: tuple[str, ...]
     _splits: dict[str, Split] = field(repr=False)
     _open_test: Callable[[], Split] | None = field(repr=False)
-    _prepare: Callable[[Any, Draw], Tensor] = field(repr=False)
+    _prepare: Prepare = field(repr=False)
     _tensors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def split(self, name: str) -> Split:
@@ -137,7 +92,7 @@ class Data:
         steps = len(split) // whole
         if not 0 <= start_step <= steps:
             raise DataError(f"start_step {start_step} is not in an epoch of {steps} steps of {whole} images")
-        order = split.indices[_generator(self.seed, _ORDER, epoch).permutation(len(split))]
+        order = split.indices[generator(self.seed, _ORDER, epoch).permutation(len(split))]
         share = whole // world_size
         rows = order[: steps * whole].reshape(steps, whole)[start_step:, rank * share : (rank + 1) * share]
         return _Loader(_Items(split.source, self._prepare, self.seed, epoch), rows.tolist(), workers)
@@ -169,7 +124,7 @@ class _Items(Dataset):
     """Images and labels by index, as `epoch` augments them; without an epoch, as evaluation sees them."""
 
     source: Source
-    prepare: Callable[[Any, Draw], Tensor]
+    prepare: Prepare
     seed: int
     epoch: int | None
 
@@ -197,57 +152,6 @@ class _Loader:
             # A worker's error is told inside a traceback; torch's frames behind it would hold the workers too.
             message = str(error).rpartition("BrokenDataError: ")[2].strip()
             raise BrokenDataError(message) from error.with_traceback(None)
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
-@contextmanager
-def keyed_generators(*key: int) -> Iterator[None]:
-    """Seed from `key` the three global generators that timm's transforms draw from, and afterwards undo it."""
-    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - RandAugment draws there
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])  # noqa: NPY002
-        torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would reach the accelerators too
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@dataclass(frozen=True, eq=False)
-class _Pictures:
-    """PIL image to (C, H, W) by timm's transforms, the training one keyed."""
-
-    mode: str
-    train: Callable[[Image.Image], Tensor]
-    evaluate: Callable[[Image.Image], Tensor]
-
-    def __call__(self, image: Image.Image, draw: Draw) -> Tensor:
-        image = image.convert(self.mode)
-        if draw is None:
-            return self.evaluate(image)
-        with keyed_generators(*draw):
-            return self.train(image)
-
-
-@dataclass(frozen=True, eq=False)
-class _Digits:
-    """(8, 8) values from 0 to 16 to (C, 8, 8), shifted in training; mean and std are (C, 1, 1)."""
-
-    mean: Tensor
-    std: Tensor
-    shift: int
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        if draw is not None and self.shift:
-            top, left = _generator(*draw).integers(0, 2 * self.shift + 1, size=2).tolist()
-            image = pad(image, (self.shift,) * 4)[top : top + 8, left : left + 8]
-        return (image / 16 - self.mean) / self.std
 
 
 def open_data(
@@ -289,16 +193,12 @@ def open_data(
             f"in_chans {in_chans}, seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
             "take 1 or 3 channels, a seed of at least 0, and fractions between 0 and 1"
         )
-    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
-    prepare: _Digits | _Pictures
-    if name != "digits":
-        options = {"input_size": size, "mean": means, "std": stds, "interpolation": interpolation, "crop_pct": crop_pct}
-        prepare = _picture_transforms("RGB" if in_chans == 3 else "L", augmentation, options)
-    elif size == (8, 8):
-        mean_column, std_column = (torch.tensor(values).view(-1, 1, 1) for values in (means, stds))
-        prepare = _Digits(mean_column, std_column, augmentation.shift)
+    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
+    prepare: Prepare
+    if name == "digits":
+        prepare = digits_transform(**wanted, shift=augmentation.shift)
     else:
-        raise DataError(f"the digits are 8×8 pixels, img_size is {size}: take a model made for 8×8, or other data")
+        prepare = picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)
 
     found = open_source(
         name, data_dir=data_dir, download=download, image_key=image_key, label_key=label_key, progress=progress
@@ -306,71 +206,11 @@ def open_data(
     splits, notes, full = {}, found.notes, found.train
     if found.open_test is None:
         images = len(full)
-        splits["test"], full = full.cut(test_fraction, found.classes, _generator(seed, _TEST), f"{name}, test")
+        splits["test"], full = full.cut(test_fraction, found.classes, generator(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
         )
-    search, train = full.cut(search_fraction, found.classes, _generator(seed, _SEARCH), f"{name}, search")
+    search, train = full.cut(search_fraction, found.classes, generator(seed, _SEARCH), f"{name}, search")
     splits |= {"train": train, "search": search, "train_full": full}
     return Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
-
-
-def evaluation_transform(
-    *,
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-) -> Callable[[Image.Image], Tensor]:
-    """What makes an image into a model's input (channels, H, W), as evaluation sees it; arguments as in `open_data`."""
-    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
-    options = {"input_size": img_size, "mean": means, "std": stds, "interpolation": interpolation, "crop_pct": crop_pct}
-    pictures = _picture_transforms("RGB" if in_chans == 3 else "L", Augmentation.none(), options)
-    return lambda image: pictures(image, None)
-
-
-def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
-        return (sum(values) / 3,)
-    if len(values) not in (1, in_chans):
-        raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
-    return tuple(values) * (in_chans // len(values))
-
-
-def _picture_transforms(mode: str, augmentation: Augmentation, options: dict[str, Any]) -> _Pictures:
-    """`options`: those of timm's create_transform that training and evaluation share."""
-    try:
-        train = evaluate = create_transform(**options)
-        if augmentation != Augmentation.none():
-            train = create_transform(
-                **options,
-                is_training=True,
-                hflip=augmentation.hflip,
-                scale=augmentation.scale,
-                color_jitter=augmentation.color_jitter or None,
-                auto_augment=augmentation.auto_augment,
-                re_prob=augmentation.re_prob,
-            )
-            _keep_a_bit(train)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise DataError(
-            f"timm has no transforms of interpolation {options['interpolation']!r} and auto_augment "
-            f"{augmentation.auto_augment!r} ({error}): take for instance 'bicubic' and 'rand-m9-mstd0.5'"
-        ) from error
-    return _Pictures(mode, train, evaluate)
-
-
-def _keep_a_bit(transforms: Any) -> None:
-    """timm's posterize can ask for 0 bits, "rand-m9-mstd0.5-inc1" does; newer Pillows refuse: make it 1."""
-    for step in transforms.transforms:
-        policy = getattr(step, "ops", None) or [op for pair in getattr(step, "policy", ()) for op in pair]
-        for op in policy:
-            if op.aug_fn is posterize:
-                op.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    return posterize(image, max(bits, 1), **options)

@@ -18,8 +18,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .data import Batches, Data, Draw, keyed_generators
+from .data import Batches, Data
 from .sources import GIVEN, Progress, Source, Split
+from .transforms import Draw, keyed_generators
 
 SPLITS = ("train", "search")  # in the order in which they are given
 _EPOCH = 29  # sets a loader's draws apart from others of the same seed

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .data import Augmentation
+from .transforms import Augmentation
 
 
 class Recipe(BaseModel):

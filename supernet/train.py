@@ -22,11 +22,12 @@ from poolshare.space import ConfigError, CostTable, TrainingError
 
 from . import distributed
 from .checkpoint import TrainingState
-from .data import Data, keyed_generators
+from .data import Data
 from .interrupt import kept_signals
 from .model import SuperNet
 from .recipe import Recipe
 from .sandwich import Sandwich
+from .transforms import keyed_generators
 
 # model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]

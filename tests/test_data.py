@@ -17,7 +17,8 @@ from timm.data import ImageDataset, create_transform
 import poolshare.supernet.data as module
 import poolshare.supernet.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
-from poolshare.supernet.data import Augmentation, open_data
+from poolshare.supernet.data import open_data
+from poolshare.supernet.transforms import Augmentation, keyed_generators
 
 DIGITS: dict[str, Any] = {"img_size": 8, "in_chans": 1, "mean": (0.3,), "std": (0.4,)}
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
@@ -259,7 +260,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(folder):
 
 def test_the_key_sets_all_three_generators():
     def draw(*key):
-        with module.keyed_generators(*key):
+        with keyed_generators(*key):
             return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
 
     one = draw(1, 2)

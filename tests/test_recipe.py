@@ -14,9 +14,10 @@ from poolshare.search.config import SearchConfig
 from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.data import keyed_generators, open_data
+from poolshare.supernet.data import open_data
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import _MIX, _Mixer, set_drop_path, train_model
+from poolshare.supernet.transforms import keyed_generators
 
 SPACE = SearchSpace(depth=3, levels=(64, 16))
 PLAIN = {"epochs": 1, "batch_size": 1000, "clip_grad": None, "warmup": 0.0}  # one batch is the whole training split

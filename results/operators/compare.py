@@ -31,9 +31,10 @@ from poolshare.search.run import write_csv, write_json
 from poolshare.space import OPERATORS, Architecture
 from poolshare.supernet import count_macs
 from poolshare.supernet.checkpoint import load_tensors, save_tensors
-from poolshare.supernet.data import Augmentation, open_data
+from poolshare.supernet.data import open_data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+from poolshare.supernet.transforms import Augmentation
 
 HERE = Path(__file__).parent
 # Runs of (patch tokens, layers) by the base model's own patch tokens.

@@ -1,0 +1,180 @@
+"""What an image becomes before a model sees it: varied as a key says in training, always the same in evaluation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
+from torch import Tensor
+from torch.nn.functional import pad
+
+from poolshare.space.errors import DataError
+
+Draw = tuple[int, ...] | None  # what keys an image's augmentation; None: as evaluation sees it
+Prepare = Callable[[Any, Draw], Tensor]  # what a source reads → (C, H, W)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images vary. `shift` concerns only the digits, the rest only pictures.
+
+    hflip, re_prob: probabilities of a mirror image and of random erasing.
+    scale: least and greatest share of the image's area that a random crop keeps.
+    color_jitter: greatest relative change of brightness, contrast and saturation.
+    auto_augment: one of timm's policies, such as "rand-m9-mstd0.5"; it takes the place of color_jitter.
+    shift: greatest move in pixels, vertical and horizontal; zeros (black) come in.
+
+    Raises DataError for a value out of its range.
+    """
+
+    hflip: float = 0.5
+    scale: tuple[float, float] = (0.35, 1.0)
+    color_jitter: float = 0.3
+    auto_augment: str | None = None
+    re_prob: float = 0.0
+    shift: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.hflip <= 1 and 0 <= self.re_prob <= 1):
+            raise DataError(f"{self}: hflip and re_prob are probabilities, from 0 to 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise DataError(f"{self}: scale takes the least and the greatest area, 0 < least ≤ greatest ≤ 1")
+        if self.color_jitter < 0 or self.shift not in (0, 1):
+            raise DataError(f"{self}: color_jitter is at least 0, shift is 0 or 1")
+
+    @classmethod
+    def none(cls) -> Augmentation:
+        """Training images exactly as evaluation sees them."""
+        return cls(hflip=0, scale=(1, 1), color_jitter=0, auto_augment=None, re_prob=0, shift=0)
+
+
+DEFAULT_AUGMENTATION = Augmentation()
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Random numbers that depend on the key alone."""
+    return np.random.default_rng(key)
+
+
+@contextmanager
+def keyed_generators(*key: int) -> Iterator[None]:
+    """Seed from `key` the three global generators that timm's transforms draw from, and afterwards undo it."""
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - RandAugment draws there
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])  # noqa: NPY002
+        torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would reach the accelerators too
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def digits_transform(
+    *, img_size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float], shift: int
+) -> Prepare:
+    """For the digits, shifted by up to `shift` pixels in training. Raises DataError for another size than theirs."""
+    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
+    if img_size != (8, 8):
+        raise DataError(f"the digits are 8×8 pixels, img_size is {img_size}: take a model made for 8×8, or other data")
+    mean_column, std_column = (torch.tensor(values).view(-1, 1, 1) for values in (means, stds))
+    return _Digits(mean_column, std_column, shift)
+
+
+def picture_transform(
+    *,
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    augmentation: Augmentation,
+) -> Prepare:
+    """For pictures, by timm's transforms; in training they vary by `augmentation`. Sizes and names are timm's.
+
+    Raises DataError for means that do not fit the channels, or names that timm does not know.
+    """
+    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
+    options = {"input_size": img_size, "mean": means, "std": stds, "interpolation": interpolation, "crop_pct": crop_pct}
+    try:
+        train = evaluate = create_transform(**options)
+        if augmentation != Augmentation.none():
+            train = create_transform(
+                **options,
+                is_training=True,
+                hflip=augmentation.hflip,
+                scale=augmentation.scale,
+                color_jitter=augmentation.color_jitter or None,
+                auto_augment=augmentation.auto_augment,
+                re_prob=augmentation.re_prob,
+            )
+            _keep_a_bit(train)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"timm has no transforms of interpolation {interpolation!r} and auto_augment "
+            f"{augmentation.auto_augment!r} ({error}): take for instance 'bicubic' and 'rand-m9-mstd0.5'"
+        ) from error
+    return _Pictures("RGB" if in_chans == 3 else "L", train, evaluate)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pictures:
+    """PIL image to (C, H, W) by timm's transforms, the training one keyed."""
+
+    mode: str
+    train: Callable[[Image.Image], Tensor]
+    evaluate: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image, draw: Draw) -> Tensor:
+        image = image.convert(self.mode)
+        if draw is None:
+            return self.evaluate(image)
+        with keyed_generators(*draw):
+            return self.train(image)
+
+
+@dataclass(frozen=True, eq=False)
+class _Digits:
+    """(8, 8) values from 0 to 16 to (C, 8, 8), shifted in training; mean and std are (C, 1, 1)."""
+
+    mean: Tensor
+    std: Tensor
+    shift: int
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        if draw is not None and self.shift:
+            top, left = generator(*draw).integers(0, 2 * self.shift + 1, size=2).tolist()
+            image = pad(image, (self.shift,) * 4)[top : top + 8, left : left + 8]
+        return (image / 16 - self.mean) / self.std
+
+
+def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
+        return (sum(values) / 3,)
+    if len(values) not in (1, in_chans):
+        raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
+    return tuple(values) * (in_chans // len(values))
+
+
+def _keep_a_bit(transforms: Any) -> None:
+    """timm's posterize can ask for 0 bits, "rand-m9-mstd0.5-inc1" does; newer Pillows refuse: make it 1."""
+    for step in transforms.transforms:
+        policy = getattr(step, "ops", None) or [op for pair in getattr(step, "policy", ()) for op in pair]
+        for op in policy:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return posterize(image, max(bits, 1), **options)
