@@ -16,6 +16,7 @@ from poolshare.supernet.train import precision_of, steps_per_epoch
 
 from .evaluate import count_correct
 from .prepare import Job
+from .progress import time_text
 
 
 def announce(job: Job, trained: float, console: Console) -> None:
@@ -41,7 +42,7 @@ def announce(job: Job, trained: float, console: Console) -> None:
     epochs = recipe.epochs - trained
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe) / distributed.launched_size()
-        say(f"training the supernet for {epochs:.4g} epochs takes about {_minutes(training)}")
+        say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
     else:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
     whole, images = forecast_space(space, macs), len(job.data.split("search"))
@@ -49,12 +50,12 @@ def announce(job: Job, trained: float, console: Console) -> None:
     if job.exhaustive:
         say(
             f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
-            f"({whole.share:.1%} of one by one) and takes about {_minutes(per_mac * whole.cost * images)}"
+            f"({whole.share:.1%} of one by one) and takes about {time_text(per_mac * whole.cost * images)}"
         )
     else:
         say(
             f"scoring {job.config.trials:,} of them on {images:,} images takes at most about "
-            f"{_minutes(per_mac * single * images * job.config.trials)}, less by what they share"
+            f"{time_text(per_mac * single * images * job.config.trials)}, less by what they share"
         )
 
 
@@ -82,9 +83,3 @@ def calibrate(job: Job) -> tuple[float, float]:
     count_correct(job.supernet, population, [(images, labels)], metric=job.metric)
     per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
     return sum(times[1:]) / len(times[1:]) * whole / len(images), per_mac
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -53,10 +53,12 @@ def rate_text(per_second: float, unit: str = "") -> str:
 
 
 def time_text(seconds: float) -> str:
-    """A time in two digits or three: "45 s", "12 min", "3.1 h"."""
+    """A time in two digits or so: "45 s", "1.7 min", "12 min", "3.1 h"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+    if seconds < 5970:
+        return f"{seconds / 60:.1f} min" if seconds < 597 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class _RateColumn(ProgressColumn):

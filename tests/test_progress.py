@@ -49,7 +49,7 @@ def test_lines_tell_share_rate_and_time_left(clock):
 
 def test_continued_work_does_not_count_what_was_done_before(clock):
     lines = written([(0, 900), (20, 910)], clock, total=1000).splitlines()
-    assert lines == ["training: 91%, 2 s per step, about 3 min left, loss 0.5"]
+    assert lines == ["training: 91%, 2 s per step, about 3.0 min left, loss 0.5"]
 
 
 def test_long_work_writes_fewer_lines(clock):
@@ -108,4 +108,5 @@ def test_rates_and_times_in_words():
     assert [rate_text(value, "steps") for value in (1234.5, 12.34, 1, 0.25, 0.001)] == [
         "1,234 steps/s", "12.3 steps/s", "1 steps/s", "4 s per step", "1,000 s per step",
     ]  # fmt: skip
-    assert [time_text(value) for value in (0.4, 99, 100, 5969, 7200)] == ["0 s", "99 s", "2 min", "99 min", "2.0 h"]
+    times = {0.4: "0 s", 99: "99 s", 100: "1.7 min", 596: "9.9 min", 598: "10 min", 5969: "99 min", 7200: "2.0 h"}
+    assert {seconds: time_text(seconds) for seconds in times} == times
