@@ -6,8 +6,9 @@ hundreds of scores is in part the luckiest. Finalists are judged by what they be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,12 +17,14 @@ from rich.console import Console
 from poolshare.space import Architecture, ConfigError
 from poolshare.space.files import held
 from poolshare.supernet import Subnet
+from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import steps_per_epoch, train_model
 
+from .config import SearchConfig
 from .evaluate import count_right
 from .job import SCORING_BATCH
-from .pareto import ranked
-from .prepare import load_weights, prepare
+from .pareto import TRAINED, ranked
+from .prepare import checked_recipe, load_weights, prepare, supernet_recipe
 from .progress import advance_step, progress_bar
 from .report import load_report, write_report
 from .retrain import WARM_LR, WARM_LR_PRETRAINED
@@ -34,6 +37,7 @@ def train_finalists(
     *,
     epochs: int = 2,
     budget: str | None = None,
+    recipe_changes: Mapping[str, Any] | None = None,
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
@@ -44,25 +48,41 @@ def train_finalists(
     in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
     the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
     both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
+    recipe_changes: batch_size, lr, amp; None or left out: as said.
 
-    Returns all finalists of so many epochs within the budget, the best first: columns FINALISTS. Writes finalists.csv
-    after each training and continues from it; the report then has the pick "finalist".
+    Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
+    finalists.csv after each training and continues from it; the report then has the pick "finalist".
     Raises RunError for a run that has not finished, that another process holds, or whose finalists.csv is damaged.
     """
     if count < 1 or epochs < 1:
         raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
     console = console or Console(quiet=True)
+    recipe = _recipe(folder.config, epochs, recipe_changes or {})
     with held(folder.path):
         report = load_report(folder, budget)
         chosen = choose(report.allowed, count, folder.config.cost, report.included)
         rows = folder.read_finalists()
-        done = set(zip(rows["architecture"], rows["epochs"], strict=True))
-        missing = [row for row in chosen.to_dict("records") if (row["architecture"], epochs) not in done]
+        done = set(rows["architecture"][_alike(rows, recipe)])
+        missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
         if missing:
-            rows = _train(folder, missing, rows, epochs, workers, device, console)
+            rows = _train(folder, missing, rows, recipe, workers, device, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
-    return ranked(rows[allowed & (rows["epochs"] == epochs)])
+    return ranked(rows[allowed & _alike(rows, recipe)])
+
+
+def _recipe(config: SearchConfig, epochs: int, changes: Mapping[str, Any]) -> Recipe:
+    usual = {"epochs": epochs, "lr": WARM_LR_PRETRAINED if config.warm else WARM_LR}
+    wished = {name: value for name, value in changes.items() if value is not None}
+    return checked_recipe(supernet_recipe(config).model_dump() | usual | wished)
+
+
+def _alike(rows: pd.DataFrame, recipe: Recipe) -> pd.Series:
+    """Which rows are of this recipe."""
+    alike = pd.Series(True, rows.index)
+    for name in TRAINED:
+        alike &= rows[name] == getattr(recipe, name)
+    return alike
 
 
 def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[str] = ()) -> pd.DataFrame:
@@ -79,7 +99,7 @@ def _train(
     folder: RunFolder,
     missing: list[dict[str, object]],
     rows: pd.DataFrame,
-    epochs: int,
+    recipe: Recipe,
     workers: int,
     device: str | None,
     console: Console,
@@ -88,9 +108,8 @@ def _train(
     job = prepare(config.model_copy(update={"device": device or config.device, "workers": workers}))
     folder.check_images(job.data.fingerprint)
     load_weights(job.supernet, folder.supernet)
-    recipe = job.recipe.model_copy(update={"epochs": epochs, "lr": WARM_LR_PRETRAINED if config.warm else WARM_LR})
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
-    steps = epochs * steps_per_epoch(job.data, recipe)
+    steps = recipe.epochs * steps_per_epoch(job.data, recipe)
     with progress_bar(console, "training finalists", len(missing) * steps, "steps") as advance:
         for index, candidate in enumerate(missing):
             text = str(candidate["architecture"])
@@ -101,7 +120,8 @@ def _train(
             show = partial(advance_step, advance, index * steps, note)
             train_model(model, job.data, recipe, full=False, seed=config.seed, workers=workers, progress=show)
             correct, total = count_right(model, batches)
-            new = (text, candidate["macs"], epochs, candidate["correct"], correct, total)
-            rows = pd.concat([rows, pd.DataFrame([dict(zip(FINALISTS, new, strict=True))])], ignore_index=True)
+            new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": candidate["correct"]}
+            new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}
+            rows = pd.concat([rows, pd.DataFrame([new])[list(FINALISTS)]], ignore_index=True)
             write_csv(folder.finalists, rows, checked=True)
     return rows

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from .console import PlainConsole
-from .options import Budget, Device, Json, Quiet, Seed, Workers, print_json, progress_console
+from .options import (
+    Budget,
+    Device,
+    Json,
+    Quiet,
+    SearchAmp,
+    SearchBatch,
+    Seed,
+    Workers,
+    print_json,
+    progress_console,
+)
 
 
 def trust(
@@ -20,6 +31,9 @@ def trust(
     ] = None,
     bands: Annotated[int, typer.Option(min=1, help="MAC bands of equal width.")] = 4,
     epochs: Annotated[int | None, typer.Option(min=0, help="Of each training. Default: the supernet's.")] = None,
+    batch_size: SearchBatch = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the supernet's.")] = None,
+    amp: SearchAmp = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = None,
@@ -35,7 +49,10 @@ def trust(
 
     plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
     folder = RunFolder.open(run)
-    found = measure_trust(folder, plan, epochs=epochs, workers=workers, device=device, console=progress_console(quiet))
+    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
+    found = measure_trust(
+        folder, plan, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet)
+    )
     if as_json:
         return print_json(found)
     console = PlainConsole()
@@ -69,6 +86,9 @@ def finalists(
         ),
     ] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
+    batch_size: SearchBatch = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3; pretrained 3e-4.")] = None,
+    amp: SearchAmp = None,
     budget: Budget = None,
     workers: Workers = 0,
     device: Device = None,
@@ -86,7 +106,10 @@ def finalists(
 
     folder = RunFolder.open(run)
     console = progress_console(quiet)
-    rows = train_finalists(folder, count, epochs=epochs, budget=budget, workers=workers, device=device, console=console)
+    rows = train_finalists(
+        folder, count, epochs=epochs, budget=budget, recipe_changes={"batch_size": batch_size, "lr": lr, "amp": amp},
+        workers=workers, device=device, console=console,
+    )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()

@@ -66,6 +66,13 @@ Storage = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
+SearchAmp = Annotated[
+    Literal["none", "bf16"] | None, typer.Option("--amp", help="Automatic mixed precision. Default: as in the search.")
+]
+SearchBatch = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Images of one training step. Default: as in the search."),
+]
 RecipeChanges = Annotated[
     str | None,
     typer.Option(

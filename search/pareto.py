@@ -19,6 +19,7 @@ from poolshare.space.errors import BudgetError, ConfigError, RunError
 
 _UNITS = {"macs": "MACs", "parameters": "parameters", "latency_ms": "ms"}
 PICKS = ("half-point", "knee", "budget", "accuracy")
+TRAINED = ["epochs", "batch_size", "lr", "amp"]  # how a finalist was: those compared are alike in it
 HALF_POINT = 0.5  # percent of the images
 
 
@@ -107,9 +108,9 @@ def pick(
 
 
 def compared(finalists: pd.DataFrame) -> pd.DataFrame:
-    """Those of equally long training: as many finalists as there are of one number of epochs; of equals the longest."""
-    epochs = finalists.groupby("epochs").size().reset_index(name="count").sort_values(["count", "epochs"])["epochs"]
-    return finalists if epochs.empty else finalists[finalists["epochs"] == epochs.iloc[-1]]
+    """Those that were trained alike: the largest such group; of equals the one trained longest, then the last one."""
+    groups = [group for _, group in finalists.groupby(TRAINED, sort=False)]
+    return max(reversed(groups), key=lambda group: (len(group), group["epochs"].iloc[0]), default=finalists)
 
 
 def ranked(finalists: pd.DataFrame) -> pd.DataFrame:

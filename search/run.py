@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
-FINALISTS = ("architecture", "macs", "epochs", "supernet_correct", "correct", "total")
+FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
 
 
 class RunFolder:
@@ -181,7 +181,7 @@ class RunFolder:
                 raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
             for text in frame["architecture"]:
                 Architecture.parse(text)
-            return frame.astype({"architecture": str} | dict.fromkeys(FINALISTS[1:], int))
+            return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "lr": float, "amp": str})
         except (ValueError, OSError) as error:
             raise RunError(f"{self.finalists} is damaged ({error}); delete it to train finalists again") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .evaluate import count_correct, count_right
 from .job import SCORING_BATCH
-from .prepare import Job, load_weights, prepare
+from .prepare import Job, checked_recipe, load_weights, prepare
 from .progress import advance_step, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, read_csv, write_csv, write_json
@@ -54,7 +54,7 @@ def measure_trust(
     folder: RunFolder,
     plan: Plan,
     *,
-    epochs: int | None = None,
+    recipe_changes: Mapping[str, Any] | None = None,
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
@@ -63,22 +63,24 @@ def measure_trust(
 
     Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
-    epochs: of each training; default: the supernet's. Writes trust.csv after each training and continues from it.
+    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's. Writes trust.csv after each training
+    and continues from it.
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
     with held(folder.path):
-        return _measure(folder, plan, epochs, workers, device, console or Console(quiet=True))
+        return _measure(folder, plan, recipe_changes or {}, workers, device, console or Console(quiet=True))
 
 
 def _measure(
-    folder: RunFolder, plan: Plan, epochs: int | None, workers: int, device: str | None, console: Console
+    folder: RunFolder, plan: Plan, changes: Mapping[str, Any], workers: int, device: str | None, console: Console
 ) -> dict[str, Any]:
     job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
     folder.check_images(job.data.fingerprint)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
-    recipe = job.recipe.model_copy(update={} if epochs is None else {"epochs": epochs})
+    wished = {name: value for name, value in changes.items() if value is not None}
+    recipe = checked_recipe(job.recipe.model_dump() | wished)
     header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
     rows = _earlier_rows(folder, header)
     drawn = draw(job, plan)

@@ -21,6 +21,7 @@ from .options import (
     OtherData,
     Quiet,
     RecipeChanges,
+    SearchBatch,
     Seed,
     Workers,
     helping,
@@ -74,9 +75,7 @@ def retrain(
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
     epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images of one training step. Default: as in the search.")
-    ] = None,
+    batch_size: SearchBatch = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
     ] = None,

@@ -9,7 +9,7 @@ import pytest
 from poolshare.search.config import SearchConfig
 from poolshare.search.finalists import choose, train_finalists
 from poolshare.search.job import run_job
-from poolshare.search.pareto import ranked
+from poolshare.search.pareto import compared, ranked
 from poolshare.search.report import load_report
 from poolshare.search.run import FINALISTS, RunFolder, read_json, write_csv, write_json
 from poolshare.space import BudgetError, ConfigError, RunError
@@ -32,8 +32,32 @@ def test_one_of_each_token_schedule_takes_part_the_most_accurate_first():
 
 
 def test_equals_are_ranked_by_the_supernet_and_then_by_cost():
-    rows = [("a", 9, 1, 5, 7, 10), ("b", 8, 1, 6, 7, 10), ("c", 7, 1, 6, 7, 10), ("d", 6, 1, 1, 8, 10)]
-    assert list(ranked(pd.DataFrame(rows, columns=FINALISTS))["architecture"]) == ["d", "c", "b", "a"]
+    rows = [("a", 9, 5, 7), ("b", 8, 6, 7), ("c", 7, 6, 7), ("d", 6, 1, 8)]
+    frame = pd.DataFrame(rows, columns=["architecture", "macs", "supernet_correct", "correct"])
+    assert list(ranked(frame)["architecture"]) == ["d", "c", "b", "a"]
+
+
+def test_only_those_that_were_trained_alike_are_compared(run):
+    usual = train_finalists(run, 2, epochs=1, device="cpu")
+    other = train_finalists(
+        run, 2, epochs=1, recipe_changes={"lr": 2e-4, "batch_size": 256, "amp": "bf16"}, device="cpu"
+    )
+    assert other["lr"].tolist() == [2e-4] * 2
+    assert (usual["lr"] == 1e-3).all()
+    assert set(usual["architecture"]) == set(other["architecture"])
+    assert dict(zip(usual["architecture"], usual["correct"], strict=True)) != dict(
+        zip(other["architecture"], other["correct"], strict=True)
+    )
+    rows = run.read_finalists()
+    assert len(rows) == 4
+    again = train_finalists(run, 2, epochs=1, device="cpu")
+    assert again.to_dict("records") == usual.to_dict("records")
+    assert list(compared(rows)["lr"]) == [2e-4] * 2  # the last of two such groups
+    assert list(compared(rows[:3])["lr"]) == [1e-3] * 2
+    assert compared(rows[:0]).empty
+    with pytest.raises(ConfigError, match="lr"):
+        train_finalists(run, 2, epochs=1, recipe_changes={"lr": -1.0}, device="cpu")
+    run.finalists.unlink()
 
 
 def test_finalists_are_trained_within_the_budget_kept_and_continued(run):
@@ -86,9 +110,11 @@ def test_the_verb_shows_both_scores_and_what_comes_next(run, verb):
     assert code == 0
     assert "finalists on 377 search-validation images; alone: one more epoch" in " ".join(out.split())
     assert f"poolshare export {run.path} --architecture" in out
-    code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "-q", "--json")
+    code, out, _ = verb("finalists", str(run.path), "--count", "2", "--epochs", "1", "--amp", "bf16", "-q", "--json")
     assert code == 0
-    assert set(json.loads(out)["finalists"][0]) == set(FINALISTS)
+    first = json.loads(out)["finalists"][0]
+    assert set(first) == set(FINALISTS)
+    assert first["amp"] == "bf16"
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):

@@ -109,17 +109,17 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     # Cut off after the second training: the rest is trained again, to the same numbers.
     table[:2].to_csv(run.path / "trust.csv", index=False)
     plan = Plan(architectures=4, twice=2, bands=2)
-    assert measure_trust(run, plan, epochs=1, device="cpu") == found
+    assert measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu") == found
     pd.testing.assert_frame_equal(pd.read_csv(run.path / "trust.csv"), table)
 
     # A run of before a field of the recipe was there.
     older = read_json(run.trust)
     del older["recipe"]["within"], older["recipe"]["ema"]
     write_json(run.trust, older)
-    assert measure_trust(run, plan, epochs=1, device="cpu") == found
+    assert measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu") == found
 
     with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
-        measure_trust(run, plan, epochs=2, device="cpu")
+        measure_trust(run, plan, recipe_changes={"epochs": 2}, device="cpu")
 
 
 def test_impossible_plans_are_refused():
