@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from poolshare.supernet.own_data import Parts, loader_batch, open_own
 from .config import SearchConfig, checked_config
 from .evaluate import Metric, metric_name, top1
 from .export import export_architecture, load_supernet
+from .finalists import train_finalists
 from .job import run_job
 from .options import progress_console
 from .progress import progress_bar
@@ -80,7 +81,7 @@ def search(
     if isinstance(options.get("weights"), Path):
         options["weights"] = str(options["weights"])
     config = checked_config(**options, metric=metric_name(metric))
-    return SearchResult(run_job(config, out, console, storage, own, metric).path)
+    return SearchResult(run_job(config, out, console, storage, own, metric).path, own, metric)
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,12 @@ class SearchResult:
     """What a search left in its run folder; `SearchResult("runs/photos")` is one of any finished run.
 
     Architectures are taken as text, as `Architecture`, or as a `Pick`; "dense" is the one without savings.
+    data, metric: those given in Python, which `search` leaves here.
     """
 
     folder: str | Path
+    data: Data | None = field(default=None, repr=False)
+    metric: Metric = field(default=top1, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -124,6 +128,31 @@ class SearchResult:
         report = self.report if budget is None else load_report(self.run, budget)
         cost = "latency_ms" if "latency_ms" in report.limits else self.run.config.cost
         return report.pick(how or ("budget" if report.limits else "knee"), cost)
+
+    def finalists(
+        self,
+        count: int = 8,
+        *,
+        epochs: int = 2,
+        budget: str | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        amp: str | None = None,
+        workers: int = 0,
+        device: str | None = None,
+        quiet: bool = False,
+    ) -> pd.DataFrame:
+        """Train the `count` best within the budget a little further, each alone, and score them again, as `poolshare finalists`.
+
+        Returns a row for each, the best first; `pick("finalist")` then takes the winner. Continues where it was
+        interrupted. On data or by a metric given in Python it needs the result that `search` returned: repeat that call.
+        """
+        rows = train_finalists(
+            self.run, count, epochs=epochs, budget=budget, recipe_changes={"batch_size": batch_size, "lr": lr, "amp": amp},
+            workers=workers, device=device, console=progress_console(quiet), data=self.data, metric=self.metric,
+        )  # fmt: skip
+        self.__dict__.pop("report", None)  # it knows of none, or of others
+        return rows
 
     def model(self, architecture: Architecture | Pick | str) -> Subnet:
         """A timm model with the supernet's weights for it, in evaluation mode on the CPU.

@@ -83,8 +83,10 @@ def count_correct(
 
 
 @torch.inference_mode()
-def count_right(model: nn.Module, batches: Batches, progress: Callable[[int], None] | None = None) -> tuple[int, int]:
-    """Images that one model, which stands alone, classifies correctly, and the number of images.
+def count_right(
+    model: nn.Module, batches: Batches, progress: Callable[[int], None] | None = None, metric: Metric = top1
+) -> tuple[int, int]:
+    """Images that one model, which stands alone, answers right by the metric, and the number of images.
 
     progress: called after each batch with the number of batches done.
     """
@@ -92,7 +94,7 @@ def count_right(model: nn.Module, batches: Batches, progress: Callable[[int], No
     device = next(model.parameters()).device
     correct = total = 0
     for index, (images, labels) in enumerate(batches, start=1):
-        correct += int(top1(model(images.to(device)), labels.to(device)).sum())
+        correct += int(judged(metric, model(images.to(device)), labels.to(device)).sum())
         total += len(labels)
         if progress:
             progress(index)

@@ -17,14 +17,15 @@ from rich.console import Console
 from poolshare.space import Architecture, ConfigError
 from poolshare.space.files import held
 from poolshare.supernet import Subnet
+from poolshare.supernet.data import Data
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import steps_per_epoch, train_model
 
 from .config import SearchConfig
-from .evaluate import count_right
+from .evaluate import Metric, count_right, top1
 from .job import SCORING_BATCH
 from .pareto import TRAINED, ranked
-from .prepare import checked_recipe, load_weights, prepare, supernet_recipe
+from .prepare import Job, checked_recipe, load_weights, prepare, supernet_recipe
 from .progress import advance_step, progress_bar
 from .report import load_report, write_report
 from .retrain import WARM_LR, WARM_LR_PRETRAINED
@@ -41,6 +42,8 @@ def train_finalists(
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
 ) -> pd.DataFrame:
     """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
 
@@ -48,7 +51,7 @@ def train_finalists(
     in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
     the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
     both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
-    recipe_changes: batch_size, lr, amp; None or left out: as said.
+    recipe_changes: batch_size, lr, amp; None or left out: as said. data, metric: those given in Python, see `prepare`.
 
     Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
     finalists.csv after each training and continues from it; the report then has the pick "finalist".
@@ -65,7 +68,8 @@ def train_finalists(
         done = set(rows["architecture"][_alike(rows, recipe)])
         missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
         if missing:
-            rows = _train(folder, missing, rows, recipe, workers, device, console)
+            config = folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers})
+            rows = _train(folder, prepare(config, data=data, metric=metric), missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
     return ranked(rows[allowed & _alike(rows, recipe)])
@@ -97,15 +101,13 @@ def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[s
 
 def _train(
     folder: RunFolder,
+    job: Job,
     missing: list[dict[str, object]],
     rows: pd.DataFrame,
     recipe: Recipe,
-    workers: int,
-    device: str | None,
     console: Console,
 ) -> pd.DataFrame:
-    config = folder.config
-    job = prepare(config.model_copy(update={"device": device or config.device, "workers": workers}))
+    workers, seed = job.config.workers, job.config.seed
     folder.check_images(job.data.fingerprint)
     load_weights(job.supernet, folder.supernet)
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
@@ -114,12 +116,12 @@ def _train(
         for index, candidate in enumerate(missing):
             text = str(candidate["architecture"])
             note = f"{index + 1} of {len(missing)}: {text}"
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
             model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
             model.to(next(job.supernet.parameters()).device)
             show = partial(advance_step, advance, index * steps, note)
-            train_model(model, job.data, recipe, full=False, seed=config.seed, workers=workers, progress=show)
-            correct, total = count_right(model, batches)
+            train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=show)
+            correct, total = count_right(model, batches, metric=job.metric)
             new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": candidate["correct"]}
             new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}
             rows = pd.concat([rows, pd.DataFrame([new])[list(FINALISTS)]], ignore_index=True)

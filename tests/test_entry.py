@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from poolshare.search import SearchResult, search
 from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
 from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.train import train_model
 
 SMALL = {
     "model": "digits_vit",
@@ -92,6 +94,32 @@ def test_scores_are_what_the_models_answer_by_the_users_metric(parts, digits, tm
     again = search(parts(), out=tmp_path / "run", name="mine", metric=top3, budget="80%", **SMALL | {"trials": 10})
     assert list(again.candidates["architecture"][:8]) == list(found.candidates["architecture"])
     assert SearchResult(str(tmp_path / "run")).candidates.equals(again.candidates)
+
+
+def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(parts, digits, tmp_path):
+    options = SMALL | {"out": tmp_path / "run", "name": "mine", "metric": top3}
+    found = search(parts(), **options)
+    with pytest.raises(RunError, match="no finalist within the budget was trained yet"):
+        found.pick("finalist")
+    rows = found.finalists(2, epochs=1, quiet=True)
+    assert found.pick("finalist").architecture == rows["architecture"][0]
+    assert (rows["total"] == 100).all()
+
+    # By hand: the same model, images and seed.
+    images, labels = (part[200:300] for part in digits)
+    config = found.run.config
+    data, recipe = found.data, Recipe(epochs=1, batch_size=20, lr=1e-3, weight_decay=config.weight_decay)
+    for row in rows.itertuples():
+        torch.manual_seed(config.seed)
+        model = found.model(row.architecture)
+        train_model(model, data, recipe, full=False, seed=config.seed)
+        with torch.inference_mode():
+            assert row.correct == int(top3(model(images), labels).sum())
+
+    opened = SearchResult(tmp_path / "run")  # knows neither
+    assert opened.pick("finalist") == found.pick("finalist")
+    with pytest.raises(PoolshareError, match="given in Python"):
+        opened.finalists(3, epochs=1, quiet=True)
 
 
 @pytest.mark.parametrize("loaders", [False, True])
