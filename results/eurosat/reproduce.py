@@ -4,8 +4,8 @@
     python results/eurosat/reproduce.py … --img-size 224 --device cuda --jobs 12 --workers 1 --seeds 10
         --budgets 0.58 --names dense,searched,finalist,uniform
 
-Three supernets are trained and searched from the command line: one within each budget (`--recipe within=`), and one by
-the sandwich over the whole space. Then, with each seed, every competitor is fine-tuned by the same recipe and tested:
+Supernets are trained and searched from the command line: one within each budget (`--recipe within=`), and one by the
+sandwich over the whole space. Then, with each seed, every competitor is fine-tuned by the same recipe and tested:
 
     searched   the best score of the supernet that was trained within the budget
     finalist   the best of its eight best and, where the search has avg2d, the uniform schedule, after two epochs of training
@@ -18,10 +18,10 @@ the sandwich over the whole space. Then, with each seed, every competitor is fin
 All of a budget begin at the weights of the supernet that was trained within it, `sandwich` and the dense model at the
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
 (`imagenet, longer`) for those of the supernet's training besides. `--starts` and `--names` say who takes part; supernets that
-none of these needs are not trained. `--take NAME=ARCHITECTURE` puts one that was found elsewhere in the place of what is found
-here, with `--trials 1` nothing is searched. All who learn with one seed see the same images, which are augmented once and kept
-in --work (1.2 GB a seed at 112 px, 3.6 GB at 224). Some 6 hours on one core at 112 px.
-Resumes from --work after the last training; writes results/eurosat/<size>-<operators>.csv and .json.
+none of these needs are not trained. `--take NAME=ARCHITECTURE` puts one that was found elsewhere in the place of what would be
+found here; with `--trials 1` nothing is searched. All who learn with one seed see the same images, which are augmented once and
+kept in --work (0.15 GB an epoch and seed at 112 px, 0.6 GB at 224). Some 6 hours on one core at 112 px.
+Resumes from --work after the last training; writes <size>-<operators>.csv and .json (`--files` calls them otherwise).
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,7 +53,7 @@ from poolshare.search.pareto import pick
 from poolshare.search.progress import progress_bar
 from poolshare.search.report import load_report
 from poolshare.search.run import RunFolder, read_json, versions, write_csv, write_json
-from poolshare.space import Architecture
+from poolshare.space import Architecture, CostTable, PoolshareError
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.recipe import Recipe
@@ -96,6 +95,7 @@ class Settings(NamedTuple):
     device: str
     work: Path
     out: Path
+    files: str  # what those in `out` are called
 
     @property
     def setting(self) -> str:
@@ -113,7 +113,13 @@ class Competitor(NamedTuple):
     name: str
     budget: float  # share of the dense MACs
     start: str
-    architecture: Architecture
+
+
+class Task(NamedTuple):
+    """One thing that a process does: a supernet is searched, a seed's images augmented, or a competitor trained."""
+
+    what: str | Competitor
+    seed: int = -1  # none
 
 
 class Epoch:
@@ -206,64 +212,76 @@ def search(given: Settings, name: str) -> None:
     if budget is not None:
         words += ["--budget", f"{budget:.0%}", "--recipe", f"within={budget}"]
         words += list(chain(*(("--include", architecture) for _, architecture in given.take)))
-    with nullcontext() if given.jobs == 1 else given.run(name).with_suffix(".log").open("a") as stderr:
-        subprocess.run([*POOLSHARE, "search", *map(str, words)], check=True, stderr=stderr)
-        if budget is not None and "finalist" in given.names and "finalist" not in dict(given.take):
-            more = [*FINALISTS, "--workers", given.workers, "--device", given.device]
-            subprocess.run([*POOLSHARE, "finalists", given.run(name), *map(str, more)], check=True, stderr=stderr)
+    poolshare(given, name, "search", *words)
+    if any(one.name == "finalist" and name in found_in(given, one) for one in competitors(given)):
+        poolshare(
+            given, name, "finalists", given.run(name), *FINALISTS, "--workers", given.workers, "--device", given.device
+        )
 
 
-def competitors(given: Settings, seed: int) -> list[Competitor]:
-    """Who is trained with this seed from a supernet, the most important first."""
-    one = supernet_of(given, supernets(given)[0])
-    space, costs = one.space, measure_macs(one)
-    first, later = [Competitor("dense", 1.0, "sandwich", space[0])], list[Competitor]()
+def poolshare(given: Settings, name: str, *words: object) -> None:
+    """One command; after Ctrl-C, which reaches it too, it has the time to save what it has trained."""
+    log = nullcontext() if given.jobs == 1 else given.run(name).with_suffix(".log").open("a")
+    with log as stderr, subprocess.Popen([*POOLSHARE, *map(str, words)], stderr=stderr) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if code:
+        raise RuntimeError(f"poolshare {words[0]} ended with status {code}: {given.run(name).with_suffix('.log')}")
+
+
+def competitors(given: Settings) -> list[Competitor]:
+    """Who is trained with every seed, the most important first."""
+    first, later = [Competitor("dense", 1.0, "sandwich")], [Competitor("dense", 1.0, "imagenet")]
     for budget in given.budgets:
-        limit, start, made = budget * costs.total(space[0]), within(budget), hand_made(budget, given.img_size)
-        drawn = space.within(costs, int(0.97 * limit), int(limit)).sample(random.Random(f"eurosat {budget} {seed}"))
-        chosen = found_in(given, start, "searched", limit)
-        first += [Competitor("searched", budget, start, chosen), Competitor("uniform", budget, start, made["uniform"])]
-        later += [Competitor("tome", budget, start, made["tome"]), Competitor("random", budget, start, drawn)]
-        if "finalist" in given.names:
-            later.append(Competitor("finalist", budget, start, found_in(given, start, "finalist", limit)))
-        if "sandwich" in supernets(given):
-            of_whole = found_in(given, "sandwich", "sandwich", limit)
-            later += [
-                Competitor("sandwich", budget, "sandwich", of_whole),
-                Competitor("searched", budget, "sandwich", chosen),
-                Competitor("uniform", budget, "sandwich", made["uniform"]),
-            ]
-    return [one for one in first + later if one.name in given.names and kind(one.start) in given.starts]
+        own = within(budget)
+        first += [Competitor("searched", budget, own), Competitor("uniform", budget, own)]
+        later += [Competitor(name, budget, own) for name in ("finalist", "tome", "random")]
+        later += [Competitor(name, budget, "sandwich") for name in ("sandwich", "searched", "uniform")]
+    everybody = [*first, *later, Competitor("dense", 1.0, LONGER)]
+    kinds = {within(budget): "within" for budget in given.budgets} | {LONGER: "longer"}
+    return [one for one in everybody if one.name in given.names and kinds.get(one.start, one.start) in given.starts]
 
 
-def found_in(given: Settings, supernet: str, name: str, limit: float) -> Architecture:
-    """The best score of a search within the limit, its best finalist, or what `--take` says."""
-    folder, told = RunFolder.open(given.run(supernet)), dict(given.take)
-    if name in told:
-        return Architecture.parse(told[name])
-    if name == "finalist":
+def found_in(given: Settings, one: Competitor) -> set[str]:
+    """The supernet whose search finds a competitor, if any does."""
+    if one.name in dict(given.take) or one.name not in ("searched", "finalist", "sandwich", "random"):
+        return set()
+    return {"sandwich" if one.name == "sandwich" else within(one.budget)}
+
+
+def needed(given: Settings, one: Competitor) -> set[str]:
+    """The supernets that must be there before a competitor can be trained."""
+    return found_in(given, one) | {one.start} - {"imagenet", LONGER}
+
+
+@cache
+def architecture_of(given: Settings, one: Competitor, seed: int) -> Architecture:
+    """What a competitor is, once its supernets are there."""
+    if one.name == "dense":
+        return dense_model(given.img_size)
+    if one.name in ("uniform", "tome"):
+        return hand_made(one.budget, given.img_size)[one.name]
+    if one.name in dict(given.take):
+        return Architecture.parse(dict(given.take)[one.name])
+    [supernet] = found_in(given, one)
+    limit = one.budget * macs_of(dense_model(given.img_size), given.img_size)
+    if one.name == "random":
+        space, costs = supernet_of(given, supernet).space, costs_of(given, supernet)
+        among = space.within(costs, int(0.97 * limit), int(limit))
+        return among.sample(random.Random(f"eurosat {one.budget} {seed}"))
+    folder = RunFolder.open(given.run(supernet))
+    if one.name == "finalist":
         return Architecture.parse(load_report(folder).pick("finalist").architecture)
     return Architecture.parse(pick(folder.read_candidates(), "budget", limit)["architecture"])
 
 
-def dense_alone(given: Settings) -> list[Competitor]:
-    """The dense model as it is trained without any supernet."""
-    if "dense" not in given.names:
-        return []
-    both = [Competitor("dense", 1.0, start, dense_model(given.img_size)) for start in ("imagenet", LONGER)]
-    return [one for one in both if kind(one.start) in given.starts]
-
-
-def kind(start: str) -> str:
-    """Which of `--starts`."""
-    return "within" if start.startswith("within") else "longer" if start == LONGER else start
-
-
-def supernets(given: Settings) -> list[str]:
-    """Those that somebody begins at or was found in."""
-    needed = [*map(within, given.budgets)] if {*given.names} - {"dense", "sandwich"} else []
-    of_sandwich = {*given.names} - {"tome", "random", "finalist"} and "sandwich" in given.starts
-    return needed + ["sandwich"] * bool(of_sandwich)
+@cache
+def costs_of(given: Settings, name: str) -> CostTable:
+    """MACs of a supernet's space."""
+    return measure_macs(supernet_of(given, name))
 
 
 @cache
@@ -402,14 +420,14 @@ def test_images(given: Settings) -> Data:
     return opened(given, 0)
 
 
-def train(given: Settings, one: Competitor, seed: int) -> dict[str, Any]:
+def train(given: Settings, one: Competitor, seed: int, architecture: Architecture) -> dict[str, Any]:
     """Fine-tune and test one competitor; its row of the table."""
     device, recipe = torch.device(given.device), recipe_of(given)
     images: Any = images_of(given, seed)
     if one.start == LONGER:
         recipe, images = recipe.model_copy(update={"epochs": given.search_epochs + given.epochs}), opened(given, seed)
     torch.manual_seed(seed)
-    model = starting_model(one.start, one.architecture, given).to(device)
+    model = starting_model(one.start, architecture, given).to(device)
     title = f"{one.name} {one.budget:.0%} from {one.start}, seed {seed}"
     total = recipe.epochs * steps_per_epoch(images, recipe, full=True)
     with progress_bar(Console(stderr=True, quiet=given.jobs > 1), title, total, "steps") as advance:
@@ -417,11 +435,11 @@ def train(given: Settings, one: Competitor, seed: int) -> dict[str, Any]:
             model, images, recipe, seed=seed, workers=given.workers,
             progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
         )  # fmt: skip
-    hits, macs = test_hits(model, test_images(given), device), macs_of(one.architecture, given.img_size)
+    hits, macs = test_hits(model, test_images(given), device), macs_of(architecture, given.img_size)
     row = {"name": one.name, "budget": one.budget, "start": one.start, "seed": seed, "macs": macs}
     row |= {"of_dense": macs / macs_of(dense_model(given.img_size), given.img_size)}
     row |= {"correct": int(hits.sum()), "total": len(hits), "top1": 100 * hits.mean()}
-    return row | {"architecture": str(one.architecture), "hits": packed(hits)}
+    return row | {"architecture": str(architecture), "hits": packed(hits)}
 
 
 def main() -> None:
@@ -448,75 +466,115 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings and searches at once")
     parser.add_argument("--workers", type=int, default=0, help="of each process, for its images")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no training after so many")
     parser.add_argument("--amp", choices=("none", "bf16"), default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/eurosat-results"))
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--files", default="", help="what those in --out are called; default: <size>-<operators>")
     options = vars(parser.parse_args())
     given = Settings(**options | {"take": tuple(options["take"])})
+    given = given._replace(files=given.files or given.setting)
     if unknown := {*given.names} - {*NAMES}:
         parser.error(f"--names {', '.join(unknown)}: there are {', '.join(NAMES)}")
     if unknown := {*given.starts} - {*STARTS}:
         parser.error(f"--starts {', '.join(unknown)}: there are {', '.join(STARTS)}")
-    if given.take and (len(given.budgets) > 1 or {*dict(given.take)} - {"searched", "finalist"}):
-        parser.error("--take: it is searched=… or finalist=…, and wants a single one of --budgets")
     if odd := [
         budget for budget in given.budgets if not 0 < budget < 1 or round(100 * budget) != round(100 * budget, 6)
     ]:
         parser.error(f"--budgets {', '.join(map(str, odd))}: take whole percents as shares, such as 0.58")
+    for name, architecture in (one if len(one) == 2 else (one[0], "") for one in given.take):
+        if name not in {"searched", "finalist"} & {*given.names} or len(given.budgets) > 1:
+            parser.error(
+                f"--take {name}: it is searched=… or finalist=…, one of --names, and wants a single one of --budgets"
+            )
+        try:
+            macs = macs_of(Architecture.parse(architecture), given.img_size)
+        except PoolshareError as error:
+            parser.error(f"--take {name}={architecture}: {error}")
+        if macs > given.budgets[0] * macs_of(dense_model(given.img_size), given.img_size):
+            parser.error(f"--take {name}={architecture}: its {macs:,} MACs are over --budgets {given.budgets[0]}")
+    if not competitors(given):
+        parser.error(f"nobody called {', '.join(given.names)} begins at {', '.join(given.starts)}")
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    begin, found, ranked = time.time(), earlier(given), list[tuple[Competitor, int]]()
-    running, failed, lock = list[Future[Any]](), list[BaseException](), Lock()
+    shown, failed = run(given)
+    if shown is None:
+        sys.exit(f"no results: {failed} failed" if failed else "no training was finished in this time")
+    for name in sorted({name for one in competitors(given) for name in found_in(given, one)}):
+        table = given.out / f"{given.files}-{name.replace(' ', '-').rstrip('%')}-search.csv"
+        write_csv(table, RunFolder.open(given.run(name)).read_candidates())
+    print(shown.drop(columns=[column for column in shown if "searched" in column or "uniform" in column]).to_string())
+    if failed:
+        sys.exit(f"{failed} failed; the same command tries them again")
 
-    def keep(future: Future[dict[str, Any]]) -> None:
-        if future.cancelled():
+
+def run(given: Settings) -> tuple[pd.DataFrame | None, int]:
+    """Do all that is missing, at most `jobs` things at once; the summary, and how many failed.
+
+    Supernets come first, then trainings in the order of their importance, as soon as the supernets and images that they need
+    are there.
+    """
+    begin, found, begun, done, failed = time.time(), earlier(given), set[Task](), set[Task](), 0
+    everybody = competitors(given)
+    supernets = [Task(name) for name in dict.fromkeys(chain(*(sorted(needed(given, one)) for one in everybody)))]
+    waiting = [*supernets, *(Task(one, seed) for one in everybody for seed in range(given.seeds))]
+    running = dict[Future[Any], Task]()
+
+    def begin_one(pool: ProcessPoolExecutor) -> bool:
+        """Whether there was something to begin."""
+        late = time.time() > begin + 60 * given.minutes
+        for task in [*waiting]:
+            one, seed = task
+            if isinstance(one, str):
+                waiting.remove(task)
+                running[pool.submit(search, given, one)] = task
+                return True
+            if late or not {Task(name) for name in needed(given, one)} <= done:
+                continue
+            architecture = architecture_of(given, one, seed)
+            key, images = (one.start, str(architecture), seed), Task("images", seed)
+            if key in found:  # trained, or being trained, under this name or another
+                waiting.remove(task)
+            elif images in done:
+                waiting.remove(task)
+                found[key] = {}
+                running[pool.submit(train, given, one, seed, architecture)] = task
+                return True
+            elif images not in begun:
+                begun.add(images)
+                running[pool.submit(augment, given, seed)] = images
+                return True
+        return False
+
+    def finish(task: Task, row: dict[str, Any] | None) -> None:
+        done.add(task)
+        if row is None:
             return
-        if error := future.exception():
-            failed.append(error)
-            print(f"a training failed: {error!r}", file=sys.stderr, flush=True)
-            return
-        row = future.result()
-        with lock:
-            found[row["start"], row["architecture"], row["seed"]] = row
-            write_results(given, ranked, found)
+        found[row["start"], row["architecture"], row["seed"]] = row
+        write_csv(given.work / f"{given.setting}.csv", pd.DataFrame([row for row in found.values() if row]))
+        if {*supernets} <= done:
+            write_results(given, found)
         print(f"{row['name']} from {row['start']}, seed {row['seed']}: {row['top1']:.1f} %", flush=True)
 
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        searching = [pool.submit(search, given, name) for name in supernets(given)]
-        augmented = [pool.submit(augment, given, seed) for seed in range(given.seeds)]
-
-        def begin_all(everybody: Sequence[tuple[Competitor, int]]) -> None:
-            with lock:
-                ranked.extend(everybody)
-            missing = {(one.start, str(one.architecture), seed): (one, seed) for one, seed in everybody}
-            for key in missing:
-                if key not in found:
-                    running.append(pool.submit(train, given, *missing[key]))
-                    running[-1].add_done_callback(keep)
-
-        for one in augmented:
-            one.result()
-        begin_all([(one, seed) for seed in range(given.seeds) for one in dense_alone(given)])
-        for one in searching:
-            one.result()
-        if searching:
-            begin_all([(one, seed) for seed in range(given.seeds) for one in competitors(given, seed)])
-        print(f"{time.time() - begin:.0f} s: {len(ranked)} competitors, seeds counted", flush=True)
-        wait(running, max(begin + 60 * given.minutes - time.time(), 0))
-        pool.shutdown(cancel_futures=True)  # those that have begun are ended
-    if not found:
-        sys.exit("no training was finished in this time")
-    shown = write_results(given, ranked, found)
-    for name in supernets(given):
-        folder = RunFolder.open(given.run(name))
-        write_csv(given.out / f"{given.run(name).name}-search.csv", folder.read_candidates())
-    if failed:
-        sys.exit(f"{len(failed)} trainings failed; the same command tries them again")
-    print(shown.drop(columns=[column for column in shown if "searched" in column or "uniform" in column]).to_string())
+        try:
+            while True:
+                while len(running) < given.jobs and begin_one(pool):
+                    pass
+                if not running:
+                    return (write_results(given, found) if {*supernets} <= done else None), failed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task = running.pop(future)
+                    if error := future.exception():
+                        failed += 1
+                        print(f"{task}: {error!r}", file=sys.stderr, flush=True)
+                    else:
+                        finish(task, future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # those that have begun are ended
 
 
 def settings_of(given: Settings) -> dict[str, Any]:
@@ -537,18 +595,20 @@ def earlier(given: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(row["start"], row["architecture"], row["seed"]): row for row in rows}
 
 
-def write_results(
-    given: Settings, ranked: Sequence[tuple[Competitor, int]], found: dict[tuple[str, str, int], dict[str, Any]]
-) -> pd.DataFrame:
+def write_results(given: Settings, found: dict[tuple[str, str, int], dict[str, Any]]) -> pd.DataFrame | None:
     """Write table and summary of what has been trained; a training may stand there under several names."""
-    write_csv(given.work / f"{given.setting}.csv", pd.DataFrame(found.values()))
-    keys = [((one.start, str(one.architecture), seed), one) for one, seed in ranked]
-    rows = pd.DataFrame([found[key] | {"name": one.name, "budget": one.budget} for key, one in keys if key in found])
-    write_csv(given.out / f"{given.setting}.csv", rows)
+    rows = []
+    for one, seed in product(competitors(given), range(given.seeds)):
+        row = found.get((one.start, str(architecture_of(given, one, seed)), seed))
+        rows += [row | {"name": one.name, "budget": one.budget}] if row else []
+    if not rows:
+        return None
+    write_csv(given.out / f"{given.files}.csv", pd.DataFrame(rows))
     facts: dict[str, Any] = {"recipe": recipe_of(given).model_dump(), "versions": versions()}
-    facts |= {"search_epochs": given.search_epochs, "trials": given.trials, "competitors": paired(rows)}
+    facts |= {"search_epochs": given.search_epochs, "trials": given.trials, "taken": dict(given.take)}
+    facts |= {"competitors": paired(pd.DataFrame(rows))}
     facts |= {"device": given.device if given.device == "cpu" else torch.cuda.get_device_name(given.device)}
-    write_json(given.out / f"{given.setting}.json", facts)
+    write_json(given.out / f"{given.files}.json", facts)
     return pd.DataFrame(facts["competitors"])
 
 
