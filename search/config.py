@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from poolshare.space import ConfigError, budget_quantity
 
 SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
+WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
 MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between two calls on one run folder
 
 
@@ -68,6 +69,11 @@ class SearchConfig(BaseModel):
     def warm(self) -> bool:
         """Whether the supernet begins with pretrained weights."""
         return self.pretrained or self.weights is not None
+
+    @property
+    def finetune_lr(self) -> float:
+        """Peak learning rate where a model goes on from the supernet's weights."""
+        return WARM_LR_PRETRAINED if self.warm else WARM_LR
 
     @property
     def within(self) -> float | None:

@@ -89,12 +89,12 @@ class SearchResult:
     """What a search left in its run folder; `SearchResult("runs/photos")` is one of any finished run.
 
     Architectures are taken as text, as `Architecture`, or as a `Pick`; "dense" is the one without savings.
-    data, metric: those given in Python, which `search` leaves here.
+    data, metric: those given in Python, which `search` leaves here, its decoded images included.
     """
 
     folder: str | Path
-    data: Data | None = field(default=None, repr=False)
-    metric: Metric = field(default=top1, repr=False)
+    data: Data | None = field(default=None, repr=False, compare=False)
+    metric: Metric = field(default=top1, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -144,15 +144,19 @@ class SearchResult:
     ) -> pd.DataFrame:
         """Train the `count` best within the budget a little further, each alone, and score them again, as `poolshare finalists`.
 
-        Returns a row for each, the best first; `pick("finalist")` then takes the winner. Continues where it was
-        interrupted. On data or by a metric given in Python it needs the result that `search` returned: repeat that call.
+        Returns a row for each that was trained so, the best first; `pick("finalist")` then takes the winner, of finalists
+        that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
+        metric given in Python it needs the result that `search` returned: repeat that call.
         """
-        rows = train_finalists(
-            self.run, count, epochs=epochs, budget=budget, recipe_changes={"batch_size": batch_size, "lr": lr, "amp": amp},
-            workers=workers, device=device, console=progress_console(quiet), data=self.data, metric=self.metric,
-        )  # fmt: skip
-        self.__dict__.pop("report", None)  # it knows of none, or of others
-        return rows
+        if batch_size is not None and self.data is not None and (given := loader_batch(self.data)) is not None:
+            raise ConfigError(f"batch_size={batch_size}: leave it out, the training loader gives {given}")
+        try:
+            return train_finalists(
+                self.run, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, workers=workers,
+                device=device, console=progress_console(quiet), data=self.data, metric=self.metric,
+            )  # fmt: skip
+        finally:
+            self.__dict__.pop("report", None)  # it knows of none, or of fewer
 
     def model(self, architecture: Architecture | Pick | str) -> Subnet:
         """A timm model with the supernet's weights for it, in evaluation mode on the CPU.

@@ -6,9 +6,8 @@ hundreds of scores is in part the luckiest. Finalists are judged by what they be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,14 +20,12 @@ from poolshare.supernet.data import Data
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import steps_per_epoch, train_model
 
-from .config import SearchConfig
 from .evaluate import Metric, count_right, top1
 from .job import SCORING_BATCH
 from .pareto import TRAINED, ranked
 from .prepare import Job, checked_recipe, load_weights, prepare, supernet_recipe
 from .progress import advance_step, progress_bar
 from .report import load_report, write_report
-from .retrain import WARM_LR, WARM_LR_PRETRAINED
 from .run import FINALISTS, RunFolder, write_csv
 
 
@@ -38,7 +35,9 @@ def train_finalists(
     *,
     epochs: int = 2,
     budget: str | None = None,
-    recipe_changes: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    amp: str | None = None,
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
@@ -51,16 +50,20 @@ def train_finalists(
     in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
     the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
     both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
-    recipe_changes: batch_size, lr, amp; None or left out: as said. data, metric: those given in Python, see `prepare`.
+    batch_size, lr, amp: None: as said. data, metric: those given in Python, see `prepare`.
 
     Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
-    finalists.csv after each training and continues from it; the report then has the pick "finalist".
+    finalists.csv after each training and continues from it; the report then has the pick "finalist", the winner of the
+    largest group within the search's budget that was trained alike.
     Raises RunError for a run that has not finished, that another process holds, or whose finalists.csv is damaged.
     """
     if count < 1 or epochs < 1:
         raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
     console = console or Console(quiet=True)
-    recipe = _recipe(folder.config, epochs, recipe_changes or {})
+    usual = {"epochs": epochs, "lr": folder.config.finetune_lr}
+    wished = {"batch_size": batch_size, "lr": lr, "amp": amp}
+    wished = {name: value for name, value in wished.items() if value is not None}
+    recipe = checked_recipe(supernet_recipe(folder.config).model_dump() | usual | wished)
     with held(folder.path):
         report = load_report(folder, budget)
         chosen = choose(report.allowed, count, folder.config.cost, report.included)
@@ -75,18 +78,9 @@ def train_finalists(
     return ranked(rows[allowed & _alike(rows, recipe)])
 
 
-def _recipe(config: SearchConfig, epochs: int, changes: Mapping[str, Any]) -> Recipe:
-    usual = {"epochs": epochs, "lr": WARM_LR_PRETRAINED if config.warm else WARM_LR}
-    wished = {name: value for name, value in changes.items() if value is not None}
-    return checked_recipe(supernet_recipe(config).model_dump() | usual | wished)
-
-
 def _alike(rows: pd.DataFrame, recipe: Recipe) -> pd.Series:
     """Which rows are of this recipe."""
-    alike = pd.Series(True, rows.index)
-    for name in TRAINED:
-        alike &= rows[name] == getattr(recipe, name)
-    return alike
+    return (rows[TRAINED] == pd.Series({name: getattr(recipe, name) for name in TRAINED})).all(axis=1)
 
 
 def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[str] = ()) -> pd.DataFrame:

@@ -98,7 +98,8 @@ def finalists(
     """Train the best within the budget a little further, each alone, and score them again.
 
     The best of hundreds of scores is partly the luckiest; this decides between the best by what becomes of them. Test images
-    stay unseen. The same command continues an interrupted one. `poolshare export RUN --pick finalist` takes the winner.
+    stay unseen. The same command continues an interrupted one. `poolshare export RUN --pick finalist` takes the winner, of
+    finalists that were trained in several ways that of the largest group.
     """
     from .finalists import train_finalists
     from .run import RunFolder
@@ -107,8 +108,8 @@ def finalists(
     folder = RunFolder.open(run)
     console = progress_console(quiet)
     rows = train_finalists(
-        folder, count, epochs=epochs, budget=budget, recipe_changes={"batch_size": batch_size, "lr": lr, "amp": amp},
-        workers=workers, device=device, console=console,
+        folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, workers=workers,
+        device=device, console=console,
     )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})

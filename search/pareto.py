@@ -108,7 +108,7 @@ def pick(
 
 
 def compared(finalists: pd.DataFrame) -> pd.DataFrame:
-    """Those that were trained alike: the largest such group; of equals the one trained longest, then the last one."""
+    """Those that were trained alike: the largest such group; of equals the one trained longest, then the last begun."""
     groups = [group for _, group in finalists.groupby(TRAINED, sort=False)]
     return max(reversed(groups), key=lambda group: (len(group), group["epochs"].iloc[0]), default=finalists)
 

@@ -206,8 +206,9 @@ class Report:
 
     def _best_finalist(self) -> Pick:
         rows = self.finalists
-        rows = None if rows is None else compared(rows[rows["architecture"].isin(set(self.allowed["architecture"]))])
-        if rows is None or rows.empty:
+        every = None if rows is None else rows[rows["architecture"].isin(set(self.allowed["architecture"]))]
+        rows = None if every is None else compared(every)
+        if every is None or rows is None or rows.empty:
             wish = ["--budget", self.budget] if self.budget else []
             raise RunError(
                 f"no finalist within the budget was trained yet; `{shlex.join(['poolshare', 'finalists', self.run, *wish])}` "
@@ -216,6 +217,8 @@ class Report:
         best = ranked(rows).iloc[0]
         after, before = (100 * best[name] / best["total"] for name in ("correct", "supernet_correct"))
         epochs = "one epoch" if best["epochs"] == 1 else f"{best['epochs']} epochs"
+        if len(every[["batch_size", "lr", "amp"]].drop_duplicates()) > 1:
+            epochs += f" (batch {best['batch_size']}, lr {best['lr']:g}, amp {best['amp']})"
         of = "the only finalist" if len(rows) == 1 else f"the best of {len(rows)} finalists"
         why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
         return Pick("finalist", "Best finalist", str(best["architecture"]), why)

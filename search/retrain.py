@@ -23,6 +23,7 @@ from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
+from .config import WARM_LR, WARM_LR_PRETRAINED
 from .evaluate import count_right
 from .export import Exported, check_new, load_export, save_export
 from .pareto import binomial_interval
@@ -33,7 +34,6 @@ from .run import read_json
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
 # Peak learning rates from a supernet's weights, and where that began with pretrained ones.
-WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4
 
 
 def retrain(

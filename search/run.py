@@ -177,6 +177,10 @@ class RunFolder:
             return pd.DataFrame(columns=list(FINALISTS))
         try:
             frame = read_csv(self.finalists)
+            if "lr" not in frame:  # of before these were recorded: they were the search's, and the usual rate
+                config = self.config
+                frame = frame.assign(batch_size=config.batch_size, lr=config.finetune_lr, amp=config.amp)
+                frame = frame[[name for name in FINALISTS if name in frame]]
             if tuple(frame.columns) != FINALISTS or frame.isna().any(axis=None):
                 raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
             for text in frame["architecture"]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .sources import Progress, Source, Split, StrPath, open_source
-from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, generator, picture_transform
+from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
 
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
@@ -92,7 +92,7 @@ class Data:
         steps = len(split) // whole
         if not 0 <= start_step <= steps:
             raise DataError(f"start_step {start_step} is not in an epoch of {steps} steps of {whole} images")
-        order = split.indices[generator(self.seed, _ORDER, epoch).permutation(len(split))]
+        order = split.indices[random_numbers(self.seed, _ORDER, epoch).permutation(len(split))]
         share = whole // world_size
         rows = order[: steps * whole].reshape(steps, whole)[start_step:, rank * share : (rank + 1) * share]
         return _Loader(_Items(split.source, self._prepare, self.seed, epoch), rows.tolist(), workers)
@@ -206,11 +206,11 @@ def open_data(
     splits, notes, full = {}, found.notes, found.train
     if found.open_test is None:
         images = len(full)
-        splits["test"], full = full.cut(test_fraction, found.classes, generator(seed, _TEST), f"{name}, test")
+        splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
         )
-    search, train = full.cut(search_fraction, found.classes, generator(seed, _SEARCH), f"{name}, search")
+    search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
     splits |= {"train": train, "search": search, "train_full": full}
     return Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)

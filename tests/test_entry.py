@@ -117,6 +117,7 @@ def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(
             assert row.correct == int(top3(model(images), labels).sum())
 
     opened = SearchResult(tmp_path / "run")  # knows neither
+    assert opened == found
     assert opened.pick("finalist") == found.pick("finalist")
     with pytest.raises(PoolshareError, match="given in Python"):
         opened.finalists(3, epochs=1, quiet=True)
@@ -141,6 +142,15 @@ def test_a_search_that_fails_in_training_continues_to_the_same_bits(loaders, par
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert cut.candidates.equals(whole.candidates)
     assert cut.run.config.batch_size == 20
+
+
+def test_finalists_of_loaders_keep_their_batches(parts, tmp_path):
+    train, validation = parts()
+    loaders = DataLoader(train, 20, shuffle=True, generator=torch.Generator()), DataLoader(validation, 64)
+    found = search(loaders, out=tmp_path / "run", **SMALL | {"batch_size": None})
+    with pytest.raises(ConfigError, match="the training loader gives 20"):
+        found.finalists(1, batch_size=40, quiet=True)
+    assert found.finalists(1, epochs=1, quiet=True)["batch_size"].tolist() == [20]
 
 
 def test_other_images_another_name_or_another_metric_are_not_taken_for_the_same_run(parts, digits, verb, tmp_path):

@@ -39,9 +39,7 @@ def test_equals_are_ranked_by_the_supernet_and_then_by_cost():
 
 def test_only_those_that_were_trained_alike_are_compared(run):
     usual = train_finalists(run, 2, epochs=1, device="cpu")
-    other = train_finalists(
-        run, 2, epochs=1, recipe_changes={"lr": 2e-4, "batch_size": 256, "amp": "bf16"}, device="cpu"
-    )
+    other = train_finalists(run, 2, epochs=1, lr=2e-4, batch_size=256, amp="bf16", device="cpu")
     assert other["lr"].tolist() == [2e-4] * 2
     assert (usual["lr"] == 1e-3).all()
     assert set(usual["architecture"]) == set(other["architecture"])
@@ -55,8 +53,13 @@ def test_only_those_that_were_trained_alike_are_compared(run):
     assert list(compared(rows)["lr"]) == [2e-4] * 2  # the last of two such groups
     assert list(compared(rows[:3])["lr"]) == [1e-3] * 2
     assert compared(rows[:0]).empty
+    assert "(batch 256, lr 0.0002, amp bf16) alone" in load_report(run).pick("finalist").why
+
+    older = rows[:3].drop(columns=["batch_size", "lr", "amp"])  # of before these were recorded
+    write_csv(run.finalists, older[:2], checked=True)
+    pd.testing.assert_frame_equal(run.read_finalists(), rows[:2])
     with pytest.raises(ConfigError, match="lr"):
-        train_finalists(run, 2, epochs=1, recipe_changes={"lr": -1.0}, device="cpu")
+        train_finalists(run, 2, epochs=1, lr=-1.0, device="cpu")
     run.finalists.unlink()
 
 
