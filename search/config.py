@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from poolshare.space import ConfigError, budget_quantity
 
@@ -16,7 +17,7 @@ MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between tw
 class SearchConfig(BaseModel):
     """Everything a search depends on. What is not given, or None, is decided by the situation or the base model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     data: str
     data_dir: str | None = None
@@ -64,6 +65,18 @@ class SearchConfig(BaseModel):
         if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
             decided["objective"] = "latency"
         return decided | given
+
+    @field_validator("model_args", "recipe")
+    @classmethod
+    def _finite(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """JSON, in which a run is kept, knows neither inf nor nan."""
+        try:
+            json.dumps(values, allow_nan=False)
+        except ValueError:
+            raise ValueError("inf and nan cannot be kept in a run's record; give finite numbers") from None
+        except TypeError:  # no JSON at all: whoever takes these values says what is wrong
+            pass
+        return values
 
     @property
     def warm(self) -> bool:

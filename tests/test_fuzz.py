@@ -1,9 +1,10 @@
 """More than a thousand mutated inputs: only our own errors come out, and what is accepted is what it says."""
 
+import math
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from poolshare.search.config import SearchConfig, checked_config
@@ -89,6 +90,9 @@ def test_options_and_budgets(text):
 
 
 @given(st.sampled_from(list(SearchConfig.model_fields)), JSON)
+@example("recipe", {"": math.inf})
+@example("model_args", {"depth": [math.nan]})
+@example("lr", math.inf)
 @MANY
 def test_configuration_values(name, value):
     found = refused(lambda: checked_config(**{"data": "digits", name: value}))
