@@ -129,32 +129,19 @@ class SearchResult:
         cost = "latency_ms" if "latency_ms" in report.limits else self.run.config.cost
         return report.pick(how or ("budget" if report.limits else "knee"), cost)
 
-    def finalists(
-        self,
-        count: int = 8,
-        *,
-        epochs: int = 2,
-        budget: str | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        amp: str | None = None,
-        workers: int = 0,
-        device: str | None = None,
-        quiet: bool = False,
-    ) -> pd.DataFrame:
+    def finalists(self, count: int = 8, *, quiet: bool = False, **options: Any) -> pd.DataFrame:
         """Train the `count` best within the budget a little further, each alone, and score them again, as `poolshare finalists`.
 
+        options: epochs, budget, batch_size, lr, amp, workers, device; see `train_finalists`.
         Returns a row for each that was trained so, the best first; `pick("finalist")` then takes the winner, of finalists
         that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
         metric given in Python it needs the result that `search` returned: repeat that call.
         """
-        if batch_size is not None and self.data is not None and (given := loader_batch(self.data)) is not None:
-            raise ConfigError(f"batch_size={batch_size}: leave it out, the training loader gives {given}")
+        if self.data is not None:
+            _loaders_batch(self.data, options.get("batch_size"))
+        console = progress_console(quiet)
         try:
-            return train_finalists(
-                self.run, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, workers=workers,
-                device=device, console=progress_console(quiet), data=self.data, metric=self.metric,
-            )  # fmt: skip
+            return train_finalists(self.run, count, console=console, data=self.data, metric=self.metric, **options)
         finally:
             self.__dict__.pop("report", None)  # it knows of none, or of fewer
 
@@ -203,12 +190,16 @@ def _check_own(name: str, options: dict[str, Any]) -> None:
 def _decided_by(own: Data, options: dict[str, Any]) -> dict[str, Any]:
     """What a configuration takes from own data."""
     decided: dict[str, Any] = {"data": own.name, "img_size": own.img_size[0], "in_chans": own.in_chans}
+    batch = _loaders_batch(own, options.get("batch_size"))
+    return decided if batch is None else decided | {"batch_size": batch}
+
+
+def _loaders_batch(own: Data, wished: int | None) -> int | None:
+    """The batch size of own data that is a loader. Raises ConfigError where another one is wished for."""
     batch = loader_batch(own)
-    if batch is not None:
-        if options.get("batch_size") not in (None, batch):
-            raise ConfigError(f"batch_size={options['batch_size']}: leave it out, the training loader gives {batch}")
-        decided["batch_size"] = batch
-    return decided
+    if batch is not None and wished not in (None, batch):
+        raise ConfigError(f"batch_size={wished}: leave it out, the training loader gives {batch}")
+    return batch
 
 
 def _whole(options: dict[str, Any], name: str) -> int:

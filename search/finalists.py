@@ -62,8 +62,7 @@ def train_finalists(
     console = console or Console(quiet=True)
     usual = {"epochs": epochs, "lr": folder.config.finetune_lr}
     wished = {"batch_size": batch_size, "lr": lr, "amp": amp}
-    wished = {name: value for name, value in wished.items() if value is not None}
-    recipe = checked_recipe(supernet_recipe(folder.config).model_dump() | usual | wished)
+    recipe = checked_recipe(supernet_recipe(folder.config).model_dump() | usual, wished)
     with held(folder.path):
         report = load_report(folder, budget)
         chosen = choose(report.allowed, count, folder.config.cost, report.included)

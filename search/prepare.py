@@ -100,8 +100,9 @@ def supernet_recipe(config: SearchConfig) -> Recipe:
     return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
 
 
-def checked_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A Recipe. Raises ConfigError naming the field and what it may be."""
+def checked_recipe(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A Recipe; changes that are None are left out. Raises ConfigError naming the field and what it may be."""
+    values = {**values, **{name: value for name, value in (changes or {}).items() if value is not None}}
     try:
         return Recipe(**values)
     except ValidationError as error:

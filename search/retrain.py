@@ -245,4 +245,4 @@ def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) ->
         "lr": 2e-3 if from_scratch else WARM_LR_PRETRAINED if warm_vit else WARM_LR,
         "layer_decay": 0.75 if warm_vit else None,
     }
-    return checked_recipe(situation | {name: value for name, value in changes.items() if value is not None})
+    return checked_recipe(situation, changes)

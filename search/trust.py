@@ -79,8 +79,7 @@ def _measure(
     folder.check_images(job.data.fingerprint)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
-    wished = {name: value for name, value in changes.items() if value is not None}
-    recipe = checked_recipe(job.recipe.model_dump() | wished)
+    recipe = checked_recipe(job.recipe.model_dump(), changes)
     header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
     rows = _earlier_rows(folder, header)
     drawn = draw(job, plan)
