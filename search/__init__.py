@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .entry import SearchResult as SearchResult
     from .entry import search as search
+    from .entry import work as work
 
-__all__ = ["SearchResult", "search"]
+__all__ = ["SearchResult", "search", "work"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python entry: `search`, which the command line calls too, and what it found as a value."""
+"""The Python entry: `search`, which the command line calls too, what it found as a value, and `work` beside it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data import Data
 from poolshare.supernet.own_data import Parts, loader_batch, open_own
 
+from . import worker
 from .config import SearchConfig, checked_config
 from .evaluate import Metric, metric_name, top1
 from .export import export_architecture, load_supernet
@@ -25,6 +26,7 @@ from .options import progress_console
 from .progress import progress_bar
 from .report import Pick, Report, load_report
 from .run import RunFolder
+from .trust import Plan, measure_trust
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
 NOT_OWN = ("data_dir", "download", "search_fraction", "img_size", "in_chans")  # what the user's own data decide
@@ -84,6 +86,26 @@ def search(
     return SearchResult(run_job(config, out, console, storage, own, metric).path, own, metric)
 
 
+def work(
+    run: str | Path,
+    data: str | Path | Parts | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    metric: Metric = top1,
+    quiet: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score architectures beside the `search` of the run folder `run`, in a process of its own, as `poolshare worker`.
+
+    data, classes, metric: those given in Python to that search, if any. options: storage, data_dir, workers, device.
+    Waits for the supernet, and returns when all is scored: how many architectures were scored here, and in all.
+
+    Raises a PoolshareError, a ValueError that says what to do, for instance for other images than those of the search.
+    """
+    given: dict[str, Any] = {"classes": classes, "metric": metric, "console": progress_console(quiet)}
+    return worker.work(run, data=data, **given, **options)
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search left in its run folder; `SearchResult("runs/photos")` is one of any finished run.
@@ -137,13 +159,38 @@ class SearchResult:
         that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
         metric given in Python it needs the result that `search` returned: repeat that call.
         """
-        if self.data is not None:
-            _loaders_batch(self.data, options.get("batch_size"))
+        self._check_batch(options)
         console = progress_console(quiet)
         try:
             return train_finalists(self.run, count, console=console, data=self.data, metric=self.metric, **options)
         finally:
             self.__dict__.pop("report", None)  # it knows of none, or of fewer
+
+    def trust(
+        self,
+        architectures: int = 24,
+        twice: int | None = None,
+        bands: int = 4,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        device: str | None = None,
+        quiet: bool = False,
+        **recipe: Any,
+    ) -> dict[str, Any]:
+        """How well supernet scores rank architectures, by Kendall's tau against training some of them alone, as `poolshare trust`.
+
+        twice: how many of them a second time, for the ceiling; None: half. recipe: epochs, batch_size, lr, amp; left out: the
+        supernet's. Returns what trust.json holds, see `measure_trust`; `report.trust` has it from then on.
+        Continues where it was interrupted. On data or by a metric given in Python as `finalists`.
+        """
+        self._check_batch(recipe)
+        plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
+        given: dict[str, Any] = {"console": progress_console(quiet), "data": self.data, "metric": self.metric}
+        try:
+            return measure_trust(self.run, plan, recipe_changes=recipe, workers=workers, device=device, **given)
+        finally:
+            self.__dict__.pop("report", None)
 
     def model(self, architecture: Architecture | Pick | str) -> Subnet:
         """A timm model with the supernet's weights for it, in evaluation mode on the CPU.
@@ -155,6 +202,10 @@ class SearchResult:
     def export(self, architecture: Architecture | Pick | str, out: str | Path) -> dict[str, Any]:
         """The same as a new folder for `timm.create_model("local-dir:OUT")`; returns what is known about it."""
         return export_architecture(self.run, self._architecture(architecture), Path(out))
+
+    def _check_batch(self, options: dict[str, Any]) -> None:
+        if self.data is not None:
+            _loaders_batch(self.data, options.get("batch_size"))
 
     @cached_property
     def _supernet(self) -> SuperNet:

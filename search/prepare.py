@@ -125,8 +125,8 @@ def prepare(
     """
     if config.metric != metric.__name__:
         raise ConfigError(
-            f"this run is scored by {config.metric}, a function given in Python by `poolshare.search.search`: repeat "
-            "that call"
+            f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
+            "returned, or give it to `poolshare.search.work`"
         )
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 from poolshare.space.files import held
+from poolshare.supernet.data import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
-from .evaluate import count_correct, count_right
+from .evaluate import Metric, count_correct, count_right, top1
 from .job import SCORING_BATCH
 from .prepare import Job, checked_recipe, load_weights, prepare
 from .progress import advance_step, progress_bar
@@ -58,24 +59,26 @@ def measure_trust(
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
     Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
-    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's. Writes trust.csv after each training
-    and continues from it.
+    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's. data, metric: those given in Python, see
+    `prepare`. Writes trust.csv after each training and continues from it.
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
+    config = folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers})
     with held(folder.path):
-        return _measure(folder, plan, recipe_changes or {}, workers, device, console or Console(quiet=True))
+        job = prepare(config, data=data, metric=metric)
+        return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
 
 
-def _measure(
-    folder: RunFolder, plan: Plan, changes: Mapping[str, Any], workers: int, device: str | None, console: Console
-) -> dict[str, Any]:
-    job = prepare(folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers}))
+def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    workers = job.config.workers
     folder.check_images(job.data.fingerprint)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
@@ -84,7 +87,7 @@ def _measure(
     rows = _earlier_rows(folder, header)
     drawn = draw(job, plan)
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
-    scores, _ = count_correct(job.supernet, [architecture for architecture, _ in drawn], batches)
+    scores, _ = count_correct(job.supernet, [architecture for architecture, _ in drawn], batches, metric=job.metric)
     if not rows:
         write_json(folder.path / "trust.json", header)
     missing = [
@@ -99,9 +102,7 @@ def _measure(
             architecture, band = drawn[index]
             note = f"{done + 1} of {len(missing)}: {architecture}"
             show = partial(advance_step, advance, done * steps, note)
-            correct, total = _train_alone(
-                job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", workers, show
-            )
+            correct, total = _train_alone(job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", show)
             macs = job.macs.total(architecture)
             rows.append(
                 dict(zip(POINTS, (str(architecture), band, macs, scores[index], repeat, correct, total), strict=True))
@@ -179,10 +180,10 @@ def _train_alone(
     untrained: dict[str, torch.Tensor],
     recipe: Recipe,
     key: str,
-    workers: int,
     progress: Callable[[int, float], None],
 ) -> tuple[int, int]:
     """One architecture from the supernet's own start; correct and total search-validation images."""
+    workers = job.config.workers
     seed = random.Random(f"alone {key}").getrandbits(31)
     torch.manual_seed(seed)
     base, options = job.supernet.base
@@ -192,7 +193,7 @@ def _train_alone(
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
     train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
-    return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers))
+    return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)
 
 
 # Statistics

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from poolshare.space import RunError
+from poolshare.space import ConfigError, DataError, RunError
 from poolshare.supernet.checkpoint import load_facts
+from poolshare.supernet.data import Data
+from poolshare.supernet.own_data import Parts, open_own
+from poolshare.supernet.sources import GIVEN
 
+from .config import SearchConfig
+from .evaluate import Metric, top1
 from .job import make_task, score_candidates
 from .prepare import load_weights, prepare
+from .progress import progress_bar
 from .run import RunFolder
 from .storage import storage_kind
 
@@ -24,15 +31,18 @@ PATIENCE_SECONDS = 600  # a search that has just been started checks its images 
 def work(
     run: str | Path,
     storage: str | None = None,
-    data: str | None = None,
+    data: str | Path | Parts | None = None,
     data_dir: str | None = None,
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
+    classes: Sequence[str] | None = None,
+    metric: Metric = top1,
 ) -> dict[str, Any]:
     """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
 
-    data, data_dir: where the images of the search lie here, if elsewhere. workers: processes that load images.
+    data, data_dir: where the images of the search lie here, if elsewhere. data, classes, metric: those given in Python to
+    the search, see `poolshare.search.search`. workers: processes that load images.
     Returns how many architectures were scored here, and in all. Raises a PoolshareError for whatever the user can mend, for
     instance other images than those of the search.
     """
@@ -41,13 +51,17 @@ def work(
     _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
     folder.check_same(folder.data_fingerprint, kind)
-    here = {"data": data, "data_dir": data_dir, "device": device, "download": False, "workers": workers}
+    here = {"data_dir": data_dir, "device": device, "download": False, "workers": workers}
+    own: Data | None = None
+    if data is None or isinstance(data, (str, Path)):
+        here["data"] = None if data is None else str(data)
+    else:
+        own = _open_own(data, classes, folder.config, workers, console)
     folder = _wait_for_supernet(folder, console)
-    job = prepare(
-        folder.config.without_weights.model_copy(
-            update={name: value for name, value in here.items() if value is not None}
-        )
+    config = folder.config.without_weights.model_copy(
+        update={name: value for name, value in here.items() if value is not None}
     )
+    job = prepare(config, data=own, metric=metric)
     folder.check_same(job.data.fingerprint, kind)
     load_weights(job.supernet, folder.supernet)
     latency = folder.read_latency()
@@ -65,6 +79,29 @@ def work(
 
     found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
+
+
+def _open_own(
+    parts: Parts, classes: Sequence[str] | None, config: SearchConfig, workers: int, console: Console
+) -> Data:
+    """Data given in Python, under the name that the search gave them."""
+    if not config.data.startswith(GIVEN):
+        raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
+    with progress_bar(console, "reading the data", 1, "images") as advance:
+        own = open_own(
+            parts,
+            config.data.removeprefix(GIVEN),
+            classes=classes,
+            seed=config.seed,
+            workers=workers,
+            progress=lambda done, total: advance(done, total=total),
+        )
+    if (own.in_chans, own.img_size[0]) != (config.in_chans, config.img_size):
+        raise DataError(
+            f"images are {own.in_chans}×{own.img_size[0]}×{own.img_size[1]} here, and {config.in_chans}×{config.img_size}×"
+            f"{config.img_size} in the search: transform them alike"
+        )
+    return own
 
 
 def _wait_for_folder(run: Path, console: Console) -> None:

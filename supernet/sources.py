@@ -109,8 +109,8 @@ def open_source(
         found = _open_timm(name, data_dir, download, image_key, label_key)
     elif name.startswith(GIVEN):
         raise DataError(
-            f"{name}: these data were given in Python, by `poolshare.search.search`; repeat that call, or give --data "
-            "where the verb takes it"
+            f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
+            "`poolshare.search.work`; of exported models --data FOLDER"
         )
     else:
         found = _open_folder(Path(data_dir or "", name).expanduser(), progress)

@@ -1,16 +1,21 @@
 """The Python entry: searches on the user's own data and metric, compared with counting by hand and stopped half-way."""
 
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from poolshare.search import SearchResult, search
+from poolshare.search import SearchResult, search, work
+from poolshare.search.prepare import supernet_recipe
+from poolshare.search.run import read_csv
 from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.recipe import Recipe
@@ -121,6 +126,76 @@ def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(
     assert opened.pick("finalist") == found.pick("finalist")
     with pytest.raises(PoolshareError, match="given in Python"):
         opened.finalists(3, epochs=1, quiet=True)
+
+
+def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, tmp_path):
+    found = search(parts(), out=tmp_path / "run", name="mine", metric=top3, **SMALL)
+    assert found.report.trust is None
+    measured = found.trust(4, twice=2, bands=2, epochs=1, quiet=True)
+    assert (measured["n"], measured["twice"], measured["images"], measured["recipe"]["epochs"]) == (4, 2, 100, 1)
+    assert found.report.trust["tau"] == measured["tau"]
+
+    # By hand: scores, and a training alone of the same seed.
+    images, labels = (part[200:300] for part in digits)
+    rows = read_csv(tmp_path / "run" / "trust.csv")
+    for row in rows.itertuples():
+        with torch.inference_mode():
+            right = top3(found.model(row.architecture)(images), labels)
+        assert row.supernet_correct == int(right.sum())
+    row = rows[rows["repeat"] == 1].iloc[-1]
+    seed = random.Random("alone 0 1 1").getrandbits(31)
+    torch.manual_seed(seed)
+    base, options = found._supernet.base
+    model = timm.create_model("poolshare_vit", base=base, architecture=row["architecture"], **options)
+    recipe = supernet_recipe(found.run.config).model_copy(update={"epochs": 1})
+    train_model(model, found.data, recipe, full=False, seed=seed)
+    with torch.inference_mode():
+        assert row["correct"] == int(top3(model(images), labels).sum())
+
+    with pytest.raises(PoolshareError, match="given in Python"):
+        SearchResult(tmp_path / "run").trust(4, twice=2, bands=2, epochs=1, quiet=True)
+
+
+def test_a_worker_on_the_users_data_scores_what_the_search_left(parts, tmp_path):
+    options = SMALL | {"name": "mine", "trials": 40}
+    alone = search(parts(), out=tmp_path / "alone", metric=top3, **options)
+
+    def failing(logits, labels):
+        if len(labels) == 100:  # not the few that a metric is tried on at first
+            raise MemoryError("no more")
+        return top3(logits, labels)
+
+    failing.__name__ = "top3"
+    run = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        search(parts(), out=run, metric=failing, **options)
+    assert (run / "supernet.safetensors").exists()
+    count = len(alone.candidates)  # the whole space
+    assert work(run, parts(), metric=top3, quiet=True) == {"run": str(run), "scored": count, "candidates": count}
+    found = search(parts(), out=run, metric=top3, **options)
+    assert found.candidates.equals(alone.candidates)
+
+
+def test_a_worker_is_refused_other_data_or_another_metric_than_the_searchs(parts, digits, tmp_path):
+    run = tmp_path / "run"
+    search(parts(), out=run, metric=top3, **SMALL | {"epochs": 0})
+    (train, validation), (images, labels) = parts(), digits
+    swapped = TensorDataset(images[201:301], labels[201:301])
+    small = [TensorDataset(part[:, :, 2:, 2:], labels[: len(part)]) for part in (images[:200], images[:100])]
+    for data, options, says in [
+        ((train, swapped), {"metric": top3}, "not those"),
+        ((train, validation), {}, "scored by top3"),
+        ((train, validation), {"metric": top3, "classes": list("abcdefghij")}, "not those"),
+        (small, {"metric": top3}, "1×6×6 here, and 1×8×8 in the search"),
+        (None, {"metric": top3}, "`poolshare.search.work`"),
+        ("digits", {"metric": top3}, "not those"),
+    ]:
+        with pytest.raises(PoolshareError, match=re.escape(says)):
+            work(run, data, quiet=True, **options)
+    named = search("digits", out=tmp_path / "named", **SMALL | {"epochs": 0, "trials": 4})
+    with pytest.raises(ConfigError, match="leave data out"):
+        work(named.folder, (train, validation), quiet=True)
+    assert work(named.folder, quiet=True)["scored"] == 0
 
 
 @pytest.mark.parametrize("loaders", [False, True])
@@ -296,6 +371,6 @@ def test_the_example_of_the_readme_works_as_written(digits, tmp_path, monkeypatc
 def test_importing_the_package_loads_no_torch():
     program = "import sys, poolshare.search; print('torch' in sys.modules, poolshare.search.__all__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "False ['SearchResult', 'search']\n"
+    assert done.stdout == "False ['SearchResult', 'search', 'work']\n"
     with pytest.raises(ImportError):
         from poolshare.search import find  # noqa: F401
