@@ -19,7 +19,7 @@ All of a budget begin at the weights of the supernet that was trained within it,
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
 (`imagenet, longer`) for those of the supernet's training besides. `--starts` and `--names` say who takes part; supernets that
 none of these needs are not trained. `--take NAME=ARCHITECTURE` puts one that was found elsewhere in the place of what would be
-found here; with `--trials 1` nothing is searched. All who learn with one seed see the same images, which are augmented once and
+found here; with `--trials 1` nothing is searched. All who learn with one seed see the same images (`longer` aside), which are augmented once and
 kept in --work (0.15 GB an epoch and seed at 112 px, 0.6 GB at 224). Some 6 hours on one core at 112 px.
 Resumes from --work after the last training; writes <size>-<operators>.csv and .json (`--files` calls them otherwise).
 """
@@ -388,7 +388,7 @@ def files_of(given: Settings, seed: int) -> tuple[Path, Path]:
 def augment(given: Settings, seed: int) -> None:
     """Write the images that everybody sees with this seed."""
     images, labels = files_of(given, seed)
-    if labels.exists():
+    if images.exists() and labels.exists():
         return
     data, recipe = opened(given, seed), recipe_of(given)
     steps = steps_per_epoch(data, recipe, full=True)
@@ -424,9 +424,11 @@ def test_images(given: Settings) -> Data:
 def train(given: Settings, one: Competitor, seed: int, architecture: Architecture) -> dict[str, Any]:
     """Fine-tune and test one competitor; its row of the table."""
     device, recipe = torch.device(given.device), recipe_of(given)
-    images: Any = images_of(given, seed)
-    if one.start == LONGER:
+    images: Any
+    if one.start == LONGER:  # these epochs more are augmented as they come
         recipe, images = recipe.model_copy(update={"epochs": given.search_epochs + given.epochs}), opened(given, seed)
+    else:
+        images = images_of(given, seed)
     torch.manual_seed(seed)
     model = starting_model(one.start, architecture, given).to(device)
     title = f"{one.name} {one.budget:.0%} from {one.start}, seed {seed}"
@@ -539,7 +541,7 @@ def run(given: Settings) -> tuple[pd.DataFrame | None, int]:
             key, images = (one.start, str(architecture), seed), Task("images", seed)
             if key in found:  # trained, or being trained, under this name or another
                 waiting.remove(task)
-            elif images in done:
+            elif one.start == LONGER or images in done:
                 waiting.remove(task)
                 found[key] = {}
                 running[pool.submit(train, given, one, seed, architecture)] = task
