@@ -19,8 +19,8 @@ All of a budget begin at the weights of the supernet that was trained within it,
 sandwich's. `searched` and `uniform` are trained from there too, and the dense model from ImageNet's: for as many epochs, and
 (`imagenet, longer`) for those of the supernet's training besides. `--starts` and `--names` say who takes part; supernets that
 none of these needs are not trained. `--take NAME=ARCHITECTURE` puts one that was found elsewhere in the place of what would be
-found here; with `--trials 1` nothing is searched. All who learn with one seed see the same images (`longer` aside), which are augmented once and
-kept in --work (0.15 GB an epoch and seed at 112 px, 0.6 GB at 224). Some 6 hours on one core at 112 px.
+found here; with `--trials 1` nothing is searched. All who learn with one seed, `longer` aside, see the same images, which are
+augmented once and kept in --work (0.15 GB an epoch and seed at 112 px, 0.6 GB at 224). Some 6 hours on one core at 112 px.
 Resumes from --work after the last training; writes <size>-<operators>.csv and .json (`--files` calls them otherwise).
 """
 
