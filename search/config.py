@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -102,6 +103,13 @@ class SearchConfig(BaseModel):
     def without_weights(self) -> SearchConfig:
         """The same for those who take the weights from the run folder."""
         return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+def check_recipe_names(recipe: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a recipe names what has an option of its own."""
+    for name in ("epochs", "batch_size", "lr", "amp"):
+        if name in recipe:
+            raise ConfigError(f"--recipe {name}={recipe[name]}: leave it out, --{name.replace('_', '-')} decides it")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from poolshare.space import Architecture, ConfigError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data import Data
-from poolshare.supernet.own_data import Parts, loader_batch, open_own
+from poolshare.supernet.own_data import Parts, loader_batch
 
 from . import worker
 from .config import SearchConfig, checked_config
@@ -23,7 +23,7 @@ from .export import export_architecture, load_supernet
 from .finalists import train_finalists
 from .job import run_job
 from .options import progress_console
-from .progress import progress_bar
+from .prepare import open_given
 from .report import Pick, Report, load_report
 from .run import RunFolder
 from .trust import Plan, measure_trust
@@ -68,15 +68,7 @@ def search(
         options["data"] = str(data)
     else:
         _check_own(name, options)
-        with progress_bar(console, "reading the data", 1, "images") as advance:
-            own = open_own(
-                data,
-                name,
-                classes=classes,
-                seed=_whole(options, "seed"),
-                workers=_whole(options, "workers"),
-                progress=lambda done, total: advance(done, total=total),
-            )
+        own = open_given(data, name, classes, _whole(options, "seed"), _whole(options, "workers"), console)
         options |= _decided_by(own, options)
     if own is None and (classes is not None or name != "data"):
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")

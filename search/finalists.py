@@ -70,7 +70,8 @@ def train_finalists(
         done = set(rows["architecture"][_alike(rows, recipe)])
         missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
         if missing:
-            config = folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers})
+            here = {"device": device or folder.config.device, "workers": workers}
+            config = folder.config.without_weights.model_copy(update=here)
             rows = _train(folder, prepare(config, data=data, metric=metric), missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))

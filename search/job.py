@@ -21,7 +21,7 @@ from poolshare.supernet.checkpoint import load_facts, load_state_facts, save_ten
 from poolshare.supernet.data import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import steps_per_epoch, train_supernet
+from poolshare.supernet.train import check_batches, steps_per_epoch, train_supernet
 
 from .announce import announce
 from .benchmark import Benchmark
@@ -29,11 +29,11 @@ from .config import MAY_DIFFER, SearchConfig
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
-from .prepare import Job, load_weights, prepare
+from .prepare import Job, is_trained, load_weights, prepare
 from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
-from .storage import open_store, storage_kind
+from .storage import check_storage, open_store
 from .study import GENERATION, Task, run_study
 
 SCORING_BATCH = 256
@@ -56,25 +56,27 @@ def run_job(
     """
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
+    kind = check_storage(storage) if distributed.rank() == 0 else ""
     folder_of_images = data is None and _is_folder(config)
     checking = progress_bar(console, "checking images", 1, "images") if folder_of_images else nullcontext(no_progress)
     with checking as advance:
         job = prepare(config, lambda done, total: advance(done, total=total), data, metric)
+    check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
     job = timed_job(job, RunFolder(Path(out), config), console)
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
-        folder.write_config(job.data.fingerprint, storage_kind(storage))
+        folder.write_config(job.data.fingerprint, kind)
         if job.latency:
             folder.write_latency(job.latency)
         for note in job.notes:
             console.print(note, markup=False)
-        announce(job, _epochs_trained(folder), console)
-        seconds = {"training": _train(job, folder, console)}
-        candidates, seconds["scoring"] = _score(job, folder, console, storage)
-        _conclude(job, folder, candidates, seconds, _time(job, candidates, console))
+        announce(job, _epochs_trained(folder, job.recipe.epochs), console)
+        _train(job, folder, console)
+        candidates, scoring = _score(job, folder, console, storage)
+        _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
     return folder
 
 
@@ -98,13 +100,21 @@ def _is_folder(config: SearchConfig) -> bool:
     return config.data != "digits" and Path(config.data_dir or "", config.data).expanduser().is_dir()
 
 
-def _epochs_trained(folder: RunFolder) -> float:
-    facts = load_facts(folder.supernet) if folder.supernet.exists() else load_state_facts(folder.training)
-    return float((facts or {}).get("epochs", 0))
+def _supernet_epochs(folder: RunFolder) -> float:
+    """Those of the supernet that architectures are scored with; 0: there is none."""
+    return float(load_facts(folder.supernet)["epochs"]) if folder.supernet.exists() else 0.0
+
+
+def _epochs_trained(folder: RunFolder, wished: int) -> float:
+    """Those that need not be trained again; a training that was to go on and was stopped may be beyond its supernet."""
+    trained = _supernet_epochs(folder)
+    if trained == wished:
+        return trained
+    return max(trained, float((load_state_facts(folder.training) or {}).get("epochs", 0)))
 
 
 def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
-    trained = _epochs_trained(folder)
+    trained = _epochs_trained(folder, recipe.epochs)
     if trained > recipe.epochs:
         raise RunError(
             f"{folder.path} was trained for {trained:g} epochs already; ask for --epochs {math.ceil(trained)} or more, "
@@ -112,20 +122,20 @@ def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
-    """Train what is missing; returns the seconds spent. folder: None in a process that only helps the first one."""
-    start, recipe = time.monotonic(), job.recipe
-    trained = _epochs_trained(folder) if folder else 0
-    finished = folder is not None and folder.supernet.exists() and trained == recipe.epochs
+def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
+    """Train what is missing. folder: None in a process that only helps the first one."""
+    recipe = job.recipe
+    finished = folder is not None and is_trained(folder)
     total = recipe.epochs * steps_per_epoch(job.data, recipe)
     with distributed.joined(next(job.supernet.parameters()).device):
         if distributed.from_first(finished):
             if folder:
                 load_weights(job.supernet, folder.supernet)
-            return 0.0
-        for scored in (folder.candidates, folder.finalists) if folder else ():
-            if scored.exists():  # with weights that now change
-                scored.rename(scored.with_stem(f"{scored.stem}-{trained:g}-epochs"))
+            return
+        if folder:
+            for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
+                if scored.exists():  # with weights that now change
+                    scored.rename(scored.with_stem(f"{scored.stem}-{_supernet_epochs(folder):g}-epochs"))
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,
@@ -140,7 +150,15 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> float:
             )
     if folder:
         save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
-    return time.monotonic() - start
+
+
+def _training_seconds(folder: RunFolder, otherwise: float) -> float:
+    """What the supernet's training took, interrupted or not, as its state says."""
+    try:
+        facts = load_state_facts(folder.training) or {}
+    except RunError:  # damaged, and no longer needed
+        return otherwise
+    return float(facts.get("seconds", otherwise)) if facts.get("epochs") == folder.config.epochs else otherwise
 
 
 def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = None) -> Task:
@@ -157,14 +175,9 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
             found, total = {}, known[architectures[0]][1]
         return [found[a] if a in found else known[a][0] for a in architectures], total
 
+    latency, by_latency = job.latency and job.latency.table, job.config.objective == "latency"
     return Task(
-        job.supernet.space,
-        job.macs,
-        job.parameters,
-        job.allowed,
-        score,
-        job.objective if job.config.objective == "latency" else None,
-        known,
+        job.supernet.space, job.macs, job.parameters, job.allowed, score, latency, by_latency=by_latency, record=known
     )
 
 
@@ -216,9 +229,6 @@ def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -
     task = make_task(job, _record(folder))
     frame = score_candidates(job, task, folder, console, storage)
     frame = _with_included(job, task, frame)
-    if job.latency:
-        totals = [job.latency.table.total(Architecture.parse(text)) for text in frame["architecture"]]
-        frame = frame.assign(latency_ms=[total / 1e6 for total in totals])
     folder.write_candidates(frame)
     return frame, time.monotonic() - start
 
@@ -252,10 +262,8 @@ def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
         return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance)
 
 
-def _conclude(
-    job: Job, folder: RunFolder, candidates: pd.DataFrame, seconds: dict[str, float], timed: Timed | None
-) -> None:
-    """Summary, page and picture, frontier."""
+def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
+    """Summary, page and picture, frontier. scoring: seconds of this call."""
     limit: float | None = None if job.config.budget is None else job.allowed.high
     cost = job.config.cost
     if cost == "latency_ms" and limit is not None:
@@ -273,6 +281,10 @@ def _conclude(
         earlier = folder.read_summary()["seconds"]
     except RunError:  # none yet, or damaged: it is made anew
         earlier = {}
+    seconds = {
+        "training": _training_seconds(folder, earlier.get("training", 0.0)),
+        "scoring": earlier.get("scoring", 0.0) + scoring,
+    }
     write_json(
         folder.summary,
         {
@@ -294,7 +306,7 @@ def _conclude(
             "certified": len(candidates) == job.supernet.space.size,
             "space": job.supernet.space.to_json(),
             "space_size": job.supernet.space.size,
-            "seconds": {name: round(earlier.get(name, 0) + spent, 1) for name, spent in seconds.items()},
+            "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "versions": versions(),
         },
     )

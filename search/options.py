@@ -126,9 +126,9 @@ def settings_of(
 def recipe_of(text: str | None) -> dict[str, Any]:
     """--recipe read: fields of `Recipe`; those that have a flag of their own are refused."""
     changes = settings_of(text, "--recipe", "mixup=0.8,label_smoothing=0.1")
-    for name in ("epochs", "batch_size", "lr", "amp"):
-        if name in changes:
-            raise ConfigError(f"--recipe {name}={changes[name]}: leave it out, --{name.replace('_', '-')} decides it")
+    from .config import check_recipe_names
+
+    check_recipe_names(changes)
     return changes
 
 

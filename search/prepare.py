@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from timm.data import resolve_data_config
 
 from poolshare.space import (
@@ -25,15 +26,18 @@ from poolshare.space import (
 )
 from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, distributed, measure_macs, measure_parameters
-from poolshare.supernet.checkpoint import load_tensors, shapes_of
+from poolshare.supernet.checkpoint import load_facts, load_tensors, shapes_of
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.model import create_base
+from poolshare.supernet.own_data import Parts, open_own
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.weights import load_base_weights
 
-from .config import SearchConfig, first_problem
-from .evaluate import Metric, check_metric, top1
+from .config import SearchConfig, check_recipe_names, first_problem
+from .evaluate import Metric, check_metric, metric_name, top1
+from .progress import progress_bar
+from .run import RunFolder
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
 # spends on the candidates it happens to try (ALGORITHMS: 3,350).
@@ -90,6 +94,7 @@ class Job:
 
 def supernet_recipe(config: SearchConfig) -> Recipe:
     """How a configuration trains its supernet. Raises ConfigError naming what the recipe cannot have."""
+    check_recipe_names(config.recipe)
     for name in ("drop_path", "distill"):
         if name in config.recipe:
             raise ConfigError(
@@ -123,7 +128,7 @@ def prepare(
     data, metric: those that were given in Python, under the names that stand in the configuration.
     Raises the PoolshareError of whatever does not fit.
     """
-    if config.metric != metric.__name__:
+    if config.metric != metric_name(metric):
         raise ConfigError(
             f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
             "returned, or give it to `poolshare.search.work`"
@@ -234,6 +239,21 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
     return device
+
+
+def open_given(
+    parts: Parts, name: str, classes: Sequence[str] | None, seed: int, workers: int, console: Console
+) -> Data:
+    """Data given in Python, all of them read once before anything starts; see `open_own`."""
+    with progress_bar(console, "reading the data", 1, "images") as advance:
+        return open_own(
+            parts, name, classes=classes, seed=seed, workers=workers, progress=lambda n, total: advance(n, total=total)
+        )
+
+
+def is_trained(folder: RunFolder) -> bool:
+    """Whether a run's supernet has all its epochs."""
+    return folder.supernet.exists() and load_facts(folder.supernet)["epochs"] == folder.config.epochs
 
 
 def load_weights(supernet: SuperNet, path: Path) -> None:

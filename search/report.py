@@ -102,6 +102,10 @@ class Report:
         """The candidates within the budget. Raises BudgetError where there is none."""
         rows = self.candidates
         for cost, limit in self.limits.items():
+            if cost not in rows:
+                raise RunError(
+                    f"the candidates of {self.run} have no {COSTS[cost]} yet, and the budget is one; let its search finish"
+                )
             fits = rows[cost] <= limit
             if cost == "latency_ms" and self.timed and self.budget:
                 fits = self.timed.keeps(rows, self.dense["latency_ms"], self.budget)

@@ -20,7 +20,7 @@ from poolshare.space.files import held
 from poolshare.supernet import count_macs, distributed, measure_latency
 from poolshare.supernet.checkpoint import load_facts
 from poolshare.supernet.data import Data, open_data
-from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+from poolshare.supernet.train import Recipe, check_batches, steps_per_epoch, train_model
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 from .config import WARM_LR, WARM_LR_PRETRAINED
@@ -87,6 +87,7 @@ def retrain(
         "data": opened.fingerprint,
     }
     first = distributed.rank() == 0
+    check_batches(opened, recipe, distributed.launched_size(), full=True)
     total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
     with _workplace(out) if first else nullcontext() as kept:
         with distributed.joined(place), progress_bar(console, "retraining", total, "steps") as advance:

@@ -46,6 +46,7 @@ class RunFolder:
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
+        self.trust_rows = path / "trust.csv"  # what it was reckoned from
         self.report = path / "report.html"
         self.figure = path / "pareto.png"
 

@@ -104,14 +104,17 @@ class Store(ABC):
         return study
 
 
-def storage_kind(url: str | None) -> str:
-    """The kind of storage at an address; None: the run folder's journal. Raises ConfigError where it is no address."""
+def check_storage(url: str | None) -> str:
+    """The kind of storage at an address; None: the run folder's journal.
+
+    Raises ConfigError where it is no address, RunError where the database cannot be used, long before it is needed.
+    """
     if url is None:
         return "journal"
-    from .postgres import checked_address  # here, for both kinds build on this module
+    from .postgres import PostgresStore  # here, for both kinds build on this module
 
-    checked_address(url)
-    return "postgresql"
+    with PostgresStore(url, "a check"):
+        return "postgresql"
 
 
 def open_store(journal: Path, url: str | None, name: str) -> Store:

@@ -36,17 +36,18 @@ class Task:
     parameters: CostTable
     allowed: Band  # the budget
     score: Score
-    latency: CostTable | None = None  # the objective, where it is not MACs
+    latency: CostTable | None = None  # nanoseconds per image, where they are known
+    by_latency: bool = False  # whether they are the objective, and not MACs
     record: Mapping[Architecture, tuple[int, int]] = field(default_factory=dict)  # scored before: correct, images
 
     @property
     def objective(self) -> CostTable:
         """What is weighed against accuracy, and what the budget is of."""
-        return self.latency or self.macs
+        return self.latency if self.latency and self.by_latency else self.macs
 
     def row(self, architecture: Architecture, correct: int, total: int, generation: int) -> dict[str, object]:
         """One row of the candidates frame, see `pareto`."""
-        return {
+        row: dict[str, object] = {
             "architecture": str(architecture),
             "top1": 100 * correct / total,
             "correct": correct,
@@ -55,6 +56,7 @@ class Task:
             "parameters": self.parameters.total(architecture),
             "generation": generation,
         }
+        return row if self.latency is None else row | {"latency_ms": self.latency.total(architecture) / 1e6}
 
 
 def run_study(

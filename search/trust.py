@@ -23,7 +23,7 @@ from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
 
 from .evaluate import Metric, count_correct, count_right, top1
 from .job import SCORING_BATCH
-from .prepare import Job, checked_recipe, load_weights, prepare
+from .prepare import Job, checked_recipe, is_trained, load_weights, prepare
 from .progress import advance_step, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, read_csv, write_csv, write_json
@@ -73,6 +73,10 @@ def measure_trust(
     """
     config = folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers})
     with held(folder.path):
+        if not is_trained(folder):
+            raise RunError(
+                f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
+            )
         job = prepare(config, data=data, metric=metric)
         return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
 
@@ -89,11 +93,11 @@ def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any]
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
     scores, _ = count_correct(job.supernet, [architecture for architecture, _ in drawn], batches, metric=job.metric)
     if not rows:
-        write_json(folder.path / "trust.json", header)
+        write_json(folder.trust, header)
     missing = [
         (repeat, index)
         for repeat, count in enumerate((len(drawn), plan.twice))
-        for index in range(count)
+        for index in range(min(count, len(drawn)))
         if (str(drawn[index][0]), repeat) not in {(row["architecture"], row["repeat"]) for row in rows}
     ]
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)
@@ -107,9 +111,9 @@ def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any]
             rows.append(
                 dict(zip(POINTS, (str(architecture), band, macs, scores[index], repeat, correct, total), strict=True))
             )
-            write_csv(folder.path / "trust.csv", pd.DataFrame(rows), checked=True)
+            write_csv(folder.trust_rows, pd.DataFrame(rows), checked=True)
     result = header | summarise(pd.DataFrame(rows), plan.seed)
-    write_json(folder.path / "trust.json", result)
+    write_json(folder.trust, result)
     if folder.summary.exists():
         write_report(folder)  # the page shows it
     return result
@@ -117,7 +121,7 @@ def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any]
 
 def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The trainings an interrupted call of the same plan has finished."""
-    table = folder.path / "trust.csv"
+    table = folder.trust_rows
     if not table.exists():
         return []
     earlier = folder.read_trust()

@@ -11,18 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from poolshare.space import ConfigError, DataError, RunError
-from poolshare.supernet.checkpoint import load_facts
 from poolshare.supernet.data import Data
-from poolshare.supernet.own_data import Parts, open_own
+from poolshare.supernet.own_data import Parts
 from poolshare.supernet.sources import GIVEN
 
 from .config import SearchConfig
 from .evaluate import Metric, top1
 from .job import make_task, score_candidates
-from .prepare import load_weights, prepare
-from .progress import progress_bar
+from .prepare import is_trained, load_weights, open_given, prepare
 from .run import RunFolder
-from .storage import storage_kind
+from .storage import check_storage
 
 SECONDS_BETWEEN_LOOKS = 2
 PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
@@ -47,7 +45,7 @@ def work(
     instance other images than those of the search.
     """
     console = console or Console(quiet=True)
-    kind = storage_kind(storage)
+    kind = check_storage(storage)
     _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
     folder.check_same(folder.data_fingerprint, kind)
@@ -87,15 +85,7 @@ def _open_own(
     """Data given in Python, under the name that the search gave them."""
     if not config.data.startswith(GIVEN):
         raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
-    with progress_bar(console, "reading the data", 1, "images") as advance:
-        own = open_own(
-            parts,
-            config.data.removeprefix(GIVEN),
-            classes=classes,
-            seed=config.seed,
-            workers=workers,
-            progress=lambda done, total: advance(done, total=total),
-        )
+    own = open_given(parts, config.data.removeprefix(GIVEN), classes, config.seed, workers, console)
     if (own.in_chans, own.img_size[0]) != (config.in_chans, config.img_size):
         raise DataError(
             f"images are {own.in_chans}×{own.img_size[0]}×{own.img_size[1]} here, and {config.in_chans}×{config.img_size}×"
@@ -124,7 +114,7 @@ def _wait_for_folder(run: Path, console: Console) -> None:
 def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
     """The run as it is once its supernet has all its epochs."""
     told = False
-    while not folder.supernet.exists() or load_facts(folder.supernet)["epochs"] != folder.config.epochs:
+    while not is_trained(folder):
         if not told:
             console.print(
                 f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",

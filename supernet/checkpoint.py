@@ -199,7 +199,8 @@ class TrainingState:
         self.path = path if distributed.rank() == 0 else None
         self.identity = json.loads(json.dumps(identity))
         self.model, self.optimizer, self.average, self.say = model, optimizer, average, say
-        self.saved = time.monotonic()
+        self.begun = self.saved = time.monotonic()
+        self.spent = 0.0  # seconds of this training before it was interrupted
         if self.path is not None:
             remove_leftovers(self.path)
 
@@ -216,8 +217,9 @@ class TrainingState:
         if self.average is not None:
             parts["average"] = self.average.module.state_dict()
         tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
-        save_state(self.path, tensors, {"step": step, "epochs": step / steps, "identity": self.identity})
         self.saved = time.monotonic()
+        facts = {"step": step, "epochs": step / steps, "seconds": self.spent + self.saved - self.begun}
+        save_state(self.path, tensors, facts | {"identity": self.identity})
 
     def restore(self) -> int:
         """Put back what the file of the first process holds, on all of them; returns the number of steps done."""
@@ -252,6 +254,7 @@ class TrainingState:
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.module.load_state_dict(values["average"])
+        self.spent = float(found[1].get("seconds", 0))  # states of before it was kept have none
         return int(found[1]["step"]), values["optimizer"]
 
     def _refuse_another(self, facts: Mapping[str, Any]) -> None:

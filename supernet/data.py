@@ -65,6 +65,15 @@ class Data:
         text = "\n".join(self.classes).encode() + full.indices.tobytes() + full.labels.tobytes()
         return f"{len(full)} images, {hashlib.sha256(text).hexdigest()[:16]}"
 
+    @property
+    def has_loaders(self) -> bool:
+        """Whether the user's own loaders decide what a batch is."""
+        return False
+
+    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+        """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
+        return (min(batch_size, len(self.split("train_full" if full else "train"))),)
+
     def train_loader(
         self,
         epoch: int,

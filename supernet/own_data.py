@@ -84,7 +84,7 @@ def open_own(
     if loaders[0]:
         whole = Split(Source(_no_full, both), np.arange(len(both)))
         given = dict(zip(SPLITS, parts, strict=True))
-        return _LoaderData(**options, _splits={**splits, "train_full": whole}, loaders=given, batch=found[0].batch)
+        return _LoaderData(**options, _splits={**splits, "train_full": whole}, loaders=given, sizes=found[0].sizes)
     whole = Split(Source(partial(_Place, ConcatDataset(parts)), both), np.arange(len(both)))
     return Data(**options, _splits={**splits, "train_full": whole})
 
@@ -95,7 +95,7 @@ def _dataset(part: Any) -> Any:
 
 def loader_batch(data: Data) -> int | None:
     """Images of one training batch, where the data came as loaders."""
-    return data.batch if isinstance(data, _LoaderData) else None
+    return data.sizes[-1] if isinstance(data, _LoaderData) else None
 
 
 # Data sets
@@ -111,7 +111,7 @@ class _Place(NamedTuple):
 def _fetch(place: _Place, draw: Draw) -> Tensor:
     """The image, with all that is random about it keyed; in evaluation by its index alone."""
     with keyed_generators(*(draw or (place.position,))):
-        return place.dataset[place.position][0]  # type: ignore[no-any-return]
+        return place.dataset[place.position][0].float()  # type: ignore[no-any-return]
 
 
 class _Read(NamedTuple):
@@ -119,7 +119,7 @@ class _Read(NamedTuple):
 
     split: Split
     shape: tuple[int, ...]  # of all its images
-    batch: int = 0  # images of its largest batch, where it is a loader
+    sizes: tuple[int, ...] = ()  # images of its batches, each number once, rising; where it is a loader
 
 
 class _Checked(NamedTuple):
@@ -182,7 +182,16 @@ class _LoaderData(Data):
     """Splits whose batches are the user's own loaders'; `batch_size` of the methods has no say in training."""
 
     loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
-    batch: int = field(kw_only=True)
+    sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
+
+    @property
+    def has_loaders(self) -> bool:
+        """The user's own loaders decide what a batch is."""
+        return True
+
+    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+        """Those of the training loader, whatever is asked for."""
+        return self.sizes
 
     def train_loader(
         self,
@@ -198,6 +207,12 @@ class _LoaderData(Data):
         """One epoch of the user's training loader; each rank takes its share of every batch."""
         if full:
             raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
+        for images in self.sizes:
+            if images % world_size:
+                raise DataError(
+                    f"a batch of {images} images cannot be shared equally among {world_size} processes: give a "
+                    f"loader with drop_last=True whose batch size is a multiple of {world_size}"
+                )
         return _Epoch(self.loaders["train"], (self.seed, _EPOCH, epoch), start_step, rank, world_size)
 
     def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
@@ -222,7 +237,7 @@ class _Epoch:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         loader, steps = self.loader, len(self.loader)
         seed = int(np.random.SeedSequence(self.key).generate_state(1)[0])
-        for holder in (loader, loader.sampler, loader.batch_sampler):
+        for holder in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
             generator = getattr(holder, "generator", None)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
@@ -236,14 +251,9 @@ class _Epoch:
                     raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
             if step < self.start:
                 continue
-            if len(images) % self.world_size:
-                raise DataError(
-                    f"a batch of {len(images)} images cannot be shared equally among {self.world_size} processes: give a "
-                    f"loader with drop_last=True whose batch size is a multiple of {self.world_size}"
-                )
             share = len(images) // self.world_size
             mine = slice(self.rank * share, (self.rank + 1) * share)
-            yield images[mine], labels[mine].long()
+            yield images[mine].float(), labels[mine].long()
 
 
 def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> _Read:
@@ -266,7 +276,9 @@ def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[
     together = torch.cat(labels).numpy()
     if (together < 0).any():
         raise DataError(f"the {where} loader gives label {together.min()}: labels are class indices, 0, 1, 2 …")
-    return _Read(Split(Source(_no_full, together), np.arange(len(together))), shapes.pop(), max(map(len, labels)))
+    return _Read(
+        Split(Source(_no_full, together), np.arange(len(together))), shapes.pop(), tuple(sorted({*map(len, labels)}))
+    )
 
 
 def _no_full(index: int) -> Any:
@@ -319,8 +331,13 @@ def _described(value: Any) -> str:
 def _names(dataset: Any, given: Sequence[str] | None, found: Sequence[_Read]) -> tuple[str, ...]:
     labels = [one.split.labels for one in found]
     count = 1 + max(int(part.max()) for part in labels)
-    stated = given if given is not None else getattr(dataset, "classes", None)
-    names = tuple(map(str, stated)) if isinstance(stated, (tuple, list)) else tuple(map(str, range(count)))
+    stated = getattr(dataset, "classes", None)
+    if isinstance(given, str):
+        raise DataError(f"classes {given!r} is one text: give a list of names")
+    if given is not None:
+        names = tuple(map(str, given))
+    else:
+        names = tuple(map(str, stated if isinstance(stated, (tuple, list)) else range(count)))
     if count > len(names) or len(names) < 2:
         raise DataError(f"there are {len(names)} class names, and labels from 0 to {count - 1}: name 2 classes or more")
     untrained = sorted({*labels[1].tolist()} - {*labels[0].tolist()})

@@ -100,6 +100,25 @@ def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
     return len(data.train_loader(0, recipe.batch_size, full=full))
 
 
+def check_batches(data: Data, recipe: Recipe, processes: int, full: bool = False) -> None:
+    """Raise DataError for batches that so many processes cannot share, ConfigError for those that cannot be mixed."""
+    data.train_loader(0, recipe.batch_size, full=full, world_size=processes)
+    if not (recipe.mixup or recipe.cutmix):
+        return
+    for images in data.batch_sizes(recipe.batch_size, full):
+        if images // processes % 2:
+            more, fewer = images + processes, images - processes
+            size = more if more <= len(data.split("train_full" if full else "train")) else fewer
+            raise ConfigError(
+                f"mixup and cutmix pair images, and a process has {images // processes} of them in a step: give "
+                + (
+                    f"a training loader with drop_last=True whose batch size is a multiple of {2 * processes}"
+                    if data.has_loaders
+                    else f"a --batch-size whose share is even, such as {size}"
+                )
+            )
+
+
 def fit(
     model: nn.Module,
     batch_loss: BatchLoss,
@@ -121,11 +140,12 @@ def fit(
     every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
     kept beside it. Only the first process reads and writes it.
     settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
-    epochs of the recipe may differ. Raises TrainingError where loss or weights are not finite, ConfigError for a
-    batch that cannot be mixed.
+    epochs of the recipe may differ. Raises TrainingError where loss or weights are not finite, and what `check_batches`
+    does.
     """
     if recipe.epochs == 0:
         return
+    check_batches(data, recipe, distributed.world_size(), full)
     device = next(model.parameters()).device
     steps = steps_per_epoch(data, recipe, full)
     total = recipe.epochs * steps
@@ -262,12 +282,7 @@ class _Mixer:
         )
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
-        if len(images) % 2:
-            raise ConfigError(
-                f"mixup and cutmix pair images, and a process has {len(images)} of them in a step: give a --batch-size "
-                f"whose share is even, such as {distributed.world_size() * (len(images) + 1)}"
-            )
+        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order. B is even, see `check_batches`."""
         # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
         order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
         with keyed_generators(self.seed, _MIX, step):

@@ -4,22 +4,25 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from poolshare.search import SearchResult, search, work
 from poolshare.search.prepare import supernet_recipe
 from poolshare.search.run import read_csv
 from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
-from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.checkpoint import load_state_facts, load_tensors
+from poolshare.supernet.own_data import open_own
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import train_model
+from poolshare.supernet.train import check_batches, train_model
 
 SMALL = {
     "model": "digits_vit",
@@ -189,6 +192,7 @@ def test_a_worker_is_refused_other_data_or_another_metric_than_the_searchs(parts
         (small, {"metric": top3}, "1×6×6 here, and 1×8×8 in the search"),
         (None, {"metric": top3}, "`poolshare.search.work`"),
         ("digits", {"metric": top3}, "not those"),
+        ((train, validation), {"metric": partial(top3)}, "define it with `def`"),
     ]:
         with pytest.raises(PoolshareError, match=re.escape(says)):
             work(run, data, quiet=True, **options)
@@ -198,13 +202,18 @@ def test_a_worker_is_refused_other_data_or_another_metric_than_the_searchs(parts
     assert work(named.folder, quiet=True)["scored"] == 0
 
 
-@pytest.mark.parametrize("loaders", [False, True])
+@pytest.mark.parametrize("loaders", ["", "shuffled", "sampled"])
 def test_a_search_that_fails_in_training_continues_to_the_same_bits(loaders, parts, tmp_path):
     def data(reads=float("inf")):
         train, validation = parts(reads)
         if not loaders:
             return train, validation
-        return DataLoader(train, 20, shuffle=True, generator=torch.Generator()), DataLoader(validation, 64)
+        generator = torch.Generator()
+        if loaders == "shuffled":
+            return DataLoader(train, 20, shuffle=True, generator=generator), DataLoader(validation, 64)
+        generator.seed()
+        batches = BatchSampler(RandomSampler(train, generator=generator), 20, drop_last=True)
+        return DataLoader(train, batch_sampler=batches), DataLoader(validation, 64)
 
     options = SMALL | ({"batch_size": None} if loaders else {})
     whole = search(data(), out=tmp_path / "whole", **options)
@@ -217,6 +226,80 @@ def test_a_search_that_fails_in_training_continues_to_the_same_bits(loaders, par
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert cut.candidates.equals(whole.candidates)
     assert cut.run.config.batch_size == 20
+
+
+def test_images_of_doubles_are_those_of_floats(digits, tmp_path):
+    images, labels = digits
+    for kind in (torch.float32, torch.float64):
+        both = [TensorDataset(images[part].to(kind), labels[part]) for part in (slice(200), slice(200, 300))]
+        search(both, out=tmp_path / str(kind), **SMALL | {"classes": np.array(Noisy.classes)})
+        loaders = [DataLoader(part, 20) for part in both]
+        search(loaders, out=tmp_path / f"{kind} loaders", **SMALL | {"batch_size": None})
+    for what in ("", " loaders"):
+        one, other = (SearchResult(tmp_path / f"{kind}{what}") for kind in (torch.float32, torch.float64))
+        weights = [load_tensors(found.run.supernet)[0] for found in (one, other)]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+        assert one.candidates.equals(other.candidates)
+    assert SearchResult(tmp_path / "torch.float64").run.read_summary()["classes"] == list(Noisy.classes)
+
+
+def test_loaders_whose_batches_cannot_be_mixed_or_shared_are_refused(digits, tmp_path):
+    images, labels = digits
+    loaders = [DataLoader(TensorDataset(images[:65], labels[:65]), 20) for _ in range(2)]  # the last batch has 5
+    with pytest.raises(ConfigError, match=r"5 of them in a step: .* loader with drop_last=True .* multiple of 2"):
+        search(loaders, out=tmp_path / "run", **SMALL | {"batch_size": None, "recipe": {"mixup": 0.2}})
+    assert list(tmp_path.iterdir()) == []
+    own = open_own(loaders, "mine")
+    with pytest.raises(DataError, match="a batch of 5 images cannot be shared equally among 2 processes"):
+        check_batches(own, Recipe(), 2)
+    check_batches(own, Recipe(), 5)
+
+
+def test_more_epochs_that_were_begun_cannot_be_cut_short_but_what_was_finished_is_still_there(parts, tmp_path):
+    def ask(epochs, reads=float("inf")):
+        return search(parts(reads), out=tmp_path / "run", **SMALL | {"epochs": epochs})
+
+    first = ask(1)
+    weights = first.run.supernet.read_bytes()
+    seconds = first.run.read_summary()["seconds"]["training"]
+    assert seconds > 0
+    with pytest.raises(MemoryError):
+        ask(6, 200 + 20 + 3 * 200 + 50)  # read once, calibrated, epochs 2 to 4, a part of the fifth
+    with pytest.raises(RunError, match="was trained for 4 epochs already"):
+        ask(2)
+    again = ask(1)
+    assert again.run.supernet.read_bytes() == weights
+    assert again.candidates.equals(first.candidates)
+    assert again.run.read_summary()["seconds"]["training"] == seconds
+    last = ask(6)
+    assert last.run.supernet.read_bytes() != weights
+    assert (tmp_path / "run" / "candidates-1-epochs.csv").exists()
+    facts = load_state_facts(last.run.training)
+    assert (facts["epochs"], last.run.read_summary()["seconds"]["training"]) == (6, round(facts["seconds"], 1))
+
+
+def test_a_latency_budget_can_be_looked_at_while_its_search_goes_on(tmp_path):
+    options = {key: value for key, value in SMALL.items() if key != "batch_size"} | {"epochs": 0}
+    options |= {"model_args": {"depth": 5, "embed_dim": 16, "num_heads": 2}, "budget": "1000ms"}
+
+    def top5(logits, labels):
+        top5.calls += 1
+        if top5.calls > top5.allowed:
+            raise MemoryError("no more")
+        return (logits.topk(5).indices == labels[:, None]).any(dim=1)
+
+    top5.calls, top5.allowed = 0, float("inf")
+    found = search("digits", out=tmp_path / "run", metric=top5, **options)
+    assert len(found.candidates) == 8
+    assert "latency_ms" in found.candidates
+    for calls in (20, 60, 120):  # in later and later generations
+        top5.calls, top5.allowed = 0, calls
+        with pytest.raises(MemoryError):
+            search("digits", out=tmp_path / "run", metric=top5, **options | {"trials": 100})
+        opened = SearchResult(tmp_path / "run")
+        assert opened.candidates["latency_ms"].notna().all()
+        assert opened.pick("budget").how == "budget"
+    assert len(opened.candidates) > 8
 
 
 def test_finalists_of_loaders_keep_their_batches(parts, tmp_path):
@@ -324,9 +407,18 @@ def a_share(logits, labels):
         ({"epochs": -1}, "--epochs -1"),
         ({"img_size": 8}, "leave it out, the data given in Python decide it"),
         ({"recipe": {"hflip": 0}}, "the transforms of the data"),
+        ({"recipe": {"epochs": 1}}, "leave it out, --epochs decides it"),
+        (
+            {"batch_size": 5, "recipe": {"mixup": 0.2}},
+            "5 of them in a step: give a --batch-size whose share is even, such as 6",
+        ),
+        ({"recipe": {"cutmix": 0.2}, "batch_size": 7}, "such as 8"),
+        ({"storage": "postgresql://127.0.0.1:1/searches"}, "cannot be reached"),
+        ({"classes": "ab"}, "give a list of names"),
         ({"name": ""}, "is no name"),
         ({"classes": ["only"]}, "name 2 classes or more"),
         ({"metric": lambda logits, labels: logits.argmax(-1) == labels}, "define it with `def`"),
+        ({"metric": partial(top3)}, "define it with `def`"),
         ({"metric": by_the_batch}, "by others in its batch"),
         ({"metric": a_share}, "return a bool tensor"),
         ({"seed": -1}, "seed=-1"),

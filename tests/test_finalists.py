@@ -5,6 +5,8 @@ import shutil
 
 import pandas as pd
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from poolshare.search.config import SearchConfig
 from poolshare.search.finalists import choose, train_finalists
@@ -143,6 +145,15 @@ def test_other_images_are_refused_before_anything_is_trained(run, tmp_path, verb
     assert code == 1
     assert "0123456789abcdef there); restore them" in " ".join(error.split())
     assert sorted(path.name for path in changed.iterdir()) == before
+
+
+def test_finalists_need_no_more_the_weights_that_the_supernet_began_with(tmp_path):
+    weights = tmp_path / "base.safetensors"
+    base = timm.create_model("digits_vit", num_classes=10, **SMALL["model_args"])
+    save_file(base.state_dict(), weights)
+    folder = run_job(SearchConfig(**SMALL, epochs=0, weights=str(weights)), tmp_path / "run")
+    weights.unlink()
+    assert train_finalists(folder, 1, epochs=1, device="cpu")["lr"].tolist() == [3e-4]
 
 
 def test_more_epochs_of_the_supernet_set_finalists_aside(tmp_path):

@@ -16,7 +16,7 @@ from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data import open_data
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import _MIX, _Mixer, set_drop_path, train_model
+from poolshare.supernet.train import _MIX, _Mixer, check_batches, set_drop_path, train_model
 from poolshare.supernet.transforms import keyed_generators
 
 SPACE = SearchSpace(depth=3, levels=(64, 16))
@@ -88,8 +88,18 @@ def test_a_pair_that_is_mixed_stays_together_however_the_batch_is_shared():
         for target, image in zip(part_targets, part_images, strict=True):
             [position] = torch.nonzero((whole_targets == target).all(dim=1)).flatten().tolist()
             assert torch.equal(whole_images[position], image)
-    with pytest.raises(ConfigError, match="3 of them in a step: give a --batch-size whose share is even, such as 4"):
-        mixer(images[:3], labels[:3], 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "share", "better"), [(3, 1, 3, 4), (5000, 1, 1257, 1256), (66, 2, 33, 68)]
+)
+def test_batches_that_cannot_be_paired_are_refused_with_one_that_can(images, processes, share, better, digits):
+    mixed = Recipe(cutmix=1.0, batch_size=images)
+    says = f"{share} of them in a step: give a --batch-size whose share is even, such as {better}$"
+    with pytest.raises(ConfigError, match=says):
+        check_batches(digits, mixed, processes, full=True)
+    check_batches(digits, mixed.model_copy(update={"batch_size": better}), processes, full=True)
+    check_batches(digits, mixed.model_copy(update={"cutmix": 0.0}), processes, full=True)
 
 
 def test_mixing_and_smoothing_reach_the_loss_and_a_mixed_step_differs_from_a_plain_one(digits):

@@ -9,10 +9,12 @@ import pytest
 from scipy.stats import kendalltau
 
 from poolshare.search import cli
+from poolshare.search import job as job_module
 from poolshare.search.config import SearchConfig
 from poolshare.search.job import run_job
 from poolshare.search.prepare import prepare
-from poolshare.search.run import read_json, write_json
+from poolshare.search.report import load_report
+from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
 from poolshare.space import ConfigError, RunError
 
@@ -120,6 +122,41 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
 
     with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
         measure_trust(run, plan, recipe_changes={"epochs": 2}, device="cpu")
+
+
+def test_trust_belongs_to_the_weights_it_was_measured_with(tmp_path, monkeypatch):
+    folder, plan = run_job(SearchConfig(**SMALL, epochs=1), tmp_path / "run"), Plan(3, 1, 1)
+    one = measure_trust(folder, plan, recipe_changes={"epochs": 0}, device="cpu")
+
+    def cut_off(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(job_module, "train_supernet", cut_off)
+    with pytest.raises(MemoryError):
+        run_job(SearchConfig(**SMALL, epochs=2), tmp_path / "run")
+    monkeypatch.undo()
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.read_trust() is None
+    with pytest.raises(RunError, match="has no supernet of 2 epochs yet"):
+        measure_trust(folder, plan, recipe_changes={"epochs": 0}, device="cpu")
+    run_job(SearchConfig(**SMALL, epochs=2), tmp_path / "run")
+    assert load_report(folder).trust is None
+    two = measure_trust(folder, plan, recipe_changes={"epochs": 0}, device="cpu")
+    scored = folder.read_candidates().set_index("architecture")["correct"]
+    assert [scored[row.architecture] for row in pd.read_csv(folder.trust_rows).itertuples()] == [
+        row.supernet_correct for row in pd.read_csv(folder.trust_rows).itertuples()
+    ]
+    assert two["points"] != one["points"]
+    assert read_json(tmp_path / "run" / "trust-1-epochs.json") == one
+    assert (tmp_path / "run" / "trust-1-epochs.csv").exists()
+
+
+def test_a_budget_that_few_architectures_keep_has_as_many_second_trainings_as_these(tmp_path):
+    config = SearchConfig(
+        **SMALL | {"model_args": {"depth": 2, "embed_dim": 16, "num_heads": 2}}, levels=(64, 16), epochs=0
+    )
+    found = measure_trust(run_job(config, tmp_path / "run"), Plan(24, 12), recipe_changes={"epochs": 0}, device="cpu")
+    assert found["n"] == found["twice"] == RunFolder.open(tmp_path / "run").read_summary()["space_size"] < 12
 
 
 def test_impossible_plans_are_refused():

@@ -216,7 +216,9 @@ def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_proces
         pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
 
 
-def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(alone, tmp_path, request):
+def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(
+    alone, job, tmp_path, request
+):
     for kind in ("journal", "postgresql"):
         ready = begun(alone, tmp_path / f"{kind} to be", kind).path
         (ready / "supernet.safetensors").unlink()
@@ -233,7 +235,16 @@ def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_passw
             out, err = worker.communicate()
         assert worker.returncode == 0, err
         assert search.returncode == 0, rest
-        assert json.loads(out) == {"run": str(folder), "scored": json.loads(out)["scored"], "candidates": TRIALS}
+        address = None if kind == "journal" else request.getfixturevalue("postgres")
+        with open_store(folder / "study.journal", address, study_name(job, RunFolder.open(folder))) as store:
+            trials = store.study().get_trials(states=(TrialState.COMPLETE,))
+        names = [
+            trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs
+        ]  # others: from the record
+        by_worker = sum(f"-{worker.pid}-" in name for name in names)
+        by_search = sum(f"-{search.pid}-" in name for name in names)
+        assert by_worker + by_search == len(names)
+        assert json.loads(out) == {"run": str(folder), "scored": by_worker, "candidates": TRIALS}
         for name in ("candidates.csv", "pareto.csv"):
             assert (folder / name).read_bytes() == (alone / name).read_bytes()
         assert not list(folder.glob(".worker-*"))
