@@ -33,6 +33,7 @@ from poolshare.space import Architecture
 CHECKPOINTS = (50, 100, 200, 400)
 EVALUATIONS = CHECKPOINTS[-1]
 WANTED = 0.99  # of the true frontier's hypervolume
+NEVER = 1e15  # evaluations
 STEP = 10  # evaluations between two looks at the hypervolume
 ASKS = {"tpe": 400}
 MOST_ASKS = 3000
@@ -153,9 +154,10 @@ def summarise(runs: pd.DataFrame, points: int) -> str:
 
 
 def _quartiles(values: Sequence[float] | np.ndarray, digits: int, last: int = 0) -> str:
-    """Median (lower to upper quartile), of values that occur; infinite is what was not reached within `last`."""
-    text = lambda value: f"> {last:,}" if value == np.inf else f"{value:,.{digits}f}"  # noqa: E731
-    low, middle, high = map(text, np.quantile(values, (0.25, 0.5, 0.75), method="higher"))
+    """Median (lower to upper quartile); infinite is what was not reached within `last`, and nothing lies halfway to it."""
+    finite = np.minimum(np.asarray(values, dtype=float), NEVER)
+    text = lambda value: f"> {last:,}" if value > last > 0 else f"{value:,.{digits}f}"  # noqa: E731
+    low, middle, high = map(text, np.quantile(finite, (0.25, 0.5, 0.75)))
     return f"{middle} ({low} to {high})"
 
 
