@@ -183,10 +183,14 @@ def test_training_stopped_in_the_middle_of_epochs_ends_bit_for_bit_like_one_that
     assert not torch.equal(undisturbed.head.weight, make_net().head.weight)
     state = tmp_path / "state.safetensors"
     steps = steps_per_epoch(digits, recipe, full=True)
+    seconds = [0.0]  # of training, those before an interruption too
     for seed, at in ((0, 3), (99, steps - 1), (98, steps + 2)):
         with pytest.raises(Stopped):
             train_model(make_net(seed), digits, recipe, seed=5, state=state, save_seconds=0, progress=stop_at(at))
-        assert load_tensors(state)[1]["step"] == at
+        facts = load_tensors(state)[1]
+        assert facts["step"] == at
+        seconds.append(facts["seconds"])
+    assert seconds == sorted(set(seconds))
     continued = make_net(97)  # its weights come from the state
     train_model(continued, digits, recipe, seed=5, state=state)
     for name, value in undisturbed.state_dict().items():
