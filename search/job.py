@@ -17,7 +17,7 @@ from rich.console import Console
 
 from poolshare.space import Architecture, RunError, forecast_space
 from poolshare.supernet import distributed
-from poolshare.supernet.checkpoint import load_facts, load_state_facts, save_tensors
+from poolshare.supernet.checkpoint import load_state_facts, save_tensors
 from poolshare.supernet.data import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.recipe import Recipe
@@ -29,7 +29,7 @@ from .config import MAY_DIFFER, SearchConfig
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
-from .prepare import Job, is_trained, load_weights, prepare
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs
 from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
@@ -100,17 +100,12 @@ def _is_folder(config: SearchConfig) -> bool:
     return config.data != "digits" and Path(config.data_dir or "", config.data).expanduser().is_dir()
 
 
-def _supernet_epochs(folder: RunFolder) -> float:
-    """Those of the supernet that architectures are scored with; 0: there is none."""
-    return float(load_facts(folder.supernet)["epochs"]) if folder.supernet.exists() else 0.0
-
-
 def _epochs_trained(folder: RunFolder, wished: int) -> float:
     """Those that need not be trained again; a training that was to go on and was stopped may be beyond its supernet."""
-    trained = _supernet_epochs(folder)
+    trained = supernet_epochs(folder)
     if trained == wished:
         return trained
-    return max(trained, float((load_state_facts(folder.training) or {}).get("epochs", 0)))
+    return max(trained or 0, float((load_state_facts(folder.training) or {}).get("epochs", 0)))
 
 
 def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
@@ -133,9 +128,10 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
                 load_weights(job.supernet, folder.supernet)
             return
         if folder:
+            earlier = supernet_epochs(folder) or 0
             for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
                 if scored.exists():  # with weights that now change
-                    scored.rename(scored.with_stem(f"{scored.stem}-{_supernet_epochs(folder):g}-epochs"))
+                    scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
         with progress_bar(console, "training the supernet", total, "steps") as advance:
             train_supernet(
                 job.supernet,

@@ -251,9 +251,14 @@ def open_given(
         )
 
 
+def supernet_epochs(folder: RunFolder) -> int | None:
+    """Those of the supernet that a run's architectures are scored with; None: there is none yet."""
+    return load_facts(folder.supernet)["epochs"] if folder.supernet.exists() else None
+
+
 def is_trained(folder: RunFolder) -> bool:
     """Whether a run's supernet has all its epochs."""
-    return folder.supernet.exists() and load_facts(folder.supernet)["epochs"] == folder.config.epochs
+    return supernet_epochs(folder) == folder.config.epochs
 
 
 def load_weights(supernet: SuperNet, path: Path) -> None:

@@ -65,11 +65,6 @@ class Data:
         text = "\n".join(self.classes).encode() + full.indices.tobytes() + full.labels.tobytes()
         return f"{len(full)} images, {hashlib.sha256(text).hexdigest()[:16]}"
 
-    @property
-    def has_loaders(self) -> bool:
-        """Whether the user's own loaders decide what a batch is."""
-        return False
-
     def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
         """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
         return (min(batch_size, len(self.split("train_full" if full else "train"))),)
@@ -92,7 +87,7 @@ class Data:
         out the steps already taken. Raises DataError for a batch that the ranks cannot share equally.
         """
         split = self.split("train_full" if full else "train")
-        whole = min(batch_size, len(split))
+        whole = self.batch_sizes(batch_size, full)[0]
         if whole < 1 or whole % world_size:
             raise DataError(
                 f"a batch of {whole} images cannot be shared equally among {world_size} process(es): "

@@ -184,11 +184,6 @@ class _LoaderData(Data):
     loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
     sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
 
-    @property
-    def has_loaders(self) -> bool:
-        """The user's own loaders decide what a batch is."""
-        return True
-
     def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
         """Those of the training loader, whatever is asked for."""
         return self.sizes
@@ -208,11 +203,7 @@ class _LoaderData(Data):
         if full:
             raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
         for images in self.sizes:
-            if images % world_size:
-                raise DataError(
-                    f"a batch of {images} images cannot be shared equally among {world_size} processes: give a "
-                    f"loader with drop_last=True whose batch size is a multiple of {world_size}"
-                )
+            _check_share(images, world_size)
         return _Epoch(self.loaders["train"], (self.seed, _EPOCH, epoch), start_step, rank, world_size)
 
     def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
@@ -251,6 +242,7 @@ class _Epoch:
                     raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
             if step < self.start:
                 continue
+            _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
             share = len(images) // self.world_size
             mine = slice(self.rank * share, (self.rank + 1) * share)
             yield images[mine].float(), labels[mine].long()
@@ -286,6 +278,14 @@ def _no_full(index: int) -> Any:
 
 
 # What is wrong, in words
+
+
+def _check_share(images: int, processes: int) -> None:
+    if images % processes:
+        raise DataError(
+            f"a batch of {images} images cannot be shared equally among {processes} processes: give a "
+            f"loader with drop_last=True whose batch size is a multiple of {processes}"
+        )
 
 
 def _check_kind(part: Any, where: str) -> None:

@@ -25,6 +25,7 @@ from .checkpoint import TrainingState
 from .data import Data
 from .interrupt import kept_signals
 from .model import SuperNet
+from .own_data import loader_batch
 from .recipe import Recipe
 from .sandwich import Sandwich
 from .transforms import keyed_generators
@@ -106,17 +107,18 @@ def check_batches(data: Data, recipe: Recipe, processes: int, full: bool = False
     if not (recipe.mixup or recipe.cutmix):
         return
     for images in data.batch_sizes(recipe.batch_size, full):
-        if images // processes % 2:
-            more, fewer = images + processes, images - processes
-            size = more if more <= len(data.split("train_full" if full else "train")) else fewer
-            raise ConfigError(
-                f"mixup and cutmix pair images, and a process has {images // processes} of them in a step: give "
-                + (
-                    f"a training loader with drop_last=True whose batch size is a multiple of {2 * processes}"
-                    if data.has_loaders
-                    else f"a --batch-size whose share is even, such as {size}"
-                )
-            )
+        even = images + processes  # of all processes
+        if even > len(data.split("train_full" if full else "train")):
+            even = images - processes
+        remedy = f"a --batch-size whose share is even, such as {even}"
+        if loader_batch(data) is not None:
+            remedy = f"a training loader with drop_last=True whose batch size is a multiple of {2 * processes}"
+        _check_pairs(images // processes, remedy)
+
+
+def _check_pairs(images: int, remedy: str) -> None:
+    if images % 2:
+        raise ConfigError(f"mixup and cutmix pair images, and a process has {images} of them in a step: give {remedy}")
 
 
 def fit(
@@ -282,7 +284,9 @@ class _Mixer:
         )
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order. B is even, see `check_batches`."""
+        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
+        even = distributed.world_size() * (len(images) + 1)  # loaders may have other batches than in their first epoch
+        _check_pairs(len(images), f"a --batch-size whose share is even, such as {even}")
         # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
         order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
         with keyed_generators(self.seed, _MIX, step):

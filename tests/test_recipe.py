@@ -88,6 +88,8 @@ def test_a_pair_that_is_mixed_stays_together_however_the_batch_is_shared():
         for target, image in zip(part_targets, part_images, strict=True):
             [position] = torch.nonzero((whole_targets == target).all(dim=1)).flatten().tolist()
             assert torch.equal(whole_images[position], image)
+    with pytest.raises(ConfigError, match="3 of them in a step: give a --batch-size whose share is even, such as 4"):
+        mixer(images[:3], labels[:3], 0)
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,8 @@ def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_passw
         address = None if kind == "journal" else request.getfixturevalue("postgres")
         with open_store(folder / "study.journal", address, study_name(job, RunFolder.open(folder))) as store:
             trials = store.study().get_trials(states=(TrialState.COMPLETE,))
-        names = [
-            trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs
-        ]  # others: from the record
+        # Those without a worker were answered from the record.
+        names = [trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs]
         by_worker = sum(f"-{worker.pid}-" in name for name in names)
         by_search = sum(f"-{search.pid}-" in name for name in names)
         assert by_worker + by_search == len(names)
