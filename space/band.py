@@ -1,77 +1,22 @@
-"""Band: the architectures of a space whose cost lies in a range; counted exactly, drawn uniformly."""
+"""Band: the architectures of a space whose cost lies in a range; counted exactly where feasible, drawn uniformly."""
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from itertools import accumulate
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from .architecture import Architecture, Layer
 from .cost import CostTable
+from .counting import CoarseWays, ExactWays, paths_of
 from .errors import BudgetError
 
 if TYPE_CHECKING:
     from .search_space import Node, SearchSpace
 
-MAX_ENTRIES = 1_000_000  # distinct (node, sum) pairs that are counted exactly; past it, coarser units
-_MAX_DRAWS = 100_000
-
-
-class _Counts:
-    """For each layer and node: how many ways to the end cost how much, in units of `unit`."""
-
-    def __init__(self, space: SearchSpace, costs: CostTable, unit: int):
-        self.unit = unit
-        self.edges: dict[Node | None, list[tuple[Layer, Node, int]]] = {
-            node: [(layer, after, costs.edge(space.last_layer(node), layer) // unit) for layer, after in out.items()]
-            for node, out in space.edges.items()
-        }
-        # [layers to come][node] -> (sums, rising; how many ways cost less than each, and in the end all of them)
-        self.ways: list[dict[Node | None, tuple[list[int], list[int]]]] = []
-        ahead: dict[Node | None, dict[int, int]] = {
-            node: {costs.head(space.levels[node.level]) // unit: 1} for node in self.edges if node is not None
-        }
-        entries = 0
-        for remaining in range(space.depth + 1):
-            if remaining:
-                ahead = self._one_layer_more(ahead, whole=remaining == space.depth)
-            entries += sum(map(len, ahead.values()))
-            if entries > MAX_ENTRIES:
-                raise OverflowError
-            self.ways.append({node: _cumulative(ways) for node, ways in ahead.items()})
-
-    def _one_layer_more(
-        self, ahead: dict[Node | None, dict[int, int]], whole: bool
-    ) -> dict[Node | None, dict[int, int]]:
-        ways_from: dict[Node | None, dict[int, int]] = {}
-        for node in [None] if whole else [node for node in self.edges if node is not None]:
-            ways: dict[int, int] = {}
-            for _, after, cost in self.edges[node]:
-                for total, count in ahead[after].items():
-                    ways[total + cost] = ways.get(total + cost, 0) + count
-            ways_from[node] = ways
-        return ways_from
-
-
-def _cumulative(ways: dict[int, int]) -> tuple[list[int], list[int]]:
-    sums = sorted(ways)
-    return sums, [0, *accumulate(ways[total] for total in sums)]
-
-
-@lru_cache(maxsize=8)
-def _counts(space: SearchSpace, costs: CostTable) -> _Counts:
-    for power in range(22):  # 8**21 is 2**63: any unit that could matter
-        try:
-            return _Counts(space, costs, 8**power)
-        except OverflowError:
-            continue
-    raise BudgetError(
-        f"this space has more than {MAX_ENTRIES:,} nodes, too many to count costs; use fewer levels or a smaller max_run"
-    )
+FEW = 2000  # coarsely counted architectures that are looked at one by one, and so counted exactly after all
+_MAX_DRAWS = 20_000
 
 
 def _rounded(name: str, limit: float, rounding: Callable[[float], int]) -> int:
@@ -86,85 +31,132 @@ class Band:
 
     Costs are whole numbers, so a broken limit (0.6 of a model's) is rounded into the band.
 
-    The number and the draws are exact, found by counting paths with the cost in the state. Where a space has too
-    many different costs for that (`exact` is then False), counting goes by coarser units over a slightly wider band
-    and draws outside [low, high] are rejected: draws stay exactly uniform, `size` becomes an estimate from above.
+    Draws are uniform. `size` is exact where `exact` says so: counted with the cost in the state, or member by member
+    where they are few. Where a space has too many different costs for that, counting goes by coarser units over a
+    slightly wider band and draws outside [low, high] are rejected; `size` is then an estimate.
 
     Raises BudgetError, naming the reachable range or the nearest costs, where no architecture qualifies.
     """
 
     def __init__(self, space: SearchSpace, costs: CostTable, low: float | None = None, high: float | None = None):
         self.space, self.costs = space, costs
-        cheapest, dearest = costs.total(space.cheapest(costs)), costs.total(space.dearest(costs))
-        self._reach = (
-            f"this space reaches from {costs.format(cheapest)} ({cheapest:,}) to {costs.format(dearest)} ({dearest:,})"
-        )
-        self.low = cheapest if low is None else _rounded("low", low, ceil)
-        self.high = dearest if high is None else _rounded("high", high, floor)
-        if self.low > dearest or self.high < cheapest or self.low > self.high:
+        self._paths = paths = paths_of(space, costs)
+        self.low = paths.cheapest if low is None else _rounded("low", low, ceil)
+        self.high = paths.dearest if high is None else _rounded("high", high, floor)
+        if self.low > paths.dearest or self.high < paths.cheapest or self.low > self.high:
             wanted = f"at most {costs.format(self.high)} ({self.high:,})" if low is None else self._wanted()
-            raise BudgetError(f"no architecture costs {wanted}: {self._reach}")
-        self._counts = _counts(space, costs)
-        unit = self._counts.unit
-        rounding = 0 if unit == 1 else space.depth + 2  # each floor on the path loses less than one unit
-        self._low = self.low // unit - rounding - costs.source // unit
-        self._high = self.high // unit - costs.source // unit
-        self.exact = unit == 1
-        self.size = self._ways(self._low, self._high)
+            raise BudgetError(f"no architecture costs {wanted}: {self._reach()}")
+        self.exact, self._members = True, None
+        self._open = self.low <= paths.cheapest and self.high >= paths.dearest
+        if self._open:
+            self.size = space.size
+            return
+        self._ways = paths.ways
+        low_cost, high_cost = self.low - costs.source, self.high - costs.source
+        if isinstance(self._ways, ExactWays):
+            self._below, self._high = low_cost - 1, high_cost
+            self.size = self._proposals = self._count(self._below, self._high)
+        else:
+            # Each cost along a path is rounded to the nearest unit, so a sum is off by half a unit for each at most.
+            unit, slack = self._ways.unit, (space.depth + 1) * self._ways.unit
+            self._below = -((slack - 2 * low_cost) // (2 * unit)) - 1
+            self._high = (2 * high_cost + slack) // (2 * unit)
+            self._proposals = self._count(self._below, self._high)
+            if self._proposals <= FEW:
+                found = map(self._unrank, range(self._proposals))
+                self._members = [architecture for architecture in found if self._within(architecture)]
+                self.size = len(self._members)
+            else:
+                self.exact = False
+                estimate = _estimated(self._ways, space.depth, high_cost)
+                self.size = max(1, estimate - _estimated(self._ways, space.depth, low_cost - 1))
         if self.size == 0:
             raise BudgetError(f"no architecture costs {self._wanted()}; {self._nearest()}")
         if not self.exact:
             self.sample(random.Random(0))  # raises where only the wider band has members
 
+    @property
+    def size_text(self) -> str:
+        """The size for people: "31,294", or "about 628,000" where it is an estimate."""
+        if self.exact:
+            return f"{self.size:,}"
+        step = 10 ** max(0, len(str(self.size)) - 3)
+        return f"about {(self.size + step // 2) // step * step:,}"
+
     def _wanted(self) -> str:
         return f"from {self.costs.format(self.low)} ({self.low:,}) to {self.costs.format(self.high)} ({self.high:,})"
 
-    def _nearest(self) -> str:
-        if not self.exact:
-            return self._reach
-        sums = self._counts.ways[self.space.depth][None][0]
-        position = bisect_left(sums, self._low)
-        near = [total + self.costs.source for total in sums[max(0, position - 1) : position + 1]]
-        return "the nearest that exist cost " + " and ".join(f"{total:,}" for total in near)
+    def _reach(self) -> str:
+        low, high = self._paths.cheapest, self._paths.dearest
+        return f"this space reaches from {self.costs.format(low)} ({low:,}) to {self.costs.format(high)} ({high:,})"
 
-    def _ways(self, low: int, high: int) -> int:
-        sums, below = self._counts.ways[self.space.depth][None]
-        return below[bisect_right(sums, high)] - below[bisect_left(sums, low)]
+    def _nearest(self) -> str:
+        if not isinstance(self._ways, ExactWays):
+            return self._reach()
+        below = self._ways.at_most(self.space.depth, None, self._below)
+        near = [self._first_cost(count) for count in (below, below + 1) if 0 < count <= self.space.size]
+        return "the nearest that exist cost " + " and ".join(f"{cost:,}" for cost in near)
+
+    def _first_cost(self, count: int) -> int:
+        """The least cost that so many architectures do not exceed."""
+        low, high = self._paths.cheapest, self._paths.dearest
+        while low < high:
+            middle = (low + high) // 2
+            if self._ways.at_most(self.space.depth, None, middle - self.costs.source) >= count:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _count(self, below: int, high: int) -> int:
+        depth = self.space.depth
+        return self._ways.at_most(depth, None, high) - self._ways.at_most(depth, None, below)
+
+    def _within(self, architecture: Architecture) -> bool:
+        return self.low <= self.costs.total(architecture) <= self.high
 
     def __contains__(self, architecture: object) -> bool:
-        return (
-            isinstance(architecture, Architecture)
-            and architecture in self.space
-            and self.low <= self.costs.total(architecture) <= self.high
-        )
+        return isinstance(architecture, Architecture) and architecture in self.space and self._within(architecture)
 
     def sample(self, rng: random.Random) -> Architecture:
         """A uniform draw. Raises BudgetError where a coarsely counted band turns out to be empty."""
+        if self._open:
+            return self.space.sample(rng)
+        if self.exact:
+            position = rng.randrange(self.size)
+            return self._unrank(position) if self._members is None else self._members[position]
         for _ in range(_MAX_DRAWS):
-            architecture = self._unrank(rng.randrange(self.size))
-            if self.exact or self.low <= self.costs.total(architecture) <= self.high:
+            architecture = self._unrank(rng.randrange(self._proposals))
+            if self._within(architecture):
                 return architecture
-        raise BudgetError(f"none of {_MAX_DRAWS:,} draws costs {self._wanted()}; {self._nearest()}: widen the band")
+        raise BudgetError(f"none of {_MAX_DRAWS:,} draws costs {self._wanted()}; {self._reach()}: widen the band")
 
     def __iter__(self) -> Iterator[Architecture]:
         """All members, in the order of their ranks in the space."""
-        for position in range(self.size):
-            architecture = self._unrank(position)
-            if self.exact or architecture in self:
-                yield architecture
+        if self._open:
+            return iter(self.space)
+        if self._members is not None:
+            return iter(self._members)
+        found = map(self._unrank, range(self._proposals))
+        return found if self.exact else filter(self._within, found)
 
     def _unrank(self, position: int) -> Architecture:
         layers: list[Layer] = []
         node: Node | None = None
-        low, high = self._low, self._high
+        below, high, at_most = self._below, self._high, self._ways.at_most
         for remaining in range(self.space.depth - 1, -1, -1):
-            ways = self._counts.ways[remaining]
-            for layer, after, cost in self._counts.edges[node]:
-                sums, below = ways[after]
-                count = below[bisect_right(sums, high - cost)] - below[bisect_left(sums, low - cost)]
+            for layer, after, cost in self._ways.edges[node]:
+                count = at_most(remaining, after, high - cost) - at_most(remaining, after, below - cost)
                 if position < count:
                     layers.append(layer)
-                    node, low, high = after, low - cost, high - cost
+                    node, below, high = after, below - cost, high - cost
                     break
                 position -= count
         return Architecture(tuple(layers))
+
+
+def _estimated(ways: CoarseWays, depth: int, limit: int) -> int:
+    """How many paths cost at most `limit`: those of a rounded cost of k units are spread evenly over k ± ½."""
+    units, part = divmod(2 * limit + ways.unit, 2 * ways.unit)
+    before, until = ways.at_most(depth, None, units - 1), ways.at_most(depth, None, units)
+    return before + (until - before) * part // (2 * ways.unit)

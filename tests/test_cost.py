@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import poolshare.space.band as band_module
+import poolshare.space.counting as counting_module
 from poolshare.space import (
     OPERATORS,
     Architecture,
@@ -318,12 +319,21 @@ def test_what_a_budget_limits():
 # Bands
 
 
+def count_coarsely(monkeypatch: pytest.MonkeyPatch, memory: int = counting_module.MEMORY, few: int = -1) -> None:
+    """From here on no space is small enough for exact counts; `few`: how many members a band may look at singly."""
+    counting_module.paths_of.cache_clear()
+    monkeypatch.setattr(counting_module, "MAX_BEGINNINGS", 0)
+    monkeypatch.setattr(counting_module, "MAX_SUMS", 0)
+    monkeypatch.setattr(counting_module, "MEMORY", memory)
+    monkeypatch.setattr(band_module, "FEW", few)
+
+
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Counting by coarse units: set MAX_ENTRIES through this, the cache of counts is clean before and after."""
-    band_module._counts.cache_clear()
+    """For `count_coarsely`: the remembered counts are clean before and after."""
+    counting_module.paths_of.cache_clear()
     yield monkeypatch
-    band_module._counts.cache_clear()
+    counting_module.paths_of.cache_clear()
 
 
 @given(spaces, st.integers(0, 10**6), st.data())
@@ -366,59 +376,162 @@ def test_draws_from_a_band_are_uniform():
     assert chisquare([draws[member] for member in members]).pvalue > 0.01
 
 
-@pytest.mark.parametrize("entries", [400, 150, 60])
-def test_a_coarsely_counted_band_holds_the_same_and_draws_uniformly(coarse: pytest.MonkeyPatch, entries: int):
+@pytest.mark.parametrize("memory", [10_000, 1000, 100])
+def test_a_coarsely_counted_band_holds_the_same_and_draws_uniformly(coarse: pytest.MonkeyPatch, memory: int):
     members = list(rich_band(SPACES[1]))
-    coarse.setattr(band_module, "MAX_ENTRIES", entries)
-    band_module._counts.cache_clear()
+    count_coarsely(coarse, memory)
     band = rich_band(SPACES[1])
     assert not band.exact
-    assert band.size >= len(members)
-    assert Counter(band) == Counter(members)
+    assert list(band) == members
     rng = random.Random(1)
     draws = Counter(band.sample(rng) for _ in range(40 * len(members)))
     assert set(draws) <= set(members)
     assert chisquare([draws[member] for member in members]).pvalue > 0.01
 
 
-@given(st.integers(0, 10**6), st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
+@given(st.integers(0, 10**6), st.integers(1, 5000), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_coarse_bands_lose_no_member_and_admit_no_other(
-    coarse: pytest.MonkeyPatch, seed: int, entries: int, one: float, other: float
+    coarse: pytest.MonkeyPatch, seed: int, memory: int, one: float, other: float
 ):
     space = SPACES[0]
-    coarse.setattr(band_module, "MAX_ENTRIES", entries + 60)
-    band_module._counts.cache_clear()
     table = random_table(space, seed, largest=10**5)
     totals = sorted(table.total(architecture) for architecture in space)
     low, high = sorted(totals[int(share * (len(totals) - 1))] for share in (one, other))
     expected = [architecture for architecture in space if low <= table.total(architecture) <= high]
+    count_coarsely(coarse, memory)
+    assert list(space.within(table, low, high)) == expected
+    count_coarsely(coarse, memory, few=space.size)
     band = space.within(table, low, high)
-    assert Counter(band) == Counter(expected)
-    assert band.size >= len(expected)
+    assert band.exact
+    assert (band.size, list(band)) == (len(expected), expected)
+    assert band.sample(random.Random(seed)) in expected
 
 
-def test_units_are_no_coarser_than_needed(coarse: pytest.MonkeyPatch):
-    exact = rich_band(SPACES[1])
-    assert exact.exact
-    entries = sum(len(sums) for ways in exact._counts.ways for sums, _ in ways.values())
-    coarse.setattr(band_module, "MAX_ENTRIES", entries)
-    band_module._counts.cache_clear()
-    assert rich_band(SPACES[1]).exact
-    coarse.setattr(band_module, "MAX_ENTRIES", entries - 1)
-    band_module._counts.cache_clear()
-    assert rich_band(SPACES[1])._counts.unit == 8
+@pytest.mark.parametrize(("memory", "error"), [(2**20, 0.01), (2**16, 0.05)])
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.6, 0.9])
+def test_an_estimated_size_is_close_and_says_about(coarse: pytest.MonkeyPatch, memory: int, error: float, share: float):
+    table = vit_tiny_table()
+    exact = VIT.within(table, None, share * 1_258_411_200)
+    count_coarsely(coarse, memory)
+    band = VIT.within(table, None, share * 1_258_411_200)
+    assert (exact.exact, band.exact) == (True, False)
+    assert band.size == pytest.approx(exact.size, rel=error)
+    assert exact.size_text == f"{exact.size:,}"
+    about, number = band.size_text.split()
+    assert about == "about"
+    assert int(number.replace(",", "")) == pytest.approx(band.size, rel=0.005)
 
 
-def test_a_graph_too_large_for_any_unit_is_refused_instead_of_counting_for_ever(coarse: pytest.MonkeyPatch):
-    coarse.setattr(band_module, "MAX_ENTRIES", 5)
-    with pytest.raises(BudgetError, match=r"more than 5 nodes.*fewer levels or a smaller max_run"):
-        rich_band(SPACES[1])
+@pytest.mark.parametrize("memory", [2**12, 2**16, 2**20])
+def test_coarse_counts_keep_to_their_memory_and_use_it(coarse: pytest.MonkeyPatch, memory: int):
+    count_coarsely(coarse, memory)
+    ways = counting_module.Paths(VIT, vit_tiny_table()).ways
+    assert isinstance(ways, counting_module.CoarseWays)
+    rows = [counts for row in ways._counts for _, counts in row.values()]
+    width = VIT.size.bit_length() // 8 + 1
+    assert (
+        memory / 2 < sum(map(len, rows)) < memory + VIT.depth * width * len(rows)
+    )  # ends of a range are sums of rounded costs
 
 
-@pytest.mark.parametrize("entries", [10**6, 60])
-def test_an_impossible_budget_is_refused_with_the_reachable_range(coarse: pytest.MonkeyPatch, entries: int):
-    coarse.setattr(band_module, "MAX_ENTRIES", entries)
+def test_an_open_band_is_the_space_and_needs_no_counting(coarse: pytest.MonkeyPatch):
+    table = vit_tiny_table()
+    count_coarsely(coarse, 1)
+    for low, high in [(None, None), (0, 10**12), (None, 1_258_411_200)]:
+        band = VIT.within(table, low, high)
+        assert (band.exact, band.size, band.size_text) == (True, 31294, "31,294")
+        assert "ways" not in vars(counting_module.paths_of(VIT, table))
+        assert band.sample(random.Random(4)) == VIT.sample(random.Random(4))
+
+
+# Levels of ViT-Base, pooled by max2d (free) or by tome, whose similarities cost 64 for each pair that may be merged.
+BASE = SearchSpace(12, (196, 144, 100, 64, 49), ("max2d", "tome"), 3)
+
+
+def vit_base_table() -> CostTable:
+    def tome(before: int, after: int) -> int:
+        first = 64 * (before // 2) * (before - before // 2)
+        left = before - before // 2
+        return first if left <= after else first + 64 * (left // 2) * (left - left // 2)
+
+    width, levels = 768, BASE.levels
+    return CostTable(
+        "macs",
+        source=16 * 16 * 3 * width * 196,
+        own={level: own_block(level + 1, width) for level in levels},
+        shared={level: shared_block(level + 1, width) for level in levels},
+        pool={
+            (name, b, a): tome(b, a) if name == "tome" else 0
+            for name in BASE.operators
+            for b in levels
+            for a in levels
+            if a < b
+        },
+        sink={level: 5 * (level + 1) * width + width * 1000 for level in levels},
+    )
+
+
+def test_a_space_of_five_levels_and_two_operators_is_counted_exactly():
+    table = vit_base_table()
+    assert table.own[196] == 1_455_467_520
+    prices = {
+        node: [(after, table.edge(BASE.last_layer(node), layer)) for layer, after in out.items()]
+        for node, out in BASE.edges.items()
+    }
+    arrivals: Counter[tuple[Any, int]] = Counter({(None, table.source): 1})  # node and cost so far, over all layers
+    for _ in range(BASE.depth):
+        ahead: Counter[tuple[Any, int]] = Counter()
+        for (node, spent), times in arrivals.items():
+            for after, price in prices[node]:
+                ahead[after, spent + price] += times
+        arrivals = ahead
+    for percent, size in [(60, 627_995), (40, 64_556)]:
+        limit = percent * table.total(BASE[0]) // 100
+        band = BASE.within(table, None, limit)
+        assert (band.exact, band.size) == (True, size)
+        found = sum(n for (node, spent), n in arrivals.items() if spent + table.head(BASE.levels[node.level]) <= limit)
+        assert found == size
+
+
+def test_a_space_of_many_levels_and_operators_is_counted_about_and_drawn_from_within_the_band():
+    levels = tuple(range(1369, 369, -100))
+    space = SearchSpace(24, levels, ("tome", "topk", "kmeans", "mstm"), 3)
+    table = CostTable(
+        "macs",
+        source=0,
+        own={level: own_block(level + 1, 1024) for level in levels},
+        shared={level: shared_block(level + 1, 1024) for level in levels},
+        pool={
+            (name, b, a): 1024 * (b * index + a)
+            for index, name in enumerate(space.operators)
+            for b in levels
+            for a in levels
+            if a < b
+        },
+        sink=dict.fromkeys(levels, 0),
+    )
+    dense, rng = table.total(space[0]), random.Random(0)
+    assert space.size > 10**16
+    band = space.within(table, 0.5 * dense, 0.51 * dense)
+    assert not band.exact
+    drawn = [band.sample(rng) for _ in range(200)]
+    assert all(0.5 * dense <= table.total(architecture) <= 0.51 * dense for architecture in drawn)
+    # Of uniform draws from a wider band, about the share that the sizes promise falls into this one.
+    wider = space.within(table, 0.5 * dense, 0.52 * dense)
+    share, draws = band.size / wider.size, 1000
+    inside = sum(wider.sample(rng) in band for _ in range(draws))
+    assert abs(inside - draws * share) < 4 * math.sqrt(draws * share * (1 - share))
+    cheapest = table.total(space.cheapest(table))
+    tight = space.within(table, None, cheapest)
+    assert tight.exact  # few are looked at one by one
+    assert {table.total(architecture) for architecture in tight} == {cheapest}
+
+
+@pytest.mark.parametrize("coarsely", [False, True])
+def test_an_impossible_budget_is_refused_with_the_reachable_range(coarse: pytest.MonkeyPatch, coarsely: bool):
+    if coarsely:
+        count_coarsely(coarse, 1000)
     table = vit_tiny_table()
     cheapest = min(table.total(architecture) for architecture in VIT)
     assert table.format(cheapest) == "357.3 M MACs"
@@ -446,10 +559,11 @@ def test_a_gap_that_coarse_counting_cannot_see_is_refused_too(coarse: pytest.Mon
     table = random_table(space, 3, largest=10**6)
     totals = sorted({table.total(architecture) for architecture in space})
     below, above = max(pairwise(totals), key=lambda pair: pair[1] - pair[0])
-    coarse.setattr(band_module, "MAX_ENTRIES", 60)
     coarse.setattr(band_module, "_MAX_DRAWS", 1000)
-    with pytest.raises(BudgetError, match=f"none of 1,000 draws .*reaches from .*{totals[0]:,}.*{totals[-1]:,}"):
-        space.within(table, below + 1, above - 1)
+    for few, problem in [(-1, "none of 1,000 draws costs"), (space.size, "no architecture costs")]:
+        count_coarsely(coarse, 1000, few)
+        with pytest.raises(BudgetError, match=f"{problem} .*reaches from .*{totals[0]:,}.*{totals[-1]:,}"):
+            space.within(table, below + 1, above - 1)
 
 
 def test_a_broken_limit_is_rounded_into_the_band():
