@@ -34,9 +34,7 @@ def announce(job: Job, trained: float, console: Console) -> None:
             median, worst = statistics.median(errors), errors[-1]
             say(f"sums of layers differ from {len(errors)} whole models by {median:.1%} (median), {worst:.1%} (worst)")
     if job.config.budget:
-        allowed = (
-            f"{job.allowed.size:,} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
-        )
+        allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
         say(allowed)
     step, per_mac = calibrate(job)
     epochs = recipe.epochs - trained

@@ -83,10 +83,16 @@ def space(
     budget: Budget = None,
     img_size: ImgSize = None,
     in_chans: InChans = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the head: as many as your data have. Default: the model's.")
+    ] = None,
     model_args: ModelArgs = None,
     as_json: Json = False,
 ) -> None:
-    """Size and costs of a search space; trains nothing."""
+    """Size and costs of a search space; trains nothing.
+
+    With the classes of the data it says what `search` will say.
+    """
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
 
@@ -103,7 +109,8 @@ def space(
         in_chans=in_chans,
         model_args=settings_of(model_args),
     )
-    net = make_supernet(config, model_options(config))
+    options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
+    net = make_supernet(config, options)
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
     costs = macs
@@ -111,8 +118,10 @@ def space(
         latency = measure_latency_table(net.to(pick_device(None)))
         costs = latency.table
     limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
+    allowed = graph.within(costs, None, limit)
     result: dict[str, Any] = {
         "model": model,
+        "num_classes": net.num_classes,
         **graph.to_json(),
         "size": graph.size,
         "dense_macs": macs.total(dense),
@@ -120,7 +129,8 @@ def space(
         "cheapest": str(cheapest),
         "cheapest_macs": macs.total(cheapest),
         "cheapest_parameters": parameters.total(cheapest),
-        "within_budget": graph.within(costs, None, limit).size,
+        "within_budget": allowed.size,
+        "within_budget_is_exact": allowed.exact,
         "budget_macs": limit if costs is macs else None,
         "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
         "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
@@ -137,14 +147,16 @@ def space(
     )
     out.print(f"architectures    {graph.size:,}")
     out.print(
-        f"dense            {macs.format(result['dense_macs'])} per image, {result['dense_parameters']:,} parameters"
+        f"dense            {macs.format(result['dense_macs'])} per image, {result['dense_parameters']:,} parameters, "
+        f"with a head of {net.num_classes:,} classes" + ("" if num_classes else " (--num-classes: those of your data)"),
+        soft_wrap=True,
     )
     out.print(
         f"cheapest         {macs.format(result['cheapest_macs'])} ({result['cheapest_macs'] / result['dense_macs']:.1%}), "
         f"{result['cheapest_parameters']:,} parameters: {cheapest}"
     )
     if limit is not None:
-        out.print(f"within {budget:<9} {result['within_budget']:,} architectures cost at most {costs.format(limit)}")
+        out.print(f"within {budget:<9} {allowed.size_text} architectures cost at most {costs.format(limit)}")
     if costs is not macs:
         out.print(f"dense            {costs.format(costs.total(dense))} per image, {latency.conditions}")
     out.print(

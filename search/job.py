@@ -258,6 +258,17 @@ def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
         return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance)
 
 
+def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
+    """By each cost, the cheapest architecture of the whole space, scored or not, and what it costs."""
+    space, latency = job.supernet.space, job.latency and job.latency.table
+    cheapest = space.cheapest(job.macs)
+    found: dict[str, dict[str, Any]] = {"macs": {"architecture": str(cheapest), "macs": job.macs.total(cheapest)}}
+    if latency:
+        fastest = space.cheapest(latency)
+        found["latency_ms"] = {"architecture": str(fastest), "latency_ms": latency.total(fastest) / 1e6}
+    return found
+
+
 def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
     """Summary, page and picture, frontier. scoring: seconds of this call."""
     limit: float | None = None if job.config.budget is None else job.allowed.high
@@ -302,6 +313,8 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             "certified": len(candidates) == job.supernet.space.size,
             "space": job.supernet.space.to_json(),
             "space_size": job.supernet.space.size,
+            "cheapest": _cheapest(job),
+            **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
             "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "versions": versions(),
         },

@@ -73,6 +73,7 @@ class Report:
     trust: Mapping[str, Any] | None = None  # trust.json
     finalists: pd.DataFrame | None = None  # finalists.csv; None: none were trained
     space: SearchSpace | None = None
+    cheapest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # cost column → the cheapest of the space
     retraining: Retraining | None = None  # None where its time cannot be told
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
 
@@ -115,13 +116,24 @@ class Report:
                         f"{self.timed.shortest}); ask for more"
                     )
             if not fits.any():
-                cheapest = rows.loc[rows[cost].idxmin()]
-                raise BudgetError(
-                    f"no candidate stays within {quantity(limit, cost)}; the cheapest, {cheapest['architecture']}, "
-                    f"needs {quantity(cheapest[cost], cost)}, so ask for at least that"
-                )
+                raise BudgetError(self._too_tight(rows, cost, limit))
             rows = rows[fits]
         return rows
+
+    def _too_tight(self, rows: pd.DataFrame, cost: str, limit: float) -> str:
+        """Why no candidate is within a limit: the space holds none, or none was scored."""
+        scored = rows.loc[rows[cost].idxmin()]
+        problem = (
+            f"none of the {len(rows):,} architectures that were scored stays within {quantity(limit, cost)}; the cheapest of "
+            f"them, {scored['architecture']}, needs {quantity(scored[cost], cost)}"
+        )
+        whole = self.cheapest.get(cost)
+        if whole is None or whole[cost] >= scored[cost]:
+            return f"{problem}, so ask for at least that"
+        problem += f", the cheapest of the space, {whole['architecture']}, {quantity(whole[cost], cost)}"
+        if whole[cost] > limit:
+            return f"{problem}, so ask for at least that and search again"
+        return f"{problem}: search with this budget, so that those within it are scored"
 
     @property
     def frontier(self) -> pd.DataFrame:
@@ -279,6 +291,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         trust=trust if trust and "tau" in trust else None,  # else not measured to the end
         finalists=folder.read_finalists() if folder.finalists.exists() else None,
         space=SearchSpace(**summary["space"]),
+        cheapest=summary.get("cheapest", {}),
         retraining=_retraining(folder.config, summary, candidates),
         within=folder.config.within,
     )
@@ -320,6 +333,8 @@ def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dic
     configuration = {name.replace("_", " "): _plain(value) for name, value in settings.items()}
     space = {name.replace("_", " "): _plain(value) for name, value in summary["space"].items() if value is not None}
     space["architectures"] = f"{summary['space_size']:,}"
+    if "within_budget" in summary:
+        space["within the budget"] = summary["within_budget"]
     space["classes"] = _plain(summary["classes"])
     space["images scored on"] = f"{images:,} (search-validation)"
     seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}

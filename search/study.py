@@ -296,6 +296,9 @@ class _Search:
         sampler = optuna_sampler(self.sampler, self.seed * 1_000_003 + generation)
         study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
         study.add_trials(slot.trial for slot in earlier)
+        if generation == 0 and self.task.allowed.size < self.task.space.size:
+            # As evolution does: these samplers learn what a budget allows, and of a tight one may never meet a member.
+            study.enqueue_trial(encode(self.task.space.cheapest(self.task.objective), self.task.space))
         for _ in range(GENERATION):
             study.ask(distributions(self.task.space))
         asked = study.get_trials()[len(earlier) :]

@@ -300,7 +300,7 @@ def _seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...], repeats: int) -
 
 def time_parts(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np.ndarray:
     """(kinds,) nanoseconds per image of each part by itself."""
-    found = parts(supernet, batch_size)
-    work = [found[kind] for kind in kinds]
+    part = parts(supernet, batch_size)
+    work = [part(kind) for kind in kinds]
     with evaluating(supernet):
         return typical(interleaved(work, 3, random.Random(0))) * 1e9 / batch_size

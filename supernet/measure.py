@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from poolshare.space import CostTable, ModelError
 
 from .block import Attended, run_block
+from .counting import counted, level_terms, reduction_terms
 from .model import SuperNet
 from .pooling import pooling_name
 
@@ -35,17 +37,32 @@ FREE_OPERATORS = frozenset().union(
 
 
 def measure_macs(supernet: SuperNet) -> CostTable:
-    """MACs of every kind of edge, per image. Raises ModelError for an operator that can be neither counted nor free."""
-    return _measure(supernet, "macs", count_macs)
+    """MACs of every kind of edge, per image. Raises ModelError for an operator that can be neither counted nor free.
+
+    fvcore traces a few sizes of each kind; from these the others follow, see `counted`.
+    """
+    space, part = supernet.space, parts(supernet)
+
+    def count(*kind: Any) -> int:
+        return count_macs(*part(kind))
+
+    with torch.no_grad():
+        costs: dict[Kind, int] = {("source",): count("source")}
+        for name in PER_LEVEL:
+            found = counted(sorted(space.levels), level_terms, partial(count, name))
+            costs |= {(name, level): cost for level, cost in found.items()}
+        for reductions in _alike(supernet).values():
+            pooled = counted(reductions, lambda size: reduction_terms(*size[1:]), lambda size: count("pool", *size))
+            costs |= {("pool", *size): cost for size, cost in pooled.items()}
+    return _table("macs", costs)
 
 
 def measure_parameters(supernet: SuperNet) -> CostTable:
     """Parameters of every kind of edge; their sum is the size of the exported model."""
-
-    def count(part: nn.Module, _: tuple[torch.Tensor, ...]) -> int:
-        return part.parameter_count()  # type: ignore[operator]
-
-    return _measure(supernet, "parameters", count)
+    space, part = supernet.space, parts(supernet)
+    kinds: list[Kind] = [("source",), *((name, level) for name in PER_LEVEL for level in space.levels)]
+    kinds += [("pool", *reduction) for reduction in space.reductions]
+    return _table("parameters", {kind: part(kind)[0].parameter_total for kind in kinds})
 
 
 def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
@@ -94,16 +111,13 @@ class _Part(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.run(*inputs)
 
-    def parameter_count(self) -> int:
-        return self.parameter_total
-
 
 Kind = tuple[Any, ...]  # ("source",), ("own", tokens), ("shared", tokens), ("pool", operator, before, after), …
 
 
-def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
-    """Each kind of edge as a module with inputs of zeros. An own map comes twice: "explicit", and "own" as timm has it."""
-    space, prefix, block = supernet.space, supernet.num_prefix_tokens, supernet.blocks[0]
+def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Part, tuple[torch.Tensor, ...]]]:
+    """Of each kind of edge, a module with inputs of zeros. An own map comes twice: "explicit", and "own" as timm has it."""
+    prefix, block = supernet.num_prefix_tokens, supernet.blocks[0]
     reference = next(supernet.parameters())
     attention = block.attn
     block_size = _size(block)
@@ -127,31 +141,44 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module
     shared = _Part(lambda x, *left: run_block(block, x, Attended(*left))[0], block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
+    embed = _Part(supernet.embed, _size(supernet) - rest, supernet)
     classify = _Part(supernet.classify, head_size, supernet)
-    found: dict[Kind, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {
-        ("source",): (_Part(supernet.embed, _size(supernet) - rest, supernet), (images,))
-    }
-    for level in space.levels:
-        found["own", level] = _Part(block, block_size, block), (tokens(level),)
-        found["explicit", level] = explicit, (tokens(level),)
-        found["shared", level] = shared, (tokens(level), *attended(level))
-        found["sink", level] = classify, (tokens(level),)
-    for operator, before, after in space.reductions:
-        module = supernet.poolings[pooling_name(operator, before, after)]
-        found["pool", operator, before, after] = _pooling(module), (tokens(before), *attended(before))
-    return found
+    own = _Part(block, block_size, block)
+
+    def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
+        match kind:
+            case ("source",):
+                return embed, (images,)
+            case ("own", level):
+                return own, (tokens(level),)
+            case ("explicit", level):
+                return explicit, (tokens(level),)
+            case ("shared", level):
+                return shared, (tokens(level), *attended(level))
+            case ("sink", level):
+                return classify, (tokens(level),)
+            case ("pool", operator, before, after):
+                module = supernet.poolings[pooling_name(operator, before, after)]
+                return _pooling(module), (tokens(before), *attended(before))
+        raise ValueError(f"{kind!r} is no kind of edge")
+
+    return part
 
 
-def _pooling(module: nn.Module) -> nn.Module:
+def _pooling(module: nn.Module) -> _Part:
     return _Part(lambda x, *left: module(x, Attended(*left)), _size(module), module)
 
 
-def _measure(
-    supernet: SuperNet, quantity: str, count: Callable[[nn.Module, tuple[torch.Tensor, ...]], int]
-) -> CostTable:
-    """Measure each kind of edge of the supernet's space once."""
-    with torch.no_grad():
-        costs = {kind: count(*part) for kind, part in parts(supernet).items() if kind[0] != "own"}
+def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:
+    """The reductions of the space, smallest first, by operator and the shapes of its weights."""
+    groups: dict[Kind, list[tuple[str, int, int]]] = {}
+    for reduction in sorted(supernet.space.reductions, key=lambda reduction: reduction[1:]):
+        weights = supernet.poolings[pooling_name(*reduction)].parameters()
+        groups.setdefault((reduction[0], *(weight.shape for weight in weights)), []).append(reduction)
+    return groups
+
+
+def _table(quantity: str, costs: Mapping[Kind, int]) -> CostTable:
     per_level = {name: {kind[1]: cost for kind, cost in costs.items() if kind[0] == name} for name in PER_LEVEL}
     pool = {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
     own, shared, sink = (per_level[name] for name in PER_LEVEL)

@@ -476,6 +476,40 @@ def test_space_tells_the_published_numbers_of_vit_tiny(verb):
     assert found["within_budget"] < 31294
 
 
+def test_space_counts_a_head_of_the_datas_classes_as_search_does(verb):
+    words = ["space", "--model", "digits_vit", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--budget", "60%"]
+    found = {}
+    for classes in (10, 4):
+        status, out, err = verb(*words, "--num-classes", classes, "--json")
+        assert status == 0, err
+        found[classes] = json.loads(out)
+        assert found[classes]["num_classes"] == classes
+    net = SuperNet.from_timm(
+        "digits_vit", SearchSpace(3, (64, 16, 4, 1)), depth=3, embed_dim=16, num_heads=2, num_classes=4
+    )
+    assert found[4]["dense_macs"] == measure_macs(net).total(net.space[0]) == found[10]["dense_macs"] - 6 * 16
+    assert found[4]["dense_parameters"] == found[10]["dense_parameters"] - 6 * 17
+    status, out, _ = verb(*words)
+    assert (status, "with a head of 10 classes (--num-classes: those of your data)" in " ".join(out.split())) == (
+        0,
+        True,
+    )
+
+
+def test_space_says_about_where_a_number_is_an_estimate(verb):
+    words = ["space", "--model", "vit_tiny_patch16_224", "--model-args", "embed_dim=16,num_heads=2", "--budget", "60%"]
+    words += ["--levels", "196,176,156,140,120,100,80,60", "--operators", "tome,topk,kmeans,mstm"]
+    status, out, err = verb(*words)
+    assert status == 0, err
+    about = re.search(r"within 60% +about ([0-9]{3},000,000) architectures", out)
+    assert about, out
+    found = json.loads(verb(*words, "--json")[1])
+    assert found["within_budget_is_exact"] is False
+    assert found["within_budget"] == pytest.approx(int(about[1].replace(",", "")), rel=0.005)
+    found = json.loads(verb(*words[:-4], "--json")[1])
+    assert found["within_budget_is_exact"] is True
+
+
 def test_help_and_version_need_no_heavy_import():
     script = (
         "import sys\nfrom poolshare.search.cli import main\nsys.argv = ['poolshare', *sys.argv[1:]]\n"

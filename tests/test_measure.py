@@ -3,6 +3,8 @@
 import random
 import time
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 from conftest import randomise
 from torch import nn
 
-from poolshare.space import Architecture, CostTable, ModelError, SearchSpace
+import poolshare.supernet.measure as measure_module
+from poolshare.space import OPERATORS, Architecture, CostTable, ModelError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_latency, measure_macs, measure_parameters
-from poolshare.supernet.measure import FREE_OPERATORS
+from poolshare.supernet.counting import counted, reduction_terms
+from poolshare.supernet.measure import FREE_OPERATORS, parts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -152,6 +156,83 @@ def test_deit_tiny_has_the_published_numbers():
     model = Subnet.from_supernet(net, architecture)
     assert macs.total(architecture) == raw_fvcore(model, torch.zeros(1, 3, 224, 224))
     assert parameters.total(architecture) == sum(p.numel() for p in model.parameters())
+
+
+# Many sizes from few traces
+
+GRIDS, SEQUENCES = (64, 49, 36, 25, 16, 9, 4), (64, 49, 32, 31, 16, 13, 8, 4, 2)  # parities, halves
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_reduction_costs_what_fvcore_traces_though_few_are_traced(operator: str):
+    levels = GRIDS if OPERATORS[operator].needs_grid else SEQUENCES
+    reached = [levels[0], *(level for level in levels[1:] if OPERATORS[operator].can_reduce(levels[0], level))]
+    options = {"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3, "img_size": 128}
+    net = SuperNet.from_timm("vit_tiny_patch16_224", SearchSpace(2, tuple(reached), (operator,)), **options)
+    table, part = measure_macs(net), parts(net)
+    with torch.no_grad():
+        for reduction in random.Random(0).sample(net.space.reductions, min(5, len(net.space.reductions))):
+            assert table.pool[reduction] == count_macs(*part(("pool", *reduction))), reduction
+        level = reached[len(reached) // 2 + 1 :][0] if len(reached) > 3 else reached[-1]
+        assert table.own[level] == count_macs(*part(("explicit", level)))
+        assert table.shared[level] == count_macs(*part(("shared", level)))
+        assert table.sink[level] == count_macs(*part(("sink", level)))
+
+
+def test_thirty_levels_and_four_operators_are_measured_by_some_dozens_of_traces(monkeypatch: pytest.MonkeyPatch):
+    levels = tuple(range(196, 46, -5))
+    space = SearchSpace(2, levels, ("tome", "kmeans", "mstm", "topk"))
+    net = SuperNet.from_timm("vit_tiny_patch16_224", space, depth=2, embed_dim=16, num_heads=2, num_classes=3)
+    traced = []
+    monkeypatch.setattr(measure_module, "count_macs", lambda *given: traced.append(given) or count_macs(*given))
+    table = measure_macs(net)
+    assert len(levels) == 30
+    assert len(table.pool) == 4 * 30 * 29 // 2
+    assert len(traced) < 100
+    for seed in range(2):
+        architecture = space.sample(random.Random(seed))
+        assert table.total(architecture) == raw_fvcore(Subnet.from_supernet(net, architecture), image_for(net))
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [
+        ("a term that is not known", lambda before, after: before**3),
+        ("a break", lambda before, after: before * after + (7 if after < 5 else 0)),
+        ("one that is different in the middle", lambda before, after: 5 * before + (before == 11)),
+        ("halves of units", lambda before, after: before * after // 2),
+    ],
+)
+def test_what_does_not_follow_from_a_few_sizes_is_counted_at_every_one(name: str, cost: Callable[[int, int], int]):
+    sizes = [(before, after) for before in range(1, 14) for after in range(1, before)]
+    asked = Counter()
+
+    def count(size: tuple[int, int]) -> int:
+        asked[size] += 1
+        return cost(*size)
+
+    expected = {size: cost(*size) for size in sizes}
+    found = counted(sizes, lambda size: reduction_terms(*size), count)
+    assert set(asked.values()) == {1}
+    if name != "one that is different in the middle":
+        assert found == expected
+        assert set(asked) == set(sizes)
+
+
+def test_what_follows_is_counted_at_a_few_sizes_alone():
+    sizes = [(before, after) for before in range(1, 40) for after in range(1, before)]
+    asked = []
+
+    def cost(size: tuple[int, int]) -> int:
+        before, after = size
+        return 3 + 2 * before + 7 * before * after + (before // 2) * (before - before // 2)
+
+    for given in (sizes, sizes[:5], sizes[:1], []):
+        asked.clear()
+        found = counted(given, lambda size: reduction_terms(*size), lambda size: asked.append(size) or cost(size))
+        assert found == {size: cost(size) for size in given}
+        assert list(found) == given
+        assert len(asked) <= min(len(given), 12)
 
 
 # What cannot be counted

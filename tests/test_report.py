@@ -66,6 +66,33 @@ def test_frontiers_by_other_costs_are_those_of_brute_force_within_the_budget():
         _ = make_report(limits={"macs": 1e6}).frontier
 
 
+def test_a_budget_that_nothing_scored_keeps_is_told_the_cheapest_of_the_space_too():
+    def problem(cheapest: dict) -> str:
+        with pytest.raises(BudgetError) as caught:
+            _ = make_report(limits={"macs": 6e6}, cheapest=cheapest).frontier
+        return str(caught.value)
+
+    scored = candidates()
+    row = scored.loc[scored["macs"].idxmin()]
+    of_them = f"the cheapest of them, {row['architecture']}, needs 10.0 M MACs"
+    alone = problem({"macs": {"architecture": row["architecture"], "macs": int(row["macs"])}})
+    assert f"none of the {len(scored):,} architectures that were scored stays within 6.00 M MACs" in alone
+    assert of_them in alone
+    assert "of the space" not in alone
+    dearer = problem({"macs": {"architecture": "64 16@max2d*7", "macs": 8_000_000}})
+    assert f"{of_them}, the cheapest of the space, 64 16@max2d*7, 8.00 M MACs, so ask for at least that" in dearer
+    inside = problem({"macs": {"architecture": "64 16@max2d*7", "macs": 5_000_000}})
+    assert f"{of_them}, the cheapest of the space, 64 16@max2d*7, 5.00 M MACs: search with this budget" in inside
+
+
+@pytest.mark.parametrize("size", ["about 628,000", "627,995"])
+def test_a_report_says_how_many_are_within_the_budget_and_whether_that_is_exact(tmp_path: Path, size: str):
+    folder = finished_run(tmp_path / "run", within_budget=size)
+    assert load_report(folder).facts["Space and data"]["within the budget"] == size
+    write_report(folder)
+    assert size in folder.report.read_text(encoding="utf-8")
+
+
 def test_picks_are_named_with_their_reason():
     rows = candidates()
     report = make_report(rows, dense={**make_report().dense, "top1": 93.0}, limits={"macs": 36e6})

@@ -91,6 +91,15 @@ def test_an_exhausted_space_gives_no_proposals(name, everything):
 
 
 @pytest.mark.parametrize("sampler", ["evolution", "random", "nsga2", "tpe"])
+def test_every_sampler_finds_something_within_the_tightest_budget(sampler, tmp_path):
+    limit = min(map(MACS.total, SPACE))
+    task = make_task(Counter(), limit)
+    assert task.allowed.size < 10
+    frame = run_study(task, make_folder(tmp_path / "run"), sampler, 5, 0, "study", no_progress)
+    assert frame["macs"].min() == limit
+
+
+@pytest.mark.parametrize("sampler", ["evolution", "random", "nsga2", "tpe"])
 def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sampler, tmp_path):
     score = Counter()
     folder = make_folder(tmp_path / "run")
