@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
@@ -10,16 +10,21 @@ Size = TypeVar("Size")
 
 
 def counted(
-    sizes: Sequence[Size], terms: Callable[[Size], Sequence[int]], count: Callable[[Size], int]
+    sizes: Sequence[Size],
+    terms: Callable[[Size], Sequence[int]],
+    count: Callable[[Size], int],
+    like: Callable[[Size], Hashable] = lambda _: None,
 ) -> dict[Size, int]:
     """What `count` gives at each of the sizes, though it is called for few of them where it is linear in `terms`.
 
     sizes: the cheapest to count first. A size whose terms are a combination of those of earlier sizes gets the same
-    combination of their counts. The first, the middle one and the last of these are counted as well: where one
-    differs, or a combination is no whole number, `terms` do not describe `count` and every size is counted.
+    combination of their counts. The first, the middle one and the last of these are counted as well, and the last of
+    those that are `like` each other, whose counts might follow a law of their own: where one differs, or a combination
+    is no whole number, `terms` do not describe `count` and every size is counted.
     """
     found, combined = _combined(sizes, terms, count)
-    checked = [combined[index] for index in {0, len(combined) // 2, len(combined) - 1}] if combined else []
+    last_of = {like(size): index for index, (size, _) in enumerate(combined)}
+    checked = [combined[index] for index in {*last_of.values(), 0, len(combined) // 2}] if combined else []
     actual = {size: count(size) for size, _ in checked}
     fits = all(actual[size] == value for size, value in checked) and all(v.denominator == 1 for _, v in combined)
     if fits:
@@ -59,10 +64,20 @@ def level_terms(tokens: int) -> tuple[int, ...]:
 
 def reduction_terms(before: int, after: int) -> tuple[int, ...]:
     """What the count of an operator may be a sum of. Some reduce by halves: to each halving belong its tokens and pairs."""
-    halved = []
-    tokens = before
-    while tokens > after:
-        halved.append(tokens)
-        tokens -= tokens // 2
+    halved = _halved(before, after)
     pairs = sum((tokens // 2) * (tokens - tokens // 2) for tokens in halved)
     return 1, before, after, before * after, before**2, after**2, len(halved), sum(halved), pairs
+
+
+def reduction_class(before: int, after: int) -> tuple[int, int, int]:
+    """Reductions that take as many halvings, from and to numbers of the same parity, are alike."""
+    return len(_halved(before, after)), before % 2, after % 2
+
+
+def _halved(before: int, after: int) -> list[int]:
+    """The numbers of tokens that are more than `after`, on the way down by halves."""
+    halved = []
+    while before > after:
+        halved.append(before)
+        before -= before // 2
+    return halved

@@ -20,7 +20,7 @@ from torch import nn
 from poolshare.space import CostTable, ModelError
 
 from .block import Attended, run_block
-from .counting import counted, level_terms, reduction_terms
+from .counting import counted, level_terms, reduction_class, reduction_terms
 from .model import SuperNet
 from .pooling import pooling_name
 
@@ -52,7 +52,12 @@ def measure_macs(supernet: SuperNet) -> CostTable:
             found = counted(sorted(space.levels), level_terms, partial(count, name))
             costs |= {(name, level): cost for level, cost in found.items()}
         for reductions in _alike(supernet).values():
-            pooled = counted(reductions, lambda size: reduction_terms(*size[1:]), lambda size: count("pool", *size))
+            pooled = counted(
+                reductions,
+                lambda size: reduction_terms(*size[1:]),
+                lambda size: count("pool", *size),
+                lambda size: reduction_class(*size[1:]),
+            )
             costs |= {("pool", *size): cost for size, cost in pooled.items()}
     return _table("macs", costs)
 

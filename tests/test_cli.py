@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from poolshare.search.config import SearchConfig
 from poolshare.search.prepare import prepare
 from poolshare.search.run import RunFolder, read_json, write_json
 from poolshare.space import Architecture, RunError, SearchSpace
-from poolshare.supernet import SuperNet, count_macs
+from poolshare.supernet import SuperNet, count_macs, measure_macs
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.data import open_data
 
