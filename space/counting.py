@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ class Paths:
         self.cheapest = self.source + self.least[-1][None]
         self.dearest = self.source + self.most[-1][None]
 
-    def extremes(self, choose: type[min] | type[max]) -> list[dict[Node | None, int]]:  # type: ignore[valid-type]
+    def extremes(self, choose: Callable[[Iterable[int]], int]) -> list[dict[Node | None, int]]:
         """[layers still to come][node] -> the least or the most that a path from there to the end costs."""
         found: list[dict[Node | None, int]] = [{node: self.heads[node] for node in self.reached[0]}]  # type: ignore[index]
         for nodes in self.reached[1:]:
