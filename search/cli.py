@@ -241,7 +241,7 @@ def search(
         return print_json(looking.outcome(found.run, found.report, found.run.config.cost))
     looking.present(found.report, found.run.config.cost)
     if quiet:  # else they were said at the beginning
-        using.print_notes(found.run.read_summary()["notes"])
+        using.print_notes(found.run.read_summary().get("notes", []))
     looking.hint(found.run, found.report)
 
 

@@ -168,7 +168,7 @@ def save_export(
         record["weights_sha256"] = _digest(temporary / "model.safetensors")
         record["config_sha256"] = _digest(temporary / "config.json")
         write_json(temporary / "architecture.json", record)
-        (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8", errors="backslashreplace")
         for file in temporary.iterdir():  # the state of a retraining goes once this is done
             sync(file)
         sync(temporary)

@@ -171,7 +171,7 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
-    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "search_data", "download"})
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for

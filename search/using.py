@@ -114,7 +114,8 @@ def retrain(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
-    print_notes(facts["notes"])
+    if quiet:  # else they were said at the beginning
+        print_notes(facts["notes"])
 
 
 def print_notes(notes: list[str]) -> None:

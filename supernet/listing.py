@@ -36,7 +36,7 @@ class Listing:
     @property
     def notes(self) -> tuple[str, ...]:
         """A note on what was passed over; none where nothing was."""
-        what = f"{len(self.passed_over)} file(s) in {self.root!r} were passed over ({some(self.passed_over, 3)})"
+        what = f"{len(self.passed_over)} file(s) in {self.root!r} were passed over ({some([*map(readable, self.passed_over)], 3)})"
         return (f"{what}: images end in {' '.join(ENDINGS)}.",) * bool(self.passed_over)
 
 
@@ -147,7 +147,12 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 def class_name(folder: str) -> str:
     """A folder's name as text that can be written anywhere, the same on every system."""
-    return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "backslashreplace"))
+    return unicodedata.normalize("NFC", readable(folder))
+
+
+def readable(name: str) -> str:
+    """A name from the file system as text that can be written anywhere, whatever its encoding is."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def some(items: Sequence[str], most: int = 10) -> str:

@@ -12,7 +12,7 @@ from timm.data import create_dataset
 
 from poolshare.space.errors import DataError
 
-from .listing import ENDINGS, class_name, list_folder, some, subfolders
+from .listing import ENDINGS, class_name, list_folder, readable, some, subfolders
 from .pictures import Images, digest
 
 DIGITS_TEST = 540  # of 1,797 images
@@ -403,7 +403,7 @@ def read_folder(
     notes = listing.notes
     if loose := len(homes) - len(inside):
         first = next(path for path, home in zip(listing.paths, homes, strict=True) if not home)
-        notes += (f"{loose} image(s) in {str(root)!r} lie in no class folder ({first}) and are not read.",)
+        notes += (f"{loose} image(s) in {str(root)!r} lie in no class folder ({readable(first)}) and are not read.",)
     if not len(inside):
         raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
     items = [(os.path.join(root, listing.paths[index]), label_of[homes[index]]) for index in inside]

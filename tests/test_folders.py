@@ -99,7 +99,9 @@ def test_names_in_any_encoding(tmp_path):
     for folder in (latin, "cafe\u0301", "plain"):
         for number in range(5):
             written(tmp_path / folder / f"{number}²{latin}.png", Image.new("L", (8, 8), 40 * number))
+    (tmp_path / latin / f"{latin}.txt").touch()
     data = open_data(str(tmp_path), **GREY)
+    "\n".join(data.notes).encode()
     assert set(data.classes) == {"caf\\xe9", "caf\xe9", "plain"}
     "\n".join(data.classes).encode()  # can be written anywhere
     run = RunFolder(tmp_path / "run", checked_config(data=str(tmp_path)))
