@@ -211,6 +211,16 @@ def search(
     search_fraction: Annotated[
         float | None, typer.Option(help="Share of the training images to score on. Default: 0.2, digits 0.3.")
     ] = None,
+    search_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Score on these class folders instead. Default: val/ where there is a test/ beside it.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    scale_16bit: Annotated[
+        bool, typer.Option("--scale-16bit", help="Take 16-bit grey images, 65,535 as white; else they are refused.")
+    ] = False,
     workers: Workers = 0,
     amp: Amp = "none",
     recipe: RecipeChanges = None,
@@ -228,7 +238,8 @@ def search(
 
     found = run_search(
         data, out=out, storage=storage, quiet=quiet,
-        data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
+        data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
+        scale_16bit=scale_16bit, model=model,
         model_args=settings_of(model_args),
         pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
@@ -241,6 +252,8 @@ def search(
     if as_json:
         return print_json(looking.outcome(found.run, found.report, found.run.config.cost))
     looking.present(found.report, found.run.config.cost)
+    if quiet:  # else they were said at the beginning
+        using.print_notes(found.run.read_summary().get("notes", []))
     looking.hint(found.run, found.report)
 
 

@@ -24,6 +24,8 @@ class SearchConfig(BaseModel):
     data_dir: str | None = None
     download: bool = False
     search_fraction: float = Field(gt=0, lt=1)  # of the training images, to score architectures on
+    search_data: str | None = None  # a folder of images to score on instead
+    scale_16bit: bool = False  # whether 16-bit grey images are taken, 65,535 as white
     model: str
     model_args: dict[str, Any] = {}
     pretrained: bool = False

@@ -29,7 +29,15 @@ from .run import RunFolder
 from .trust import Plan, measure_trust
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
-NOT_OWN = ("data_dir", "download", "search_fraction", "img_size", "in_chans")  # what the user's own data decide
+NOT_OWN = (
+    "data_dir",
+    "download",
+    "search_fraction",
+    "search_data",
+    "scale_16bit",
+    "img_size",
+    "in_chans",
+)  # what the user's own data decide
 
 
 def search(
@@ -48,8 +56,8 @@ def search(
     data: what `--data` takes; or (train, validation), two torch `Dataset`s of (float image (channels, H, W), class
         index), or two `DataLoader`s of batches of them. Their transforms are the user's; architectures are scored on
         the validation images.
-    out: the run folder; the same call continues it. name: of own data, kept in the record beside a hash of all labels:
-        change it when the images change. classes: names of own data's classes in index order.
+    out: the run folder; the same call continues it. name: of own data, kept in the record beside a hash of all
+        images and labels. classes: names of own data's classes in index order.
     metric: (logits (B, classes), labels (B,)) → (B,) bool, which answers count as right. It judges each image by itself,
         so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
         Its name is recorded. Default: the most probable class is the label.
@@ -57,7 +65,7 @@ def search(
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, model_args (a dict), levels,
         operators (tuples), max_run, budget, sampler, objective, latency_batch, include, trials, epochs, batch_size, lr,
         weight_decay, amp, recipe (a dict), workers, seed, device; and data_dir, download, search_fraction, img_size,
-        in_chans, which own data decide by themselves.
+        in_chans, search_data, scale_16bit, which own data decide by themselves.
 
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """

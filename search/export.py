@@ -45,6 +45,8 @@ class Facts(BaseModel):
     data: str
     data_dir: str | None
     data_fingerprint: str
+    search_data: str | None = None
+    scale_16bit: bool = False
     seed: int = Field(ge=0, lt=2**32)
     batch_size: int = Field(ge=1)
     pretrained: bool
@@ -101,6 +103,8 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "data": _absolute(config.data, config.data_dir),
         "data_dir": config.data_dir and str(Path(config.data_dir).resolve()),
         "data_fingerprint": folder.data_fingerprint,
+        "search_data": config.search_data and str(Path(config.search_data).expanduser().resolve()),
+        "scale_16bit": config.scale_16bit,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
@@ -164,7 +168,7 @@ def save_export(
         record["weights_sha256"] = _digest(temporary / "model.safetensors")
         record["config_sha256"] = _digest(temporary / "config.json")
         write_json(temporary / "architecture.json", record)
-        (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8", errors="backslashreplace")
         for file in temporary.iterdir():  # the state of a retraining goes once this is done
             sync(file)
         sync(temporary)

@@ -72,7 +72,7 @@ def train_finalists(
         if missing:
             here = {"device": device or folder.config.device, "workers": workers}
             config = folder.config.without_weights.model_copy(update=here)
-            rows = _train(folder, prepare(config, data=data, metric=metric), missing, rows, recipe, console)
+            rows = _train(folder, prepare(config, console, data, metric), missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
     return ranked(rows[allowed & _alike(rows, recipe)])
@@ -102,7 +102,7 @@ def _train(
     console: Console,
 ) -> pd.DataFrame:
     workers, seed = job.config.workers, job.config.seed
-    folder.check_images(job.data.fingerprint)
+    folder.check_images(job.data.fingerprint, job.data.files)
     load_weights(job.supernet, folder.supernet)
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)

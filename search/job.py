@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs
-from .progress import no_progress, progress_bar
+from .progress import progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
 from .storage import check_storage, open_store
@@ -58,10 +57,7 @@ def run_job(
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
     kind = check_storage(storage) if distributed.rank() == 0 else ""
-    folder_of_images = data is None and _is_folder(config)
-    checking = progress_bar(console, "checking images", 1, "images") if folder_of_images else nullcontext(no_progress)
-    with checking as advance:
-        job = prepare(config, lambda done, total: advance(done, total=total), data, metric)
+    job = prepare(config, console, data, metric)
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         _train(job, None, console)
@@ -69,7 +65,7 @@ def run_job(
     job = timed_job(job, RunFolder(Path(out), config), console)
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
-        folder.write_config(job.data.fingerprint, kind)
+        folder.write_config(job.data.fingerprint, kind, job.data.files)
         if job.latency:
             folder.write_latency(job.latency)
         for note in job.notes:
@@ -95,10 +91,6 @@ def timed_job(job: Job, folder: RunFolder, console: Console) -> Job:
                     job.supernet, batch, progress=lambda done, total: advance(done, total=total)
                 )
     return job.with_latency(latency) if latency else job
-
-
-def _is_folder(config: SearchConfig) -> bool:
-    return config.data != "digits" and Path(config.data_dir or "", config.data).expanduser().is_dir()
 
 
 def _epochs_trained(folder: RunFolder, wished: int) -> float:
@@ -180,7 +172,7 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
-    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "search_data", "download"})
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for
@@ -311,6 +303,7 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             **({"timed": timed.to_json()} if timed else {}),
             "included": list(map(str, job.include)),
             "classes": list(job.data.classes),
+            "notes": list(job.notes),
             "certified": len(candidates) == job.supernet.space.size,
             "space": job.supernet.space.to_json(),
             "space_size": job.supernet.space.size,

@@ -44,7 +44,7 @@ def write_html(report: Report, path: str | Path) -> None:
         style=style,
         data=_embedded(page_data(report)),
     )
-    write_whole(Path(path), lambda part: part.write_text(page, encoding="utf-8"))
+    write_whole(Path(path), lambda part: part.write_text(page, encoding="utf-8", errors="backslashreplace"))
 
 
 def page_data(report: Report) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from poolshare.supernet.weights import load_base_weights
 
 from .config import SearchConfig, check_recipe_names, first_problem
 from .evaluate import Metric, check_metric, metric_name, top1
-from .progress import progress_bar
+from .progress import Advance, progress_bar
 from .run import RunFolder
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
@@ -119,13 +120,14 @@ def checked_recipe(values: Mapping[str, Any], changes: Mapping[str, Any] | None 
 
 def prepare(
     config: SearchConfig,
-    progress: Callable[[int, int], None] | None = None,
+    console: Console | None = None,
     data: Data | None = None,
     metric: Metric = top1,
 ) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
-    data, metric: those that were given in Python, under the names that stand in the configuration.
+    console: where progress goes while images are decoded as a check; None: nowhere. data, metric: those that were given
+    in Python, under the names that stand in the configuration.
     Raises the PoolshareError of whatever does not fit.
     """
     if config.metric != metric_name(metric):
@@ -137,16 +139,20 @@ def prepare(
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
     data_config = input_config(config.model, options, recipe)
-    data = data or open_data(
-        config.data,
-        data_dir=config.data_dir,
-        download=config.download,
-        search_fraction=config.search_fraction,
-        seed=config.seed,
-        progress=progress,
-        augmentation=recipe.augmentation,
-        **opening_options(data_config),
-    )
+    if data is None:
+        with checking_images(console) as progress:
+            data = open_data(
+                config.data,
+                data_dir=config.data_dir,
+                download=config.download,
+                search_fraction=config.search_fraction,
+                search_data=config.search_data,
+                scale_16bit=config.scale_16bit,
+                seed=config.seed,
+                progress=progress,
+                augmentation=recipe.augmentation,
+                **opening_options(data_config),
+            )
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
@@ -173,6 +179,21 @@ def prepare(
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)
+
+
+@contextmanager
+def checking_images(console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows (images decoded, of all): a bar that appears with the first of them."""
+    with ExitStack() as stack:
+        bar: list[Advance] = []
+
+        def show(done: int, total: int) -> None:
+            if not bar:
+                title = "checking images"
+                bar.append(stack.enter_context(progress_bar(console or Console(quiet=True), title, total, "images")))
+            bar[0](done, total=total)
+
+        yield show
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:

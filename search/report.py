@@ -15,6 +15,7 @@ import pandas as pd
 from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, budget_quantity, parse_budget
 
 from .config import SearchConfig
+from .console import printable
 from .kept import Timed
 from .layers import layer_shares
 from .pareto import PICKS, binomial_interval, compared, frontier, hypervolume, pick, progress, ranked
@@ -276,7 +277,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     dense, trust = summary["dense"], folder.read_trust()
     limits = _limits(summary, budget)
     report = Report(
-        title=f"{folder.config.model} on {folder.config.data}"
+        title=printable(f"{folder.config.model} on {folder.config.data}")
         + (f", scored by {folder.config.metric}" if folder.config.metric != "top1" else ""),
         candidates=candidates,
         dense=dense,
@@ -336,6 +337,8 @@ def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dic
     if "within_budget" in summary:
         space["within the budget"] = summary["within_budget"]
     space["classes"] = _plain(summary["classes"])
+    if summary.get("notes"):
+        space["notes"] = " ".join(summary["notes"])
     space["images scored on"] = f"{images:,} (search-validation)"
     seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
     return {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}

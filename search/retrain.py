@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,15 +19,17 @@ from poolshare.space import ConfigError, DataError
 from poolshare.space.files import held
 from poolshare.supernet import count_macs, distributed, measure_latency
 from poolshare.supernet.checkpoint import load_facts
-from poolshare.supernet.data import Data, open_data
+from poolshare.supernet.data import Data, open_data, open_tests
+from poolshare.supernet.sources import folder_path
 from poolshare.supernet.train import Recipe, check_batches, steps_per_epoch, train_model
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 from .config import WARM_LR, WARM_LR_PRETRAINED
 from .evaluate import count_right
 from .export import Exported, check_new, load_export, save_export
+from .images import difference
 from .pareto import binomial_interval
-from .prepare import as_trained, checked_recipe, opening_options, pick_device
+from .prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
 from .progress import progress_bar
 from .run import read_json
 
@@ -70,7 +72,10 @@ def retrain(
     guide = None if teacher is None else _teacher(source, teacher)
     source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
-    opened = replace(_open(source, data, data_dir, download, recipe.augmentation), seed=seed)
+    opened = _open(source, data, data_dir, download, ("train", "test"), console, recipe.augmentation)
+    opened = replace(opened, seed=seed)
+    for note in opened.notes:
+        console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)
     model: Any = source.model
     if from_scratch:
@@ -117,6 +122,7 @@ def retrain(
             "test_top1": 100 * correct / images,
             "test_correct": correct,
             "test_total": images,
+            "notes": list(opened.notes),
             "recipe": recipe.model_dump(),
             "from_scratch": from_scratch,
             "retrain_seed": seed,
@@ -173,9 +179,13 @@ def evaluate(
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model."""
-    source = load_export(exported)
-    opened = _open(source, data, data_dir, download)
+    """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model.
+
+    data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
+    it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
+    """
+    source, console = load_export(exported), console or Console(quiet=True)
+    opened = _open_tests(source, data, data_dir, download, console)
     place = pick_device(device)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
@@ -192,6 +202,7 @@ def evaluate(
         "macs": macs,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(place),
+        "notes": list(opened.notes),
         "latency_ms": {
             batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
             for batch in LATENCY_BATCHES
@@ -211,27 +222,63 @@ def _open(
     data: str | None,
     data_dir: str | None,
     download: bool,
+    check: Sequence[str],
+    console: Console,
     augmentation: Augmentation = DEFAULT_AUGMENTATION,
 ) -> Data:
-    """The data set, in the model's input format. Raises DataError where its classes are not the model's."""
-    name = data or source.facts["data"]
-    opened = open_data(
-        name,
-        data_dir=data_dir or (source.facts["data_dir"] if name == source.facts["data"] else None),
-        download=download,
-        seed=source.facts["seed"],  # where test images had to be set aside, the search has not seen them
-        augmentation=augmentation,
-        **opening_options(source.data_config),
-    )
-    if name == source.facts["data"] and opened.fingerprint != source.facts["data_fingerprint"]:
+    """The data set, in the model's input format. Raises DataError where its classes are not the model's.
+
+    check: what to decode once, `train` or `test`.
+    """
+    name, facts = data or source.facts["data"], source.facts
+    same = name == facts["data"]
+    with checking_images(console) as progress:
+        opened = open_data(
+            name,
+            data_dir=data_dir or (facts["data_dir"] if same else None),
+            download=download,
+            search_data=facts.get("search_data") if same else None,
+            scale_16bit=facts.get("scale_16bit", False),
+            seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
+            augmentation=augmentation,
+            check=check,
+            progress=progress,
+            **opening_options(source.data_config),
+        )
+    if same and (found := difference(opened.fingerprint, facts["data_fingerprint"])):
         raise DataError(
-            f"the training images of {name} are not those the model was searched on ({opened.fingerprint} now, "
-            f"{source.facts['data_fingerprint']} then), so its test images may not be either; restore them"
+            f"the training images of {name} are not those the model was searched on ({found}), so its test images may "
+            "not be either; restore them, or give other test images as --data FOLDER"
         )
     if list(opened.classes) != source.facts["classes"]:
         raise DataError(
             f"{name} has the classes {', '.join(opened.classes[:5])}…, but {source.path} was made for "
             f"{', '.join(source.facts['classes'][:5])}…; use the data it was searched on"
+        )
+    return opened
+
+
+def _open_tests(source: Exported, data: str | None, data_dir: str | None, download: bool, console: Console) -> Data:
+    """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
+    facts = source.facts
+    if data in (None, facts["data"]) or not folder_path(data, data_dir).is_dir():
+        return _open(source, data, data_dir, download, ("test",), console)
+    with suppress(DataError):  # not a folder to train on, as far as that can tell
+        opened = _open(source, data, data_dir, download, (), console)
+        if not difference(opened.fingerprint, facts["data_fingerprint"]):  # the search's, at another place
+            return _open(source, data, data_dir, download, ("test",), console)
+    with checking_images(console) as progress:
+        opened = open_tests(
+            data,
+            facts["classes"],
+            data_dir=data_dir,
+            scale_16bit=facts.get("scale_16bit", False),
+            progress=progress,
+            **opening_options(source.data_config),
+        )
+    if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
+        raise DataError(
+            f"{data} holds the images that {source.path} was searched on: give images it was not trained on"
         )
     return opened
 

@@ -22,6 +22,7 @@ from poolshare.space import Architecture, RunError
 from poolshare.space.files import held, write_whole
 
 from .config import MAY_DIFFER, SearchConfig, first_problem
+from .images import changed_files, difference, write_images
 
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
@@ -47,6 +48,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
         self.trust_rows = path / "trust.csv"  # what it was reckoned from
+        self.images = path / "images.csv"  # training images that are files, so that a changed one can be named
         self.report = path / "report.html"
         self.figure = path / "pareto.png"
 
@@ -112,31 +114,35 @@ class RunFolder:
             cls.check(path, config)  # the process that held it may have begun it meanwhile
             yield folder
 
-    def write_config(self, data: str, storage: str = "journal") -> None:
+    def write_config(self, data: str, storage: str = "journal", files: Mapping[str, str] | None = None) -> None:
         """Write config.json with the fingerprint of the training images, and the kind of storage its study is in.
 
-        Raises what `check_same` does, before anything is written.
+        files: of images that are files, a word for the contents of each by its name; kept in images.csv. Raises what
+        `check_same` does, before anything is written.
         """
         path = self.path / "config.json"
         if path.exists():
-            self.check_same(data, storage)
+            self.check_same(data, storage, files)
         content = {"format": FORMAT, "data": data, "storage": storage, "search": self.config.model_dump(mode="json")}
         write_json(path, content)
+        if files and not self.images.exists():
+            write_images(self.images, files)
 
-    def check_same(self, data: str, storage: str) -> None:
+    def check_same(self, data: str, storage: str, files: Mapping[str, str] | None = None) -> None:
         """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
-        self.check_images(data)
+        self.check_images(data, files)
         there = self._fact("storage")
         if there not in (None, storage):
             remedy = "give --storage, or set POOLSHARE_STORAGE" if there == "postgresql" else "leave out --storage"
             raise RunError(f"the study of {self.path} is in a {there}: {remedy}, or search into a new folder")
 
-    def check_images(self, fingerprint: str) -> None:
-        """Raise RunError where the run was begun with other training images."""
-        if self.data_fingerprint != fingerprint:
+    def check_images(self, fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+        """Raise RunError where the run was begun with other training images, naming `files` that differ."""
+        if found := difference(fingerprint, self.data_fingerprint):
+            named = changed_files(self.images, files or {})
             raise RunError(
                 f"the training images of {self.config.data} are not those {self.path} was begun with "
-                f"({fingerprint} now, {self.data_fingerprint} there); restore them, or search into a new folder"
+                f"({found}{named and f': {named}'}); restore them to continue it, or search into a new folder"
             )
 
     @property

@@ -77,13 +77,13 @@ def measure_trust(
             raise RunError(
                 f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
             )
-        job = prepare(config, data=data, metric=metric)
+        job = prepare(config, console, data, metric)
         return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
 
 
 def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any], console: Console) -> dict[str, Any]:
     workers = job.config.workers
-    folder.check_images(job.data.fingerprint)
+    folder.check_images(job.data.fingerprint, job.data.files)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     recipe = checked_recipe(job.recipe.model_dump(), changes)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from poolshare.space.errors import ConfigError
+from poolshare.space.errors import BrokenDataError, ConfigError
 
 from .console import PlainConsole
 from .options import (
@@ -114,6 +114,14 @@ def retrain(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
+    if quiet:  # else they were said at the beginning
+        print_notes(facts["notes"])
+
+
+def print_notes(notes: list[str]) -> None:
+    """What an accuracy is of: quiet or not, it belongs to the result."""
+    for note in notes:
+        PlainConsole().print(note, soft_wrap=True)
 
 
 def evaluate(
@@ -145,6 +153,7 @@ def evaluate(
     console.print(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
+    print_notes(result["notes"])
     console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
     for batch, latency in result["latency_ms"].items():
         console.print(
@@ -159,14 +168,22 @@ def predict(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """The most probable classes of images."""
+    """The most probable classes of images.
+
+    Images that cannot be read are named at the end, with exit status 1.
+    """
     from .predict import predict as run_predict
 
     aside = PlainConsole(stderr=True, soft_wrap=True)
-    found = run_predict(exported, images, top=top, device=device, say=aside.print)
+    found = run_predict(exported, images, top=top, device=device, say=aside.print, console=progress_console(False))
+    broken = [one["error"] for one in found if "error" in one]
     if as_json:
-        return print_json(found)
+        print_json(found)
     console = PlainConsole()
-    for one in found:
+    for one in [] if as_json else found:
+        if "error" in one:
+            continue
         named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
         console.print(f"{one['image']}: {named}", soft_wrap=True)
+    if broken:
+        raise BrokenDataError(f"{len(broken)} of {len(found)} images cannot be read: {'; '.join(broken)}")

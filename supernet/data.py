@@ -8,15 +8,29 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .sources import Progress, Source, Split, StrPath, open_source
+from .pictures import Images, Progress, check_images, refuse_broken
+from .sources import (
+    Source,
+    Split,
+    StrPath,
+    class_notes,
+    find_layout,
+    folder_path,
+    held_out,
+    open_source,
+    read_folder,
+    whole,
+)
 from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
 
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
@@ -58,12 +72,57 @@ class Data:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
 
+    def check(self, parts: Sequence[str], progress: Progress | None = None) -> None:
+        """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of, once.
+
+        So broken ones are found before anything starts, and the fingerprint covers contents from then on.
+        Raises one BrokenDataError that names all of them.
+        """
+        wanted: dict[int, tuple[Source, np.ndarray]] = {}
+        for part in parts:
+            split = self.split("train_full" if part == "train" else part)
+            indices = np.arange(len(split.source)) if part == "train" else split.indices
+            if isinstance(split.source.read, Images) and split.source.digests is not None and split.source.names:
+                wanted.setdefault(id(split.source), (split.source, indices))
+        total, done, broken = sum(len(indices) for _, indices in wanted.values()), 0, list[str]()
+        for source, indices in wanted.values():
+            show = partial(_advance, progress, done, total) if progress else None
+            source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
+            broken += faults.values()
+            done += len(indices)
+        refuse_broken(broken, total, self.name)
+
     @property
     def fingerprint(self) -> str:
-        """Tells whether two openings gave the same classes and training images, by their labels in order."""
-        full = self.split("train_full")
-        text = "\n".join(self.classes).encode() + full.indices.tobytes() + full.labels.tobytes()
-        return f"{len(full)} images, {hashlib.sha256(text).hexdigest()[:16]}"
+        """Tells whether two openings gave the same classes and training images, in order; see `poolshare.search.images`.
+
+        It holds how many there are, a hash of labels and, of files, their sizes, and one of what was read of their
+        contents, which is missing where nothing was. Names and times of change have no say: a copy is the same data.
+        """
+        return self.fingerprint_of("train_full")
+
+    def fingerprint_of(self, split: str) -> str:
+        """The same of any split, for instance of test images that might be those of a training."""
+        part = self.split(split)
+        source, rows = part.source, part.indices
+        listed = "\n".join(self.classes).encode() + rows.tobytes() + part.labels.tobytes()
+        if source.sizes is not None:
+            listed += source.sizes[rows].tobytes()
+        text = f"{len(part)} images, {hashlib.sha256(listed).hexdigest()[:16]}"
+        if source.digests is None or not source.digests[rows].all():
+            return text
+        return f"{text}, contents {hashlib.sha256(source.digests[rows].tobytes()).hexdigest()[:16]}"
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Of the images that `check("train")` reads: a word for the contents of each by its name, "cat/1.jpg".
+
+        Those that were set aside as test are among them, since a file more or less sets aside others.
+        """
+        source = self.split("train_full").source
+        if source.names is None or source.sizes is None or source.digests is None:
+            return {}
+        return {source.names[i]: f"{source.sizes[i]}-{source.digests[i]:016x}" for i in range(len(source))}
 
     def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
         """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
@@ -176,18 +235,24 @@ def open_data(
     progress: Progress | None = None,
     image_key: str = "image",
     label_key: str = "label",
+    search_data: StrPath | None = None,
+    scale_16bit: bool = False,
+    check: Sequence[str] = ("train",),
 ) -> Data:
     """Open the data set `name` and cut it into train, search and test; no test image is used until asked for.
 
     name: `digits` (scikit-learn's 1,797 images of 8×8, 540 of them test whatever the seed); timm's `torch/…`,
         found, or with `download` put, in `data_dir`; timm's `hfds/…`, cached in `data_dir`, its columns
         `image_key` and `label_key`; or a path, below `data_dir` if that is given, to ROOT with
-        ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val. A folder
-        whose name is like one of the others is reached as ./digits.
+        ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val; of both, those in
+        ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
     img_size, in_chans, mean, std, interpolation, crop_pct: what the model wants, in timm's terms.
-    search_fraction: share of the training images set aside to score architectures. test_fraction: share of
-        all images set aside where the data have no test images of their own (`Data.notes` says so).
-    progress: called as `progress(done, total)` while all images of a folder are decoded once, as a check.
+    search_fraction: share of the training images set aside to score architectures on, where none are there for that.
+    test_fraction: share of all images set aside where the data have no test images of their own (`Data.notes` says so).
+    search_data: a folder of class folders whose images are scored on; nothing is set aside then.
+    scale_16bit: take 16-bit grey images, 65,535 as white.
+    check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
+        `Data.check`. progress: called as `progress(done, total)` meanwhile.
 
     Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
     """
@@ -197,15 +262,15 @@ def open_data(
             f"in_chans {in_chans}, seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
             "take 1 or 3 channels, a seed of at least 0, and fractions between 0 and 1"
         )
-    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
-    prepare: Prepare
-    if name == "digits":
-        prepare = digits_transform(**wanted, shift=augmentation.shift)
-    else:
-        prepare = picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)
-
+    prepare = _transform(name, size, in_chans, mean, std, interpolation, crop_pct, augmentation)
     found = open_source(
-        name, data_dir=data_dir, download=download, image_key=image_key, label_key=label_key, progress=progress
+        name,
+        data_dir=data_dir,
+        download=download,
+        image_key=image_key,
+        label_key=label_key,
+        search_data=search_data,
+        scale_16bit=scale_16bit,
     )
     splits, notes, full = {}, found.notes, found.train
     if found.open_test is None:
@@ -215,6 +280,64 @@ def open_data(
             f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
         )
-    search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
+    if found.search is None:
+        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
+    else:
+        search, train = found.search, full
+        full = Split(train.source, np.concatenate([train.indices, search.indices]))
     splits |= {"train": train, "search": search, "train_full": full}
-    return Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
+    data = Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
+    data.check(check, progress)
+    return data
+
+
+def open_tests(
+    name: str,
+    classes: Sequence[str],
+    *,
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    data_dir: StrPath | None = None,
+    scale_16bit: bool = False,
+    progress: Progress | None = None,
+) -> Data:
+    """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
+
+    classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
+    once, as a check. Raises DataError and BrokenDataError as `open_data`.
+    """
+    root = folder_path(name, data_dir)
+    layout = find_layout(root)
+    if layout.test is None and layout.train != root:
+        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
+    place = layout.test or next(iter(held_out(root)), root)
+    _, source, notes = read_folder(place, classes, scale_16bit)
+    notes += (*class_notes(place, classes), f"all {len(source)} images of {str(place)!r} are test images.")
+    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
+    data = Data(name, tuple(classes), in_chans, img_size, 0, notes, {"test": whole(source)}, None, prepare)
+    data.check(("test",), progress)
+    return data
+
+
+def _advance(progress: Progress, before: int, total: int, done: int, part: int) -> None:
+    progress(before + done, total)
+
+
+def _transform(
+    name: str,
+    size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+    crop_pct: float | None,
+    augmentation: Augmentation,
+) -> Prepare:
+    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
+    if name == "digits":
+        return digits_transform(**wanted, shift=augmentation.shift)
+    return picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)

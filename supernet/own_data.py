@@ -19,11 +19,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .data import Batches, Data
-from .sources import GIVEN, Progress, Source, Split
+from .pictures import Progress, digest
+from .sources import GIVEN, Source, Split
 from .transforms import Draw, keyed_generators
 
 SPLITS = ("train", "search")  # in the order in which they are given
 _EPOCH = 29  # sets a loader's draws apart from others of the same seed
+_AGAIN = 2  # images that are read a second time, to see whether they are the same
 
 Parts = Sequence[Any]  # training and validation images: two torch `Dataset`s, or two `DataLoader`s
 
@@ -71,21 +73,27 @@ def open_own(
     names = _names(_dataset(parts[0]), classes, found)
     splits = {where: one.split for where, one in zip(SPLITS, found, strict=True)}
     both = np.concatenate([one.split.labels for one in found])
+    digests = np.concatenate([one.split.source.digests for one in found])  # type: ignore[misc]
     options: dict[str, Any] = {
         "name": f"{GIVEN}{name}",
         "classes": names,
         "in_chans": channels,
         "img_size": (height, width),
         "seed": seed,
-        "notes": (),
+        "notes": tuple(
+            f"{where} images differ from one reading to the next, though all generators are seeded alike: changed ones "
+            "cannot be noticed."
+            for where, one in zip(SPLITS, found, strict=True)
+            if not one.repeatable
+        ),
         "_open_test": None,
         "_prepare": _fetch,
     }
     if loaders[0]:
-        whole = Split(Source(_no_full, both), np.arange(len(both)))
+        whole = Split(Source(_no_full, both, digests=digests), np.arange(len(both)))
         given = dict(zip(SPLITS, parts, strict=True))
         return _LoaderData(**options, _splits={**splits, "train_full": whole}, loaders=given, sizes=found[0].sizes)
-    whole = Split(Source(partial(_Place, ConcatDataset(parts)), both), np.arange(len(both)))
+    whole = Split(Source(partial(_Place, ConcatDataset(parts)), both, digests=digests), np.arange(len(both)))
     return Data(**options, _splits={**splits, "train_full": whole})
 
 
@@ -119,6 +127,7 @@ class _Read(NamedTuple):
 
     split: Split
     shape: tuple[int, ...]  # of all its images
+    repeatable: bool  # whether a second reading with the same seeds gives the same images
     sizes: tuple[int, ...] = ()  # images of its batches, each number once, rising; where it is a loader
 
 
@@ -127,6 +136,7 @@ class _Checked(NamedTuple):
     shape: tuple[int, ...]
     problem: str  # empty where there is none
     broken: bool = False  # it could not be read at all
+    digest: int = 0  # of the image
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +158,13 @@ class _Checks(Dataset):
             return _Checked(-1, (), f"it is {_described(item)}, and must be (image tensor, label)")
         image, label = item
         problem = _image_fault(image, 3) or _label_fault(label)
-        return _Checked(-1, (), problem) if problem else _Checked(int(label), tuple(image.shape), "")
+        if problem:
+            return _Checked(-1, (), problem)
+        return _Checked(int(label), tuple(image.shape), "", digest=_image_digest(image))
 
 
 def _read_all(dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None) -> _Read:
-    labels: list[int] = []
+    labels, digests = list[int](), list[int]()
     shape: tuple[int, ...] | None = None
     generator = torch.Generator()  # the global one stays as it is
     for items in DataLoader(_Checks(dataset), 256, num_workers=workers, collate_fn=list, generator=generator):
@@ -167,11 +179,24 @@ def _read_all(dataset: Any, where: str, workers: int, progress: Callable[[int], 
                     "resize and crop all images alike"
                 )
             labels.append(item.label)
+            digests.append(item.digest)
         if progress:
             progress(len(labels))
     assert shape is not None  # empty data sets are refused before
-    source = Source(partial(_Place, dataset), np.array(labels, dtype=np.int64))
-    return _Read(Split(source, np.arange(len(labels))), shape)
+    repeatable = [_Checks(dataset)[index].digest for index in range(min(_AGAIN, len(digests)))] == digests[:_AGAIN]
+    source = Source(
+        partial(_Place, dataset), np.array(labels, dtype=np.int64), digests=_digest_column(digests, repeatable)
+    )
+    return _Read(Split(source, np.arange(len(labels))), shape, repeatable)
+
+
+def _image_digest(image: Tensor) -> int:
+    return digest(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _digest_column(digests: list[int], repeatable: bool) -> np.ndarray:
+    """(N,) uint64; all 1, which says nothing, where the images are others each time."""
+    return np.array(digests, dtype=np.uint64) if repeatable else np.ones(len(digests), dtype=np.uint64)
 
 
 # Loaders
@@ -251,8 +276,10 @@ class _Epoch:
 def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> _Read:
     """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
     labels: list[Tensor] = []
+    digests: list[int] = []
     shapes: set[tuple[int, ...]] = set()
-    for index, item in enumerate(_Epoch(loader, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))):
+    epoch = _Epoch(loader, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
+    for index, item in enumerate(epoch):
         images, some = item
         problem = _image_fault(images, 4)
         if not problem and (not isinstance(some, Tensor) or some.shape != (len(images),) or some.is_floating_point()):
@@ -260,6 +287,7 @@ def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[
         if problem:
             raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
         labels.append(some.long())
+        digests += map(_image_digest, images)
         shapes.add(tuple(images.shape[1:]))
         if progress:
             progress(sum(map(len, labels)))
@@ -268,9 +296,11 @@ def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[
     together = torch.cat(labels).numpy()
     if (together < 0).any():
         raise DataError(f"the {where} loader gives label {together.min()}: labels are class indices, 0, 1, 2 …")
-    return _Read(
-        Split(Source(_no_full, together), np.arange(len(together))), shapes.pop(), tuple(sorted({*map(len, labels)}))
-    )
+    again = list(map(_image_digest, next(iter(epoch))[0]))
+    repeatable = again == digests[: len(again)]
+    source = Source(_no_full, together, digests=_digest_column(digests, repeatable))
+    sizes = tuple(sorted({*map(len, labels)}))
+    return _Read(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
 
 
 def _no_full(index: int) -> Any:

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from poolshare.search.config import SearchConfig
@@ -461,6 +461,17 @@ def test_changed_images_are_noticed(verb, tmp_path):
     assert status == 0, err
     assert verb("export", tmp_path / "run", "--pick", "accuracy", "--out", tmp_path / "export")[0] == 0
     assert verb("evaluate", tmp_path / "export", "-q")[0] == 0
+    victim = sorted((tmp_path / "photos" / "0").iterdir())[0]
+    content = victim.read_bytes()
+    with Image.open(victim) as image:
+        inverted = ImageOps.invert(image)
+    inverted.save(victim)
+    status, _, err = verb(*words, "--levels", "4,1")
+    assert (status, f"changed: '0/{victim.name}'" in err) == (1, True), err
+    victim.write_bytes(content)  # with a new time of change
+    status, out, err = verb(*words, "--levels", "4,1")
+    assert status == 0, err
+    assert "12 of its 60 images were set aside as test" in out
     for extra in range(3):
         shutil.copy(tmp_path / "photos" / "0" / "0.png", tmp_path / "photos" / "0" / f"new{extra}.png")
     status, _, err = verb(*words, "--levels", "4,1")

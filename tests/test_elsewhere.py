@@ -22,7 +22,7 @@ from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 from poolshare.search import cli
 from poolshare.search.export import save_export
 from poolshare.search.predict import predict
-from poolshare.space import OPERATORS, BrokenDataError, DataError
+from poolshare.space import OPERATORS, DataError
 from poolshare.supernet import Subnet
 from poolshare.supernet.onnx import write_onnx
 
@@ -77,20 +77,39 @@ def test_probabilities_are_the_models_on_timms_transform_in_natural_order(export
 
 
 def test_files_of_a_folder_that_are_passed_over_are_said(export, photos, verb):
-    Image.new("RGB", (8, 8)).save(photos / "b" / "c.webp")
+    Image.new("RGB", (8, 8)).save(photos / "b" / "c.gif")
     code, out, error = verb("predict", export[0], photos)
     assert code == 0
-    assert "c.webp" not in out
-    assert f"2 file(s) in '{photos}' were passed over (b/c.webp, notes.txt): images end in .png .jpg .jpeg." in error
-    code, _, error = verb("predict", export[0], photos / "b" / "c.webp")
+    assert "c.gif" not in out
+    endings = ".png .jpg .jpeg .bmp .tif .tiff .webp"
+    assert f"2 file(s) in '{photos}' were passed over (notes.txt, b/c.gif): images end in {endings}." in error
+    code, _, error = verb("predict", export[0], photos / "b" / "c.gif")
     assert (code, error) == (0, "")  # named by itself, it is taken
 
 
-def test_images_that_are_none_are_all_named(export, photos):
+def test_broken_images_are_named_and_the_others_predicted(export, photos, verb):
+    whole = predict(export[0], [photos])
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 not really")
     (photos / "b" / "empty.png").write_bytes(b"")
-    with pytest.raises(BrokenDataError, match=r"2 of 5 images .*(?s:broken\.jpg.*empty\.png|empty\.png.*broken\.jpg)"):
-        predict(export[0], [photos])
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    found = predict(export[0], [photos])
+    for one, before in zip([one for one in found if "error" not in one], whole, strict=True):
+        assert one["image"] == before["image"]
+        for now, then in zip(one["classes"], before["classes"], strict=True):
+            assert now == {"class": then["class"], "probability": pytest.approx(then["probability"], rel=1e-4)}
+    broken = [one for one in found if "error" in one]
+    assert [Path(one["image"]).name for one in broken] == ["broken.jpg", "gone.png", "empty.png"]
+    assert all(one["classes"] == [] and one["image"] in one["error"] for one in broken)
+    status, out, error = verb("predict", export[0], photos)
+    assert status == 1
+    assert len(out.splitlines()) == 3
+    assert "3 of 6 images cannot be read" in error
+    assert f"(a link to '{photos / 'nowhere.png'}', which is not there)" in error
+    status, out, _ = verb("predict", export[0], photos, "--json")
+    assert (status, json.loads(out)) == (1, found)
+
+
+def test_images_that_are_not_there_are_refused(export, photos):
     with pytest.raises(DataError, match="no image and no folder at"):
         predict(export[0], [photos / "none.jpg"])
     (photos / "void").mkdir()

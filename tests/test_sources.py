@@ -14,7 +14,10 @@ from timm.data import ImageDataset
 
 import poolshare.supernet.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
+from poolshare.supernet.data import open_data
 from poolshare.supernet.sources import open_source, stratified
+
+GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
 
 
 def write_digits(root: Path, per_class: int, first: int = 0) -> Path:
@@ -67,19 +70,21 @@ def test_a_folder_with_its_own_test_images(tmp_path, held_out):
     write_digits(tmp_path / held_out, 3, first=6)
     found = open_source(tmp_path.name, data_dir=tmp_path.parent)
     assert found.open_test is not None
-    assert (len(found.train), len(found.open_test()), found.notes) == (60, 30, ())
+    assert (len(found.train), len(found.open_test()), found.search) == (60, 30, None)
+    said = [f"{str(tmp_path / 'val')!r} holds the test images: there is no test folder beside it."]
+    assert list(found.notes) == said * (held_out == "val")
 
 
-def test_a_second_test_folder_and_foreign_files_are_noted(tmp_path):
-    for name in ("train", "test", "val"):
+def test_folders_that_are_not_read_and_foreign_files_are_noted(tmp_path):
+    for name in ("train", "test", "more"):
         write_digits(tmp_path / name, 3)
     (tmp_path / "train" / "0" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".cache").mkdir()
-    first, second = open_source(str(tmp_path)).notes
+    second, first = open_source(str(tmp_path)).notes
     assert first.startswith(
         f"1 file(s) in {str(tmp_path / 'train')!r} were passed over ({Path('0', 'notes.txt')}): images end in"
     )
-    assert f"{str(tmp_path / 'val')!r} is not used" in second
+    assert second == f"{str(tmp_path / 'more')!r} is not read."
 
 
 def test_class_names_are_only_text_and_in_timms_order(tmp_path):
@@ -114,12 +119,6 @@ def a_class_without_images(root):
         image.unlink()
 
 
-def other_classes_in_test(root):
-    write_digits(root / "train", 3)
-    write_digits(root / "test", 1)
-    (root / "test" / "3").rename(root / "test" / "three")
-
-
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
@@ -128,7 +127,6 @@ def other_classes_in_test(root):
         (empty_class, r"no image \(\.png .*one': add some"),
         (too_deep, "deeper/0' lies in a class folder: put images directly into ROOT/CLASS"),
         (a_class_without_images, "no image .*train/3'"),
-        (other_classes_in_test, "missing: 3; only there: three"),
     ],
 )
 def test_bad_folders(tmp_path, arrange, message):
@@ -151,15 +149,15 @@ def test_all_broken_images_are_reported_at_once(tmp_path):
     Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(good[2])
     progress = []
     with pytest.raises(BrokenDataError, match="3 of 31 images") as caught:
-        open_source(str(tmp_path), progress=lambda *at: progress.append(at))
+        open_data(str(tmp_path), **GREY, progress=lambda *at: progress.append(at))
     assert str(good[0]) in str(caught.value)
     assert f"{good[1].with_suffix('.jpg')}' (not an image)" in str(caught.value)
     assert "clipped" in str(caught.value)
-    assert progress == [(31, 31)]
+    assert progress == [(0, 31), (31, 31)]
     for image in good[3:15]:
         image.write_bytes(b"")
     with pytest.raises(BrokenDataError, match=r"15 of 31 .* and 5 more; replace or remove"):
-        open_source(str(tmp_path))
+        open_data(str(tmp_path), **GREY)
 
 
 # timm's names
@@ -216,6 +214,38 @@ def test_a_set_that_keeps_more_than_its_label(monkeypatch):
     found = open_source("torch/some", data_dir=".")
     assert found.open_test is not None
     assert (found.classes, found.open_test().labels.tolist()) == (("0", "1"), labels)
+
+
+class HubReader(SimpleNamespace):
+    """As timm's reader of a Hugging Face set: grey images whose value is their number."""
+
+    def __getitem__(self, index):
+        return Image.new("L", (8, 8), self.first + index), self.dataset["label"][index]
+
+
+class HubColumns(dict):
+    info = SimpleNamespace(splits=("train", "validation", "test"))
+
+
+def test_validation_images_of_a_hub_set_beside_test_images_are_scored_on(monkeypatch):
+    counts = {"train": (0, 20), "validation": (50, 6), "test": (100, 4)}
+
+    def create(*_, split, **__):
+        first, count = counts[split]
+        columns = HubColumns(label=[0, 1] * (count // 2))
+        return SimpleNamespace(reader=HubReader(first=first, dataset=columns, class_to_idx={"a": 0, "b": 1}))
+
+    monkeypatch.setattr(sources, "create_dataset", create)
+    data = open_data("hfds/some", **GREY)
+    values = {
+        name: [np.asarray(part.source.read(int(index)))[0, 0] for index in part.indices]
+        for name, part in ((name, data.split(name)) for name in ("train", "search", "train_full", "test"))
+    }
+    assert values["train"] == list(range(20))
+    assert values["search"] == list(range(50, 56))
+    assert values["train_full"] == values["train"] + values["search"]
+    assert values["test"] == list(range(100, 104))
+    assert "scored on its 6 validation images" in data.notes[0]
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

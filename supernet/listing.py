@@ -1,0 +1,160 @@
+"""What a folder of images holds, found by one walker for every verb; nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from poolshare.space.errors import DataError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of a folder; paths are relative to `root`, as the file system gives them.
+
+    paths: images, the folder's own before those of its folders, each in natural order. A link to an image that is not
+    there is one of them, of -1 bytes: it is reported with those that cannot be decoded.
+    sizes: bytes of each image, (N,) int64. folders: all that were entered; deeper: those below the depth asked for.
+    passed_over: files that are not images by their names.
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    sizes: np.ndarray
+    folders: tuple[str, ...]
+    deeper: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note on what was passed over; none where nothing was."""
+        what = f"{len(self.passed_over)} file(s) in {self.root!r} were passed over ({some([*map(readable, self.passed_over)], 3)})"
+        return (f"{what}: images end in {' '.join(ENDINGS)}.",) * bool(self.passed_over)
+
+
+def list_folder(root: str | Path, depth: int | None = None) -> Listing:
+    """All images in `root` and in folders up to `depth` below it (None: however deep); links are followed.
+
+    Hidden files and folders are left out, but a hidden file that is named like an image is passed over by name.
+    Raises DataError for a folder that cannot be listed, and for a link where a folder should be.
+    """
+    walk = _Walk(str(root))
+    walk.enter("", frozenset(), depth)
+    return Listing(
+        walk.root,
+        tuple(walk.paths),
+        np.array(walk.sizes, dtype=np.int64),
+        tuple(walk.folders),
+        tuple(walk.deeper),
+        tuple(walk.passed_over),
+    )
+
+
+def subfolders(root: str | Path) -> list[Path]:
+    """The folders in `root` that are not hidden, in natural order; none where there is no such folder."""
+    folders = [one for one in _entries(str(root)) if one.name[0] != "." and one.is_dir()] if os.path.isdir(root) else []
+    return [Path(one.path) for one in folders]
+
+
+@dataclass
+class _Walk:
+    root: str
+    paths: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    deeper: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def enter(self, relative: str, above: frozenset[tuple[int, int]], depth: int | None) -> None:
+        """Add what lies in the folder `relative`. above: the folders it lies in, so that links in a ring end."""
+        here = os.path.join(self.root, relative)
+        below = []
+        for entry in _entries(here):
+            path = os.path.join(relative, entry.name)
+            image = is_image(entry.name)
+            if entry.name[0] == ".":
+                self.passed_over += [path] * image
+            elif _is(entry.is_dir):
+                below.append((path, entry.path))
+            elif image and _is(entry.is_file):
+                self._add(path, entry.stat().st_size)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                if image:
+                    self._add(path, -1)
+                elif depth and not os.path.splitext(entry.name)[1]:  # where folders stand: a class would be lost
+                    raise DataError(
+                        f"{entry.path!r} is a link to {_target(entry.path)}, which is not there: mend or remove it"
+                    )
+                else:
+                    self.passed_over.append(path)
+            else:
+                self.passed_over.append(path)
+        for path, absolute in below:
+            if depth == 0:
+                self.deeper.append(path)
+                continue
+            status = os.stat(absolute)
+            place = status.st_dev, status.st_ino
+            if place not in above:
+                self.folders.append(path)
+                self.enter(path, above | {place}, None if depth is None else depth - 1)
+
+    def _add(self, path: str, size: int) -> None:
+        self.paths.append(path)
+        self.sizes.append(size)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: natural_key(entry.name))
+    except OSError as error:
+        raise DataError(f"{folder!r} cannot be listed ({error.strerror}): check its permissions") from None
+
+
+def _is(asked: object) -> bool:
+    try:
+        return bool(asked())  # type: ignore[operator]
+    except OSError:  # links in a ring
+        return False
+
+
+def _target(path: str) -> str:
+    try:
+        return repr(os.readlink(path))
+    except OSError:
+        return "something"
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return os.path.splitext(name)[1].lower() in ENDINGS
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts as timm does, "9" before "10", so that class indices are timm's; names that are equal so far by themselves."""
+    parts = re.split(r"(\d+)", name.lower())  # text and numbers in turn; what `isdigit` takes besides is no number
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def class_name(folder: str) -> str:
+    """A folder's name as text that can be written anywhere, the same on every system."""
+    return unicodedata.normalize("NFC", readable(folder))
+
+
+def readable(name: str) -> str:
+    """A name from the file system as text that can be written anywhere, whatever its encoding is."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def some(items: Sequence[str], most: int = 10) -> str:
+    """The first few of some names, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,143 @@
+"""Image files as they are meant to be seen: upright, on white where they are transparent, 8 bits per channel."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from poolshare.space.errors import BrokenDataError, DataError
+
+from .listing import some
+
+PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Reads the images of `items`, by index, each upright, on white and with 8 bits per channel.
+
+    items: a path, an open file or an image at [index][0]. name: of the data, for messages.
+    scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since nobody knows
+    how many of the bits they use.
+    """
+
+    items: Any
+    name: str
+    scale_16bit: bool = False
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.read(index)[0]
+
+    def read(self, index: int) -> tuple[Image.Image, bytes]:
+        """The image, and the bytes of its file; none where the data set gives images.
+
+        Raises BrokenDataError for what cannot be decoded.
+        """
+        item, content = None, b""
+        try:
+            item = self.items[index][0]
+            if isinstance(item, str):
+                with open(item, "rb") as file:
+                    content = file.read()
+            _set_limit()
+            with (
+                item if isinstance(item, Image.Image) else Image.open(io.BytesIO(content) if content else item) as image
+            ):
+                image.load()
+                return as_seen(image, self.scale_16bit), content
+        except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else _reason(error, item)
+        where = repr(item) if isinstance(item, str) else f"{self.name}, image {index}"
+        raise BrokenDataError(f"cannot read {where} ({reason})")
+
+
+def as_seen(image: Image.Image, scale_16bit: bool = False) -> Image.Image:
+    """The decoded image turned as its EXIF orientation says, put on white where it is transparent, with 8 bits per channel.
+
+    Raises DataError for values that do not fit into 8 bits.
+    """
+    if image.mode.startswith("I;16") and scale_16bit:
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode.startswith(("I", "F")):
+        remedy = ", or search with --scale-16bit" if image.mode.startswith("I;16") else ""
+        raise DataError(f"mode {image.mode}, whose values would be clipped: save with 8 bits per channel{remedy}")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(coloured)
+        image = white.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    return image
+
+
+def _set_limit() -> None:
+    """Have Pillow refuse images of more pixels than the user's limit, where there is one."""
+    text = os.environ.get(PIXELS_VARIABLE)
+    if text is not None:
+        if not text.isdecimal() or int(text) < 2:
+            raise DataError(f"{PIXELS_VARIABLE}={text!r} is not a number of pixels")
+        Image.MAX_IMAGE_PIXELS = int(text) // 2  # where Pillow warns; it refuses twice as many
+
+
+def _reason(error: Exception, item: Any) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: set {PIXELS_VARIABLE}=N to allow N"
+    if isinstance(error, FileNotFoundError) and isinstance(item, str) and os.path.islink(item):
+        return f"a link to {os.readlink(item)!r}, which is not there"
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+
+
+def check_images(
+    read: Images, indices: Sequence[int], progress: Progress | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode the images at `indices` once, in threads: digests of their files' contents, (n,) uint64, and what is broken.
+
+    The broken ones are messages by index, which name the file and say why; their digest is 0.
+    """
+
+    def look(index: int) -> tuple[int, str]:
+        try:
+            return digest(read.read(index)[1]), ""
+        except BrokenDataError as error:
+            return 0, str(error).removeprefix("cannot read ")
+
+    total = len(indices)
+    digests, broken = np.zeros(total, dtype=np.uint64), dict[int, str]()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        if progress:
+            progress(0, total)
+        for start in range(0, total, 256):  # in pieces: a queue of a million futures is memory, not speed
+            part = [int(index) for index in indices[start : start + 256]]
+            for position, (found, message) in enumerate(pool.map(look, part), start):
+                digests[position] = found
+                if message:
+                    broken[int(indices[position])] = message
+            if progress:
+                progress(min(start + 256, total), total)
+    return digests, broken
+
+
+def refuse_broken(broken: Sequence[str], total: int, name: str) -> None:
+    """Raise one BrokenDataError that names all images that cannot be read."""
+    if broken:
+        raise BrokenDataError(
+            f"{len(broken)} of {total} images in {name!r} cannot be read: {some(broken)}; replace or remove them"
+        )
+
+
+def digest(content: bytes) -> int:
+    """A hash of some bytes, 64 bits, never 0."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) or 1
