@@ -7,9 +7,10 @@ What an image looks like in training depends on (seed, epoch, index) alone, its 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -57,6 +58,23 @@ class Data:
         if name not in self._splits:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
+
+    def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
+        """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
+        table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
+        sources = {id(split.source): split.source for split in self._splits.values()}
+        moved = {key: Source(source.read, table[source.labels]) for key, source in sources.items()}
+
+        def translated(split: Split) -> Split:
+            source = moved.get(id(split.source)) or Source(split.source.read, table[split.source.labels])
+            return Split(source, split.indices)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            _splits={name: translated(split) for name, split in self._splits.items()},
+            _open_test=open_test and (lambda: translated(open_test())),
+        )
 
     @property
     def fingerprint(self) -> str:
