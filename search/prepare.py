@@ -193,17 +193,23 @@ def prepare(
 def _matched(config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None) -> Matched:
     """The classes of the model and which of them the data's are; see `match_classes`."""
     head = found.head if found else _pretrained_head(config)
+    trained = config.epochs > 0
+    if config.warm and head is None and not trained:
+        raise ModelError(
+            f"{found.name if found else config.model} brings weights without a head for classes, and with --epochs 0 a new one "
+            "would stay untrained; train (--epochs 1 or more), or give weights with their head"
+        )
     if classes is None:
         class_map = None if config.class_map is None else read_class_map(config.class_map)
-        return match_classes(data.classes, head, trained=config.epochs > 0, class_map=class_map)
+        return match_classes(data.classes, head, trained=trained, class_map=class_map)
     missing = [name for name in data.classes if name not in set(classes)]
     if missing:
         raise DataError(
-            f"{config.data} has the class {missing[0]!r}, which is none of those the run was begun with "
-            f"({', '.join(classes[:3])}, …); restore the data, or search into a new folder"
+            f"the classes of {config.data} are not those the run was begun with ({missing[0]!r} is new, {classes[0]!r} and others "
+            "there); restore the data, or search into a new folder"
         )
     fresh = head is None or head.count != len(classes)
-    if fresh and config.epochs == 0:
+    if fresh and not trained:
         match_classes(data.classes, head, trained=False)  # says why a new head is refused
     return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
 
@@ -231,7 +237,7 @@ def with_card(options: Mapping[str, Any], own: bool = False) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     model, weights = given.get("model"), given.get("weights")
     card: Card | None = None
-    if isinstance(model, str) and has_card(model):
+    if isinstance(model, str) and not timm.is_model(model) and has_card(model):
         card = read_card(model, "--model")
         given |= {"model": card.model, "weights": weights or model, "pretrained": False}
     elif isinstance(weights, str) and has_card(weights):

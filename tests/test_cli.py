@@ -563,19 +563,33 @@ def test_retraining_with_the_dense_model_as_teacher_and_a_recipe(run, verb, tmp_
 def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     options = {"depth": 3, "embed_dim": 16, "num_heads": 2}
     torch.manual_seed(1)
-    model = timm.create_model("digits_vit", num_classes=4, **options)
+    model = timm.create_model("digits_vit", num_classes=10, **options)
     save_file(model.state_dict(), tmp_path / "start.safetensors")
+    save_file(timm.create_model("digits_vit", num_classes=4, **options).state_dict(), tmp_path / "four.safetensors")
     words = ("search", *SMALL, "--epochs", "0", "--sampler", "random", "--trials", "3", "--out", tmp_path / "run")
-    status, _, err = verb(*words, "--weights", tmp_path / "start.safetensors")
+    status, _, err = verb(*words, "--weights", tmp_path / "four.safetensors")
+    assert (
+        status,
+        "four.safetensors does not fit the data: it has 4 classes, the data 10. With --epochs 0" in err,
+    ) == (2, True)
+    assert not (tmp_path / "run").exists()
+    status, out, err = verb(*words, "--weights", tmp_path / "start.safetensors")
     assert status == 0, err
-    assert "start.safetensors has 4 classes, the data 10: the head is a new one" in err
+    assert "the data's classes in their order: '0' is output 0, '1' is output 1, '2' is output 2" in err
+    assert "if it has seen any of these images" in err
+    assert "warning: the trained head's answers are near chance" in err  # its weights are random
+    assert "warning: the trained head's answers are near chance" in out
+    summary = RunFolder.open(tmp_path / "run").read_summary()
+    counts = np.array(summary["images"]["search"])
+    assert (len(counts), counts.sum(), sum(summary["images"]["train"])) == (10, 377, 880)
+    assert f"The most frequent class alone makes {100 * counts.max() / 377:.2f} %" in " ".join(out.split())
+    assert any("near chance" in note for note in summary["notes"])
     assert RunFolder.open(tmp_path / "run").config.lr == 3e-4
     (tmp_path / "start.safetensors").unlink()  # from now on the weights are the run's
     assert verb("export", tmp_path / "run", "--architecture", "dense", "--out", tmp_path / "export")[0] == 0
     exported = load_file(tmp_path / "export" / "model.safetensors")
     for name, value in model.state_dict().items():
-        if not name.startswith("head."):
-            assert torch.equal(exported[name], value), name
+        assert torch.equal(exported[name], value), name
     assert json.loads((tmp_path / "export" / "architecture.json").read_text())["pretrained"] is True
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", tmp_path / "none.safetensors")
     assert (status, "none.safetensors cannot be read" in err) == (2, True), err
