@@ -577,8 +577,8 @@ def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_i
     (tmp_path / "photos" / "six").rename(tmp_path / "photos" / "seven")
     with pytest.raises(ModelError, match=r"5 classes, the data 3, of which .*config.json does not name 'seven'"):
         search(str(tmp_path / "photos"), **options | {"out": tmp_path / "other"})
+    wrong = {"out": tmp_path / "other", "model": "vit_tiny_patch16_224", "weights": tmp_path / "own"}
     with pytest.raises(ModelError, match="are of digits_vit, as its card says, and --model is vit_tiny"):
-        wrong = {"out": tmp_path / "other", "model": "vit_tiny_patch16_224", "weights": tmp_path / "own"}
         search(str(tmp_path / "photos"), **options | wrong)
     assert not (tmp_path / "other").exists()
 
