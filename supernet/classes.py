@@ -35,7 +35,7 @@ class Head:
         if self.names is not None or subset is None:
             return self
         names = tuple(ImageNetInfo(subset).label_names())
-        return Head(self.count, self.source, names, f"timm's synsets of {subset}") if len(names) == self.count else self
+        return Head(self.count, self.source, names, f"{subset} in timm") if len(names) == self.count else self
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def match_classes(
     if head.count == count:
         if partly:
             raise DataError(
-                f"{count - len(foreign)} of the data's {count} classes are among the names that {head.said_by} gives for "
+                f"{count - len(foreign)} of the data's {count} classes are among the names of {head.said_by} for "
                 f"the head of {head.source}, and {_some(foreign)} not: rename the class folders, or say with --class-map "
                 "FILE which output is which class, one folder's name a line"
             )
@@ -104,9 +104,9 @@ def match_classes(
         )
     why = f"it has {head.count} classes, the data {count}"
     if partly:
-        why += f", of which {head.said_by} does not name {_some(foreign)}"
+        why += f", {len(foreign)} of them not among the names of {head.said_by}: {_some(foreign)}"
     elif head.names is not None:
-        why += f", none of them named as {head.said_by} says"
+        why += f", none of them among the names of {head.said_by}"
     remedy = "name the head's outputs with --class-map FILE (in Python also classes=), folders' names one a line"
     if not trained:
         raise ModelError(

@@ -39,9 +39,13 @@ def test_without_names_the_order_counts_and_three_names_are_shown():
     ("classes", "one", "why"),
     [
         (NAMES[:3], head(names=None), "it has 4 classes, the data 3"),
-        (("cat", "cow", "dog"), head(), "it has 4 classes, the data 3, of which its card does not name 'cow'"),
-        (("a", "b"), head(), "it has 4 classes, the data 2, none of them named as its card says"),
-        (("n01440764", "mine"), Head(1000, "mine.pth"), "timm's synsets of imagenet-1k does not name 'mine'"),
+        (
+            ("cat", "cow", "dog"),
+            head(),
+            "it has 4 classes, the data 3, 1 of them not among the names of its card: 'cow'",
+        ),
+        (("a", "b"), head(), "it has 4 classes, the data 2, none of them among the names of its card"),
+        (("n01440764", "mine"), Head(1000, "mine.pth"), "1 of them not among the names of imagenet-1k in timm: 'mine'"),
     ],
 )
 def test_a_trained_head_that_does_not_fit_is_dropped_with_a_warning_or_refused_where_nothing_is_trained(

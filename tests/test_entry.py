@@ -575,7 +575,9 @@ def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_i
     assert search(str(tmp_path / "photos"), **options | {"trials": 3}).report.notes == found.report.notes
 
     (tmp_path / "photos" / "six").rename(tmp_path / "photos" / "seven")
-    with pytest.raises(ModelError, match=r"5 classes, the data 3, of which .*config.json does not name 'seven'"):
+    with pytest.raises(
+        ModelError, match=r"5 classes, the data 3, 1 of them not among the names of .*config.json: 'seven'"
+    ):
         search(str(tmp_path / "photos"), **options | {"out": tmp_path / "other"})
     wrong = {"out": tmp_path / "other", "model": "vit_tiny_patch16_224", "weights": tmp_path / "own"}
     with pytest.raises(ModelError, match="are of digits_vit, as its card says, and --model is vit_tiny"):
