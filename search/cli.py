@@ -99,6 +99,7 @@ def space(
         "budget": budget, "img_size": img_size, "in_chans": in_chans, "model_args": settings_of(model_args),
     }  # fmt: skip
     config = make_config(data="", **with_card(given))
+    model = config.model
     net = make_supernet(config, model_options(config))
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)

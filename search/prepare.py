@@ -153,7 +153,7 @@ def prepare(
         augmentation=recipe.augmentation,
         **opening_options(data_config),
     )
-    matched = _matched(config, data, found, classes)
+    matched = matched_classes(config, data, found, classes)
     notes = data.notes + matched.notes
     if matched.classes != data.classes:
         data = data.relabelled(matched.classes, matched.indices)
@@ -190,7 +190,9 @@ def prepare(
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes, head)
 
 
-def _matched(config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None) -> Matched:
+def matched_classes(
+    config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
+) -> Matched:
     """The classes of the model and which of them the data's are; see `match_classes`."""
     head = found.head if found else _pretrained_head(config)
     trained = config.epochs > 0

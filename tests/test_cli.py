@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from poolshare.search.config import SearchConfig
-from poolshare.search.prepare import prepare
+from poolshare.search.config import SearchConfig, checked_config
+from poolshare.search.prepare import matched_classes, prepare
 from poolshare.search.run import RunFolder, read_json, write_json
-from poolshare.space import Architecture, RunError, SearchSpace
+from poolshare.space import Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.data import open_data
@@ -593,9 +594,47 @@ def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     assert json.loads((tmp_path / "export" / "architecture.json").read_text())["pretrained"] is True
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", tmp_path / "none.safetensors")
     assert (status, "none.safetensors cannot be read" in err) == (2, True), err
+    (tmp_path / "map.txt").write_text("\n".join(map(str, range(4))))
+    begun = ("--weights", tmp_path / "four.safetensors", "--class-map", tmp_path / "map.txt")
+    status, _, err = verb(*words[:-1], tmp_path / "other", *begun)
+    assert (status, "lacks '4', '5', '6' and 3 more, 6 of the data's 10 classes" in err) == (2, True), err
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", "x", "--pretrained")
     assert (status, "are two beginnings" in err) == (2, True), err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_class_map_gives_the_classes_of_the_head_and_the_labels_follow(weights, tmp_path):
+    """One with more names than the data have classes, in another order, with a head of as many outputs, or a new one."""
+    names = [str(digit) for digit in range(11, -1, -1)]
+    (tmp_path / "map.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
+    given = {"data": "digits", "model_args": {"depth": 2, "embed_dim": 16, "num_heads": 2}, "device": "cpu"}
+    if weights:
+        model = timm.create_model("digits_vit", num_classes=12, **given["model_args"])
+        save_file(model.state_dict(), tmp_path / "twelve.safetensors")
+        given |= {"weights": str(tmp_path / "twelve.safetensors"), "epochs": 0}
+    job = prepare(checked_config(**given, class_map=str(tmp_path / "map.json")))
+    plain = open_data("digits", img_size=8, in_chans=1, mean=[0.5], std=[0.5], search_fraction=0.3)
+    assert job.data.classes == tuple(names)
+    assert job.supernet.num_classes == 12
+    assert (job.head == "twelve.safetensors") == weights
+    for split in ("train", "search", "test"):
+        assert job.data.split(split).labels.tolist() == (11 - plain.split(split).labels).tolist()
+
+
+def test_pretrained_weights_bring_a_head_too():
+    config = checked_config(data="x", pretrained=True, epochs=0)  # vit_tiny_patch16_224, of ImageNet's 1,000 classes
+    for classes, kept in ((["n01443537", "n01440764"], True), (["goldfish", "tench"], False)):
+        data = SimpleNamespace(classes=tuple(classes))
+        if kept:
+            matched = matched_classes(config, data, None, None)
+            assert (len(matched.classes), matched.indices, matched.fresh) == (1000, (1, 0), False)
+            continue
+        with pytest.raises(ModelError, match="the head of vit_tiny_patch16_224 does not fit the data"):
+            matched_classes(config, data, None, None)
+    headless = checked_config(data="x", model="vit_small_patch16_224.dino", pretrained=True, epochs=0)
+    with pytest.raises(ModelError, match="brings weights without a head"):
+        matched_classes(headless, data, None, None)
 
 
 def test_operators_are_mixed_from_search_to_retraining_on_levels_that_are_no_squares(tmp_path, verb):

@@ -1,5 +1,6 @@
 """The Python entry: searches on the user's own data and metric, compared with counting by hand and stopped half-way."""
 
+import json
 import random
 import re
 import subprocess
@@ -542,7 +543,7 @@ def saved_model(folder, names, head):
     return model.eval()
 
 
-def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_input(digits, tmp_path):
+def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_input(digits, verb, tmp_path):
     """Class folders are three of its five classes, in another order; the classes it has stay, through every verb."""
     names = ["six", "nought", "nine", "three", "never"]
     model = saved_model(tmp_path / "own", names, [0.3, 0.1, 0.2, 0.0, 0.0])
@@ -573,6 +574,13 @@ def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_i
     assert tested["correct"] == sum(map(str.__eq__, answers, truth))
     assert [one["class"] for one in tested["per_class"]] == ["six", "nought", "three"]  # in the head's order
     assert search(str(tmp_path / "photos"), **options | {"trials": 3}).report.notes == found.report.notes
+
+    status, out, err = verb("space", "--model", f"local-dir:{tmp_path / 'own'}", "--levels", "64,16", "--json")
+    assert status == 0, err
+    shape = json.loads(out)
+    assert (shape["model"], shape["depth"]) == ("digits_vit", 3)
+    head = 16 * (10 - 5)  # it counts the ten classes of timm's digits_vit, the run its own five
+    assert shape["dense_macs"] == found.report.dense["macs"] + head
 
     (tmp_path / "photos" / "six").rename(tmp_path / "photos" / "seven")
     with pytest.raises(
