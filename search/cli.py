@@ -20,6 +20,7 @@ from .console import PlainConsole, printable
 from .options import (
     Amp,
     Budget,
+    ClassMap,
     DataDir,
     DataName,
     Device,
@@ -35,6 +36,7 @@ from .options import (
     RecipeChanges,
     Seed,
     Storage,
+    Weights,
     Workers,
     helping,
     integers,
@@ -96,19 +98,14 @@ def space(
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
 
-    from .prepare import make_supernet, model_options, pick_device
+    from .prepare import make_supernet, model_options, pick_device, with_card
 
-    config = make_config(
-        data="",
-        model=model,
-        levels=integers("--levels", levels),
-        operators=words(operators),
-        max_run=max_run,
-        budget=budget,
-        img_size=img_size,
-        in_chans=in_chans,
-        model_args=settings_of(model_args),
-    )
+    given = {
+        "model": model, "levels": integers("--levels", levels), "operators": words(operators), "max_run": max_run,
+        "budget": budget, "img_size": img_size, "in_chans": in_chans, "model_args": settings_of(model_args),
+    }  # fmt: skip
+    config = make_config(data="", **with_card(given))
+    model = config.model
     options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
     net = make_supernet(config, options)
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
@@ -172,11 +169,16 @@ def space(
 def search(
     data: DataName,
     out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
-    model: Annotated[str | None, typer.Option(help="A timm Vision Transformer. Default: vit_tiny_patch16_224.")] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
-    weights: Annotated[
-        Path | None, typer.Option(help="Begin with these instead: a safetensors file for --model.", metavar="FILE")
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: "
+            "vit_tiny_patch16_224."
+        ),
     ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
+    weights: Weights = None,
+    class_map: ClassMap = None,
     budget: Budget = None,
     levels: Levels = None,
     operators: Operators = None,
@@ -241,7 +243,7 @@ def search(
         data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
         scale_16bit=scale_16bit, model=model,
         model_args=settings_of(model_args),
-        pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
+        pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials,
         objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,

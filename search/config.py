@@ -29,7 +29,9 @@ class SearchConfig(BaseModel):
     model: str
     model_args: dict[str, Any] = {}
     pretrained: bool = False
-    weights: str | None = None  # a safetensors file, instead of timm's pretrained ones
+    weights: str | None = None  # a file, folder or repository, instead of timm's pretrained ones
+    class_map: str | None = None  # a file that names the outputs of the head
+    preprocessing: dict[str, Any] = {}  # mean, std, interpolation and crop_pct, where the weights' card says other ones
     img_size: int | None = Field(None, ge=1)
     in_chans: Literal[1, 3] | None = None
     levels: tuple[int, ...] | None = None

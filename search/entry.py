@@ -23,7 +23,7 @@ from .export import export_architecture, load_supernet
 from .finalists import train_finalists
 from .job import run_job
 from .options import progress_console
-from .prepare import open_given
+from .prepare import open_given, with_card
 from .report import Pick, Report, load_report
 from .run import RunFolder
 from .trust import Plan, measure_trust
@@ -45,7 +45,7 @@ def search(
     *,
     out: str | Path,
     name: str = "data",
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | int | None = None,
     metric: Metric = top1,
     storage: str | None = None,
     quiet: bool = False,
@@ -54,15 +54,15 @@ def search(
     """Train a supernet (or continue), search it, and leave frontier and report in the run folder `out`.
 
     data: what `--data` takes; or (train, validation), two torch `Dataset`s of (float image (channels, H, W), class
-        index), or two `DataLoader`s of batches of them. Their transforms are the user's; architectures are scored on
-        the validation images.
+        index), or two `DataLoader`s of batches of them; or dictionaries of these, as Hugging Face data sets give them. Their
+        transforms are the user's; architectures are scored on the validation images.
     out: the run folder; the same call continues it. name: of own data, kept in the record beside a hash of all
-        images and labels. classes: names of own data's classes in index order.
+        images and labels. classes: names of own data's classes in index order, or their number.
     metric: (logits (B, classes), labels (B,)) → (B,) bool, which answers count as right. It judges each image by itself,
         so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
         Its name is recorded. Default: the most probable class is the label.
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
-    options: what `poolshare search` takes, with underscores: model, pretrained, weights, model_args (a dict), levels,
+    options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict), levels,
         operators (tuples), max_run, budget, sampler, objective, latency_batch, include, trials, epochs, batch_size, lr,
         weight_decay, amp, recipe (a dict), workers, seed, device; and data_dir, download, search_fraction, img_size,
         in_chans, search_data, scale_16bit, which own data decide by themselves.
@@ -72,6 +72,10 @@ def search(
     _check_names(options)
     console = progress_console(quiet)
     own: Data | None = None
+    options |= {
+        name: str(options[name]) for name in ("model", "weights", "class_map") if isinstance(options.get(name), Path)
+    }
+    options = with_card(options, own=not isinstance(data, (str, Path)))
     if isinstance(data, (str, Path)):
         options["data"] = str(data)
     else:
@@ -80,8 +84,6 @@ def search(
         options |= _decided_by(own, options)
     if own is None and (classes is not None or name != "data"):
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
-    if isinstance(options.get("weights"), Path):
-        options["weights"] = str(options["weights"])
     config = checked_config(**options, metric=metric_name(metric))
     return SearchResult(run_job(config, out, console, storage, own, metric).path, own, metric)
 
@@ -219,7 +221,7 @@ class SearchResult:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    known = set(SearchConfig.model_fields) - {"data", "metric"}
+    known = set(SearchConfig.model_fields) - {"data", "metric", "preprocessing"}
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)

@@ -1,9 +1,11 @@
-"""Architectures in, accuracy out: one walk over the prefix tree per batch of images."""
+"""Architectures in, accuracy out: one walk over the prefix tree per batch of images; and one model's answers by class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,3 +101,50 @@ def count_right(
         if progress:
             progress(index)
     return correct, total
+
+
+@torch.inference_mode()
+def answers(
+    model: nn.Module, batches: Batches, progress: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and most probable classes of all images, each (n,) int64.
+
+    progress: called after each batch with the number of batches done.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index, (images, labels) in enumerate(batches, start=1):
+        found.append((labels, model(images.to(device)).argmax(dim=-1).cpu()))
+        if progress:
+            progress(index)
+    labels_of, predicted = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return labels_of, predicted
+
+
+def baseline(labels: np.ndarray) -> float:
+    """Top-1 in percent of always answering with the most frequent class."""
+    return 100 * float(np.bincount(labels).max()) / len(labels)
+
+
+def class_report(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """What one number for all images hides; accuracies in percent.
+
+    labels, predicted: class indices (n,). Returns baseline (see `baseline`), balanced_top1 (the mean of the classes' top-1,
+    of those that have images), and per_class: for each class with images its name, images, correct and top1.
+    """
+    from sklearn.metrics import confusion_matrix, recall_score  # slow to import
+
+    present = np.unique(labels)
+    recalls = recall_score(labels, predicted, labels=present, average=None, zero_division=0.0)
+    table = confusion_matrix(labels, predicted, labels=np.arange(len(classes)))
+    per_class = [
+        {
+            "class": classes[index],
+            "images": int(table[index].sum()),
+            "correct": int(table[index, index]),
+            "top1": 100 * float(recall),
+        }
+        for index, recall in zip(present.tolist(), recalls, strict=True)
+    ]
+    return {"baseline": baseline(labels), "balanced_top1": 100 * float(np.mean(recalls)), "per_class": per_class}

@@ -111,7 +111,8 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }
     model = Subnet.from_supernet(supernet, architecture)
-    data_config = input_config(config.model, model_options(config), supernet_recipe(config))
+    recipe = supernet_recipe(config)
+    data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
     save_export(out, model, classes, data_config, facts)
     return facts
 

@@ -72,7 +72,8 @@ def train_finalists(
         if missing:
             here = {"device": device or folder.config.device, "workers": workers}
             config = folder.config.without_weights.model_copy(update=here)
-            rows = _train(folder, prepare(config, console, data, metric), missing, rows, recipe, console)
+            job = prepare(config, console, data, metric, folder.classes)
+            rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
     return ranked(rows[allowed & _alike(rows, recipe)])

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -35,6 +36,7 @@ from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
 from .storage import check_storage, open_store
 from .study import GENERATION, Task, run_study
+from .trained_head import checked_head
 
 SCORING_BATCH = 256
 
@@ -57,7 +59,7 @@ def run_job(
     console = console or Console(quiet=True, markup=False)
     RunFolder.check(out, config)  # before anything long
     kind = check_storage(storage) if distributed.rank() == 0 else ""
-    job = prepare(config, console, data, metric)
+    job = prepare(config, console, data, metric, RunFolder.classes_of(out))
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         _train(job, None, console)
@@ -65,11 +67,13 @@ def run_job(
     job = timed_job(job, RunFolder(Path(out), config), console)
     with RunFolder.claim(out, config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
-        folder.write_config(job.data.fingerprint, kind, job.data.files)
+        if job.head is not None:
+            job = checked_head(job, console)
+        folder.write_config(job.data.fingerprint, kind, job.data.files, job.data.classes, job.notes)
         if job.latency:
             folder.write_latency(job.latency)
         for note in job.notes:
-            console.print(note, markup=False)
+            console.print(note, markup=False, soft_wrap=True)
         announce(job, _epochs_trained(folder, job.recipe.epochs), console)
         _train(job, folder, console)
         candidates, scoring = _score(job, folder, console, storage)
@@ -303,7 +307,11 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             **({"timed": timed.to_json()} if timed else {}),
             "included": list(map(str, job.include)),
             "classes": list(job.data.classes),
-            "notes": list(job.notes),
+            "images": {
+                name: np.bincount(job.data.split(name).labels, minlength=len(job.data.classes)).tolist()
+                for name in ("train", "search")
+            },
+            "notes": list(folder.notes),
             "certified": len(candidates) == job.supernet.space.size,
             "space": job.supernet.space.to_json(),
             "space_size": job.supernet.space.size,

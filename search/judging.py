@@ -102,6 +102,7 @@ def finalists(
     finalists that were trained in several ways that of the largest group.
     """
     from .finalists import train_finalists
+    from .report import load_report
     from .run import RunFolder
     from .terminal import finalists_table
 
@@ -114,6 +115,6 @@ def finalists(
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()
-    out.print(finalists_table(rows))
+    out.print(finalists_table(rows, load_report(folder).baseline))
     name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
     out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

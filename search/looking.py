@@ -146,6 +146,8 @@ def present(report: Report, cost: str = "macs", others: list[Report] | None = No
     console.print(terminal_table(report, limit=20, cost=cost))
     if others:
         console.print(comparison_table([report, *others], cost))
+    for warning in report.warnings:
+        console.print(warning, soft_wrap=True)
     print(terminal_plot(report, colour=console.is_terminal, cost=cost, others=others or ()))
 
 

@@ -22,6 +22,21 @@ Budget = Annotated[
         metavar="BUDGET",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Begin with these instead: a safetensors or torch file for --model, or a folder with timm's config.json.",
+        metavar="FILE",
+    ),
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        help="The classes of the weights' head: one folder's name a line, in the order of its outputs; or JSON. Default: "
+        "as the weights say, else in the data's order.",
+        metavar="FILE",
+    ),
+]
 Levels = Annotated[
     str | None,
     typer.Option(

@@ -20,6 +20,7 @@ from poolshare.space import (
     BudgetError,
     ConfigError,
     CostTable,
+    DataError,
     ModelError,
     RunError,
     forecast_space,
@@ -28,12 +29,13 @@ from poolshare.space import (
 from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, distributed, measure_macs, measure_parameters
 from poolshare.supernet.checkpoint import load_facts, load_tensors, shapes_of
+from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.model import create_base
 from poolshare.supernet.own_data import Parts, open_own
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.weights import load_base_weights
+from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
 from .config import SearchConfig, check_recipe_names, first_problem
 from .evaluate import Metric, check_metric, metric_name, top1
@@ -59,6 +61,7 @@ class Job:
     latency: Latency | None = None
     metric: Metric = top1  # which answers count as right
     notes: tuple[str, ...] = ()  # what the user should know of data and weights
+    head: str | None = None  # whose trained head is kept; None: it is a new one, or the run's
 
     @property
     def dense(self) -> Architecture:
@@ -123,11 +126,13 @@ def prepare(
     console: Console | None = None,
     data: Data | None = None,
     metric: Metric = top1,
+    classes: Sequence[str] | None = None,
 ) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
     console: where progress goes while images are decoded as a check; None: nowhere. data, metric: those that were given
     in Python, under the names that stand in the configuration.
+    classes: those of a run that was begun, in the order of its head; None: the weights and the data decide.
     Raises the PoolshareError of whatever does not fit.
     """
     if config.metric != metric_name(metric):
@@ -138,7 +143,8 @@ def prepare(
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
-    data_config = input_config(config.model, options, recipe)
+    data_config = input_config(config.model, options, recipe, config.preprocessing)
+    found = None if config.weights is None else read_checkpoint(config.weights)  # what cannot be read is refused first
     if data is None:
         with checking_images(console) as progress:
             data = open_data(
@@ -153,13 +159,22 @@ def prepare(
                 augmentation=recipe.augmentation,
                 **opening_options(data_config),
             )
+    matched = matched_classes(config, data, found, classes)
+    notes = data.notes + matched.notes
+    if matched.classes != data.classes:
+        data = data.relabelled(matched.classes, matched.indices)
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(config, options)
-    notes = data.notes
-    if config.weights is not None:
-        notes += load_base_weights(supernet, Path(config.weights).expanduser(), config.model)
+    if found is not None:
+        notes += load_base_weights(supernet, found, config.model, matched.fresh)
+    head = None if matched.fresh or classes is not None else found.name if found else config.model
+    if head is not None:
+        notes += (
+            f"the head of {head} was trained before: if it has seen any of these images, scores on search-validation are "
+            "higher than on new ones; `poolshare evaluate` on test images that it has never seen tells",
+        )
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
     timed = config.objective == "latency"
@@ -178,7 +193,76 @@ def prepare(
             )
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes, head)
+
+
+def matched_classes(
+    config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
+) -> Matched:
+    """The classes of the model and which of them the data's are; see `match_classes`."""
+    head = found.head if found else _pretrained_head(config)
+    trained = config.epochs > 0
+    if config.warm and head is None and not trained:
+        raise ModelError(
+            f"{found.name if found else config.model} brings weights without a head for classes, and with --epochs 0 a new one "
+            "would stay untrained; train (--epochs 1 or more), or give weights with their head"
+        )
+    if classes is None:
+        class_map = None if config.class_map is None else read_class_map(config.class_map)
+        return match_classes(data.classes, head, trained=trained, class_map=class_map)
+    missing = [name for name in data.classes if name not in set(classes)]
+    if missing:
+        raise DataError(
+            f"the classes of {config.data} are not those the run was begun with ({missing[0]!r} is new, {classes[0]!r} and others "
+            "there); restore the data, or search into a new folder"
+        )
+    fresh = head is None or head.count != len(classes)
+    if fresh and not trained:
+        match_classes(data.classes, head, trained=False)  # says why a new head is refused
+    return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
+
+
+def _pretrained_head(config: SearchConfig) -> Head | None:
+    """The head of the weights that --pretrained takes; None without it, or where they have none."""
+    if not config.pretrained:
+        return None
+    known = timm.get_pretrained_cfg(config.model)
+    if known is None or not known.num_classes:
+        return None
+    names = known.label_names
+    named = tuple(map(str, names)) if isinstance(names, (list, tuple)) and len(names) == known.num_classes else None
+    return Head(known.num_classes, config.model, named, "timm" if named else "")
+
+
+def with_card(options: Mapping[str, Any], own: bool = False) -> dict[str, Any]:
+    """Options of a search with what a card says spelled out: timm's name, its options, and what images it takes.
+
+    A folder or repository as the model brings its weights too; as weights it must be of the model. own: the data were
+    given in Python, so their images are as they are.
+
+    Raises ModelError for a folder without a card, or one of another model.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    model, weights = given.get("model"), given.get("weights")
+    card: Card | None = None
+    if isinstance(model, str) and not timm.is_model(model) and has_card(model):
+        card = read_card(model, "--model")
+        given |= {"model": card.model, "weights": weights or model, "pretrained": False}
+    elif isinstance(weights, str) and has_card(weights):
+        card = read_card(weights)
+        if model is not None and str(model).split(".")[0] != card.model.split(".")[0]:
+            raise ModelError(
+                f"--weights {weights} are of {card.model}, as its card says, and --model is {model}; leave --model out, or "
+                f"give weights of {model}"
+            )
+        given |= {"model": model or card.model}
+    if card is None:
+        return given
+    given["model_args"] = card.model_args | dict(given.get("model_args", {}))
+    if not own:
+        images = {"img_size": card.img_size, "in_chans": card.in_chans, "preprocessing": card.preprocessing}
+        given = {name: value for name, value in images.items() if value is not None} | given
+    return given
 
 
 @contextmanager
@@ -220,12 +304,17 @@ def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
     return SuperNet.from_timm(config.model, space, config.pretrained, **options)
 
 
-def input_config(model: str, options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """timm's input_size, mean, std, interpolation and crop_pct for a model made with `options` and trained so."""
+def input_config(
+    model: str, options: Mapping[str, Any], recipe: Recipe, preprocessing: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """timm's input_size, mean, std, interpolation and crop_pct for a model made with `options` and trained so.
+
+    preprocessing: what a card says of these but the size; the rest is timm's for the model.
+    """
     known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if known is None:
         create_base(model)  # raises ModelError with what is wrong
-    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
+    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | dict(preprocessing or {})
     channels = options.get("in_chans", config["input_size"][0])
     height, width = (options["img_size"],) * 2 if "img_size" in options else config["input_size"][1:]
     keys = ("mean", "std", "interpolation", "crop_pct")
@@ -263,7 +352,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def open_given(
-    parts: Parts, name: str, classes: Sequence[str] | None, seed: int, workers: int, console: Console
+    parts: Parts, name: str, classes: Sequence[str] | int | None, seed: int, workers: int, console: Console
 ) -> Data:
     """Data given in Python, all of them read once before anything starts; see `open_own`."""
     with progress_bar(console, "reading the data", 1, "images") as advance:

@@ -76,6 +76,9 @@ class Report:
     space: SearchSpace | None = None
     cheapest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # cost column → the cheapest of the space
     retraining: Retraining | None = None  # None where its time cannot be told
+    baseline: float | None = None  # top-1 in percent of always answering with the most frequent class
+    notes: Sequence[str] = ()  # what the user should know of data and weights
+    untrained: bool = False  # nothing was trained, and no weights were given
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
 
     def __post_init__(self) -> None:
@@ -148,8 +151,23 @@ class Report:
         return frontier(self.allowed, cost)
 
     @property
+    def warnings(self) -> list[str]:
+        """The notes that must not be missed."""
+        return [note for note in self.notes if note.startswith("warning:")]
+
+    @property
     def verdict(self) -> str:
         """How far the frontier can be trusted to be the best there is, in words."""
+        if self.untrained:
+            return (
+                "Meaningless: nothing was trained and no weights were given, so these are the scores of random weights; train "
+                "(--epochs 1 or more), or begin with --pretrained or --weights."
+            )
+        least = "" if self.baseline is None else f" The most frequent class alone makes {self.baseline:.2f} %."
+        return self._certainty + least
+
+    @property
+    def _certainty(self) -> str:
         untrained = ""
         if self.within is not None:
             untrained = (
@@ -295,6 +313,9 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         cheapest=summary.get("cheapest", {}),
         retraining=_retraining(folder.config, summary, candidates),
         within=folder.config.within,
+        baseline=_baseline(folder.config, summary),
+        notes=summary.get("notes", ()),
+        untrained=folder.config.epochs == 0 and not folder.config.warm,
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
@@ -336,12 +357,39 @@ def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dic
     space["architectures"] = f"{summary['space_size']:,}"
     if "within_budget" in summary:
         space["within the budget"] = summary["within_budget"]
-    space["classes"] = _plain(summary["classes"])
-    if summary.get("notes"):
-        space["notes"] = " ".join(summary["notes"])
+    space["classes"] = _listed(summary["classes"])
+    counts = summary.get("images", {})
+    for split, name in (("train", "training images"), ("search", "search-validation images")):
+        if split in counts:
+            space[f"{name} of each class"] = _listed(counts[split], "{:,}", summary["classes"])
+    if (least := _baseline(config, summary)) is not None:
+        space["most frequent class alone"] = f"{least:.2f} % top-1"
     space["images scored on"] = f"{images:,} (search-validation)"
     seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
-    return {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
+    facts = {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
+    notes = {str(number): note for number, note in enumerate(summary.get("notes", ()), start=1)}
+    return facts | ({"Notes": notes} if notes else {})
+
+
+CLASSES_SHOWN = 20
+
+
+def _listed(values: Sequence[Any], form: str = "{}", names: Sequence[str] = ()) -> str:
+    """Classes, or a number for each of them; of many the first three, or the range."""
+    if len(values) <= CLASSES_SHOWN:
+        texts = [form.format(value) for value in values]
+        return (
+            ", ".join(f"{name} {text}" for name, text in zip(names, texts, strict=True)) if names else ", ".join(texts)
+        )
+    if names:
+        return f"{form.format(min(values))} to {form.format(max(values))}, {sum(value > 0 for value in values):,} classes with any"
+    return f"{len(values):,}: {', '.join(map(str, values[:3]))}, …"
+
+
+def _baseline(config: SearchConfig, summary: Mapping[str, Any]) -> float | None:
+    """Top-1 in percent of always answering with the search-validation images' most frequent class; None: it is not known."""
+    counts = summary.get("images", {}).get("search")
+    return 100 * max(counts) / sum(counts) if counts and config.metric == "top1" else None
 
 
 def _plain(value: Any) -> str:

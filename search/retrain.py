@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from poolshare.supernet.train import Recipe, check_batches, steps_per_epoch, tra
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 from .config import WARM_LR, WARM_LR_PRETRAINED
-from .evaluate import count_right
+from .evaluate import answers, class_report
 from .export import Exported, check_new, load_export, save_export
 from .images import difference
 from .pareto import binomial_interval
@@ -110,7 +111,12 @@ def retrain(
             )
         if not first:
             return {}
-        correct, images = accuracy(model, opened, workers)
+        labels, predicted = answers_on_test(model, opened, workers)
+        correct, images, by_class = (
+            int((labels == predicted).sum()),
+            len(labels),
+            class_report(labels, predicted, opened.classes),
+        )
         start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
         facts = {
             key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
@@ -123,6 +129,8 @@ def retrain(
             "test_correct": correct,
             "test_total": images,
             "notes": list(opened.notes),
+            "test_baseline": by_class["baseline"],
+            "test_balanced_top1": by_class["balanced_top1"],
             "recipe": recipe.model_dump(),
             "from_scratch": from_scratch,
             "retrain_seed": seed,
@@ -183,6 +191,7 @@ def evaluate(
 
     data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
     it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
+    Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
     """
     source, console = load_export(exported), console or Console(quiet=True)
     opened = _open_tests(source, data, data_dir, download, console)
@@ -190,7 +199,8 @@ def evaluate(
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
     model = source.model.to(place)
-    correct, images = accuracy(model, opened, workers, console)
+    labels, predicted = answers_on_test(model, opened, workers, console)
+    correct, images = int((labels == predicted).sum()), len(labels)
     low, high = binomial_interval(correct, images)
     return {
         "model": str(source.path),
@@ -199,6 +209,7 @@ def evaluate(
         "interval": [float(low), float(high)],
         "correct": correct,
         "total": images,
+        **class_report(labels, predicted, opened.classes),
         "macs": macs,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(place),
@@ -212,9 +223,17 @@ def evaluate(
 
 def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | None = None) -> tuple[int, int]:
     """Correctly classified test images, and how many there are."""
+    labels, predicted = answers_on_test(model, data, workers, console)
+    return int((labels == predicted).sum()), len(labels)
+
+
+def answers_on_test(
+    model: nn.Module, data: Data, workers: int = 0, console: Console | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the test images and a model's answers, class indices (n,)."""
     batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
     with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
-        return count_right(model, batches, advance)
+        return answers(model, batches, advance)
 
 
 def _open(
@@ -245,15 +264,19 @@ def _open(
             progress=progress,
             **opening_options(source.data_config),
         )
+    classes = facts["classes"]
+    missing = [one for one in opened.classes if one not in set(classes)]
+    if not missing:
+        opened = opened.relabelled(classes, [classes.index(one) for one in opened.classes])
     if same and (found := difference(opened.fingerprint, facts["data_fingerprint"])):
         raise DataError(
             f"the training images of {name} are not those the model was searched on ({found}), so its test images may "
             "not be either; restore them, or give other test images as --data FOLDER"
         )
-    if list(opened.classes) != source.facts["classes"]:
+    if missing:
         raise DataError(
-            f"{name} has the classes {', '.join(opened.classes[:5])}…, but {source.path} was made for "
-            f"{', '.join(source.facts['classes'][:5])}…; use the data it was searched on"
+            f"{name} has the classes {', '.join(missing[:5])}…, which {source.path} does not know: it was made for "
+            f"{', '.join(classes[:5])}…; use the data it was searched on, or name the folders as its classes"
         )
     return opened
 

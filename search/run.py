@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import StringIO
@@ -114,16 +114,29 @@ class RunFolder:
             cls.check(path, config)  # the process that held it may have begun it meanwhile
             yield folder
 
-    def write_config(self, data: str, storage: str = "journal", files: Mapping[str, str] | None = None) -> None:
+    def write_config(
+        self,
+        data: str,
+        storage: str = "journal",
+        files: Mapping[str, str] | None = None,
+        classes: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Write config.json with the fingerprint of the training images, and the kind of storage its study is in.
 
-        files: of images that are files, a word for the contents of each by its name; kept in images.csv. Raises what
-        `check_same` does, before anything is written.
+        files: of images that are files, a word for the contents of each by its name; kept in images.csv. classes: of the
+        model, in the order of its head. notes: on data and weights; those of earlier calls are kept.
+        Raises what `check_same` does, before anything is written.
         """
         path = self.path / "config.json"
         if path.exists():
             self.check_same(data, storage, files)
         content = {"format": FORMAT, "data": data, "storage": storage, "search": self.config.model_dump(mode="json")}
+        earlier = self.notes if path.exists() else ()
+        content |= {
+            "classes": None if classes is None else list(classes),
+            "notes": list(dict.fromkeys([*earlier, *notes])),
+        }
         write_json(path, content)
         if files and not self.images.exists():
             write_images(self.images, files)
@@ -144,6 +157,22 @@ class RunFolder:
                 f"the training images of {self.config.data} are not those {self.path} was begun with "
                 f"({found}{named and f': {named}'}); restore them to continue it, or search into a new folder"
             )
+
+    @staticmethod
+    def classes_of(path: str | Path) -> tuple[str, ...] | None:
+        """The classes that the run in `path` was begun with; None where there is none yet."""
+        return RunFolder.open(path).classes if (Path(path) / "config.json").exists() else None
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes of its model in the order of the head; they may be more than the data's."""
+        found = self._fact("classes")
+        return None if found is None else tuple(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user was told of data and weights when the run was begun or continued."""
+        return tuple(self._fact("notes") or ())
 
     @property
     def data_fingerprint(self) -> str:

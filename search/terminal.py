@@ -59,8 +59,11 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs")
     return table
 
 
-def finalists_table(rows: pd.DataFrame) -> Table:
-    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS."""
+def finalists_table(rows: pd.DataFrame, baseline: float | None = None) -> Table:
+    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS.
+
+    baseline: top-1 in percent of the most frequent class alone.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -69,6 +72,7 @@ def finalists_table(rows: pd.DataFrame) -> Table:
     more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
     who = "1 finalist" if len(rows) == 1 else f"{len(rows)} finalists"
     caption = f"{who} on {images:,} search-validation images; alone: {more}"
+    caption += "" if baseline is None else f". The most frequent class alone makes {baseline:.2f} %"
     table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("architecture", overflow="fold")
     for heading in ("MACs", "supernet %", "alone % (95 %)"):

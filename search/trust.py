@@ -77,7 +77,7 @@ def measure_trust(
             raise RunError(
                 f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
             )
-        job = prepare(config, console, data, metric)
+        job = prepare(config, console, data, metric, folder.classes)
         return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
 
 

@@ -30,6 +30,8 @@ from .options import (
     recipe_of,
 )
 
+CLASSES_SHOWN = 10
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
@@ -114,6 +116,7 @@ def retrain(
         f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
+    PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
     if quiet:  # else they were said at the beginning
         print_notes(facts["notes"])
 
@@ -122,6 +125,10 @@ def print_notes(notes: list[str]) -> None:
     """What an accuracy is of: quiet or not, it belongs to the result."""
     for note in notes:
         PlainConsole().print(note, soft_wrap=True)
+
+
+def _beside(balanced: float, baseline: float) -> str:
+    return f"balanced over classes {balanced:.2f} %; the most frequent class alone makes {baseline:.2f} %"
 
 
 def evaluate(
@@ -153,6 +160,12 @@ def evaluate(
     console.print(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
+    console.print(_beside(result["balanced_top1"], result["baseline"]))
+    worst_first = sorted(result["per_class"], key=lambda one: (one["top1"], -one["images"]))
+    for one in worst_first[:CLASSES_SHOWN]:
+        console.print(f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images", soft_wrap=True)
+    if len(worst_first) > CLASSES_SHOWN:
+        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes that it knows better; --json lists all")
     print_notes(result["notes"])
     console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
     for batch, latency in result["latency_ms"].items():

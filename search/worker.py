@@ -59,7 +59,7 @@ def work(
     config = folder.config.without_weights.model_copy(
         update={name: value for name, value in here.items() if value is not None}
     )
-    job = prepare(config, console, own, metric)
+    job = prepare(config, console, own, metric, folder.classes)
     folder.check_same(job.data.fingerprint, kind, job.data.files)
     load_weights(job.supernet, folder.supernet)
     latency = folder.read_latency()

@@ -7,7 +7,7 @@ What an image looks like in training depends on (seed, epoch, index) alone, its 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -91,6 +91,23 @@ class Data:
             broken += faults.values()
             done += len(indices)
         refuse_broken(broken, total, self.name)
+
+    def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
+        """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
+        table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
+        sources = {id(split.source): split.source for split in self._splits.values()}
+        moved = {key: replace(source, labels=table[source.labels]) for key, source in sources.items()}
+
+        def translated(split: Split) -> Split:
+            source = moved.get(id(split.source)) or replace(split.source, labels=table[split.source.labels])
+            return Split(source, split.indices)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            _splits={name: translated(split) for name, split in self._splits.items()},
+            _open_test=open_test and (lambda: translated(open_test())),
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,6 @@
-"""Data given in Python, torch data sets or loaders of (image tensor, label), as the splits that everything else reads.
+"""Data given in Python, torch data sets or loaders of images and labels, as the splits that everything else reads.
+
+A sample, or a batch, is a pair (images, labels), or a dictionary of them as Hugging Face data sets give it.
 
 What is random in the user's own transforms is keyed as it is for every other source: in a data set by (seed, epoch,
 index), in a loader by (seed, epoch, step). So a stopped search continues with the same images in the same order.
@@ -6,8 +8,8 @@ index), in a loader by (seed, epoch, step). So a stopped search continues with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ SPLITS = ("train", "search")  # in the order in which they are given
 _EPOCH = 29  # sets a loader's draws apart from others of the same seed
 _AGAIN = 2  # images that are read a second time, to see whether they are the same
 
+IMAGE_KEYS, LABEL_KEYS = ("pixel_values", "image"), ("label", "labels")  # of samples that are dictionaries
+
 Parts = Sequence[Any]  # training and validation images: two torch `Dataset`s, or two `DataLoader`s
 
 
@@ -34,7 +38,7 @@ def open_own(
     parts: Parts,
     name: str,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | int | None = None,
     seed: int = 0,
     workers: int = 0,
     progress: Progress | None = None,
@@ -42,9 +46,10 @@ def open_own(
     """The splits `train` and `search`; there is no test split, those images are the user's to keep.
 
     parts: two `Dataset`s with a length, or two `DataLoader`s; of float images (channels, H, W), all of one size, and
-    class indices. All of them are read once: what breaks the contract is found before anything starts.
-    name: how they are called in the record. classes: names in index order; None: what the training set calls
-    `classes`, or numbers. workers: processes that read data sets; loaders have their own.
+    class indices; or of dictionaries with `pixel_values` or `image`, and `label` or `labels`. All of them are read once:
+    what breaks the contract is found before anything starts.
+    name: how they are called in the record. classes: names in index order, or how many there are; None: what the training
+    set calls `classes`, or numbers up to the highest label. workers: processes that read data sets; loaders have their own.
     progress: called with images read, and all of them.
 
     Raises DataError for what cannot be used, BrokenDataError for images that cannot be read.
@@ -119,7 +124,8 @@ class _Place(NamedTuple):
 def _fetch(place: _Place, draw: Draw) -> Tensor:
     """The image, with all that is random about it keyed; in evaluation by its index alone."""
     with keyed_generators(*(draw or (place.position,))):
-        return place.dataset[place.position][0].float()  # type: ignore[no-any-return]
+        image, _ = _pair(place.dataset[place.position])
+        return image.float()  # type: ignore[no-any-return]
 
 
 class _Read(NamedTuple):
@@ -154,10 +160,11 @@ class _Checks(Dataset):
                 item = self.dataset[index]
         except Exception as error:  # whatever the user's own code raises
             return _Checked(-1, (), f"{type(error).__name__}: {str(error)[:200]}", True)
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            return _Checked(-1, (), f"it is {_described(item)}, and must be (image tensor, label)")
-        image, label = item
-        problem = _image_fault(image, 3) or _label_fault(label)
+        try:
+            image, label = _pair(item)
+        except DataError as error:
+            return _Checked(-1, (), str(error))
+        problem = _image_fault(image, 3) or _not_finite(image) or _label_fault(label)
         if problem:
             return _Checked(-1, (), problem)
         return _Checked(int(label), tuple(image.shape), "", digest=_image_digest(image))
@@ -208,6 +215,14 @@ class _LoaderData(Data):
 
     loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
     sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
+    places: tuple[int, ...] | None = field(default=None, kw_only=True)  # of the loaders' labels among `classes`
+
+    def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> Data:
+        """The same under the classes of a model; the loaders' labels are translated as they come."""
+        data = super().relabelled(classes, indices)
+        assert isinstance(data, _LoaderData)
+        earlier = range(len(self.classes)) if self.places is None else self.places
+        return replace(data, places=tuple(indices[place] for place in earlier))
 
     def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
         """Those of the training loader, whatever is asked for."""
@@ -229,12 +244,13 @@ class _LoaderData(Data):
             raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
         for images in self.sizes:
             _check_share(images, world_size)
-        return _Epoch(self.loaders["train"], (self.seed, _EPOCH, epoch), start_step, rank, world_size)
+        key = self.seed, _EPOCH, epoch
+        return _Epoch(self.loaders["train"], "train", key, start_step, rank, world_size, self.places)
 
     def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
         if split not in self.loaders:
             raise DataError(f"no loader of {split} images was given for {self.name}")
-        return _Epoch(self.loaders[split], (self.seed, _EPOCH))
+        return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,10 +258,12 @@ class _Epoch:
     """One pass over a loader from `start` on; what comes before is drawn too, so that the rest is the same."""
 
     loader: DataLoader
+    where: str  # train or search
     key: tuple[int, ...]
     start: int = 0
     rank: int = 0
     world_size: int = 1
+    places: tuple[int, ...] | None = None  # what the loader's labels are called, by label; None: as they are
 
     def __len__(self) -> int:
         return len(self.loader) - self.start
@@ -262,15 +280,17 @@ class _Epoch:
         for step in range(steps):
             with keyed_generators(*self.key, step):
                 try:
-                    images, labels = next(batches)
+                    batch = next(batches)
                 except StopIteration:
                     raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
             if step < self.start:
                 continue
+            images, labels = _batch(batch, f"batch {step} of the {self.where} loader")
             _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
             share = len(images) // self.world_size
             mine = slice(self.rank * share, (self.rank + 1) * share)
-            yield images[mine].float(), labels[mine].long()
+            labels = labels[mine].long()
+            yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
 
 
 def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> _Read:
@@ -278,15 +298,12 @@ def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[
     labels: list[Tensor] = []
     digests: list[int] = []
     shapes: set[tuple[int, ...]] = set()
-    epoch = _Epoch(loader, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
+    epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
     for index, item in enumerate(epoch):
         images, some = item
-        problem = _image_fault(images, 4)
-        if not problem and (not isinstance(some, Tensor) or some.shape != (len(images),) or some.is_floating_point()):
-            problem = f"its labels are {_described(some)}, and must be class indices of shape ({len(images)},)"
-        if problem:
+        if problem := _not_finite(images):
             raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
-        labels.append(some.long())
+        labels.append(some)
         digests += map(_image_digest, images)
         shapes.add(tuple(images.shape[1:]))
         if progress:
@@ -301,6 +318,22 @@ def _read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[
     source = Source(_no_full, together, digests=_digest_column(digests, repeatable))
     sizes = tuple(sorted({*map(len, labels)}))
     return _Read(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
+
+
+def _batch(batch: Any, which: str) -> tuple[Tensor, Tensor]:
+    """Images (B, channels, H, W) and labels (B,) of a loader's batch, as they are. Raises DataError for anything else."""
+    try:
+        images, labels = _pair(batch)
+    except DataError as error:
+        raise DataError(f"{which} cannot be used ({error})") from None
+    problem = _image_fault(images, 4)
+    if problem and isinstance(images, Tensor) and images.ndim == 3:
+        problem += "; give the loader a batch_size"
+    if not problem and (not isinstance(labels, Tensor) or labels.shape != (len(images),) or not _whole(labels)):
+        problem = f"its labels are {_described(labels)}, and must be class indices of shape ({len(images)},)"
+    if problem:
+        raise DataError(f"{which} cannot be used ({problem})")
+    return images, labels
 
 
 def _no_full(index: int) -> Any:
@@ -334,19 +367,40 @@ def _check_kind(part: Any, where: str) -> None:
         raise DataError(f"the {where} data are empty: give at least one image of each class")
 
 
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Image and label of a sample, or images and labels of a batch. Raises DataError for anything else."""
+    if isinstance(item, Mapping):
+        found = [[item[key] for key in keys if key in item][:1] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        if all(found):
+            return found[0][0], found[1][0]
+        raise DataError(
+            f"it is a dictionary of {', '.join(map(repr, item))}, and must have {' or '.join(map(repr, IMAGE_KEYS))}, and "
+            f"{' or '.join(map(repr, LABEL_KEYS))}"
+        )
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise DataError(f"it is {_described(item)}, and must be (image tensor, label)")
+    return item[0], item[1]
+
+
 def _image_fault(image: Any, dimensions: int) -> str:
     wanted = "(channels, H, W)" if dimensions == 3 else "(B, channels, H, W)"
     if not isinstance(image, Tensor):
         return f"its image is {_described(image)}, and must be a float tensor {wanted}: end its transform in a tensor"
     if image.ndim != dimensions or not image.is_floating_point():
         return f"its image is {_described(image)}, and must be a float tensor {wanted}"
+    return ""
+
+
+def _not_finite(image: Tensor) -> str:
     return "" if bool(torch.isfinite(image).all()) else "its image holds values that are not finite"
 
 
+def _whole(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex())
+
+
 def _label_fault(label: Any) -> str:
-    whole = isinstance(label, (int, np.integer)) or (
-        isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point()
-    )
+    whole = isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0 and _whole(label))
     return (
         "" if whole and int(label) >= 0 else f"its label is {_described(label)}, and must be a class index, 0, 1, 2 …"
     )
@@ -355,13 +409,19 @@ def _label_fault(label: Any) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of {value.dtype} and shape {value.shape}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
     return f"{value!r:.40}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _names(dataset: Any, given: Sequence[str] | None, found: Sequence[_Read]) -> tuple[str, ...]:
+def _names(dataset: Any, given: Sequence[str] | int | None, found: Sequence[_Read]) -> tuple[str, ...]:
     labels = [one.split.labels for one in found]
     count = 1 + max(int(part.max()) for part in labels)
-    stated = getattr(dataset, "classes", None)
+    stated = getattr(dataset, "classes", None) or _hub_names(dataset)
+    if isinstance(given, int):
+        given = tuple(map(str, range(given)))
     if isinstance(given, str):
         raise DataError(f"classes {given!r} is one text: give a list of names")
     if given is not None:
@@ -374,6 +434,13 @@ def _names(dataset: Any, given: Sequence[str] | None, found: Sequence[_Read]) ->
     if untrained:
         raise DataError(f"class {names[untrained[0]]!r} has validation images and none to train on: add some")
     return names
+
+
+def _hub_names(dataset: Any) -> Any:
+    """The class names that a Hugging Face data set states among its features."""
+    features = getattr(dataset, "features", None)
+    found = [features[key] for key in LABEL_KEYS if key in features] if isinstance(features, Mapping) else []
+    return getattr(found[0], "names", None) if found else None
 
 
 def _count(parts: Any) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,10 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from poolshare.search.config import SearchConfig
-from poolshare.search.prepare import prepare
+from poolshare.search.config import SearchConfig, checked_config
+from poolshare.search.prepare import matched_classes, prepare
 from poolshare.search.run import RunFolder, read_json, write_json
-from poolshare.space import Architecture, RunError, SearchSpace
+from poolshare.space import Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
 from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.data import open_data
@@ -609,25 +610,77 @@ def test_retraining_with_the_dense_model_as_teacher_and_a_recipe(run, verb, tmp_
 def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     options = {"depth": 3, "embed_dim": 16, "num_heads": 2}
     torch.manual_seed(1)
-    model = timm.create_model("digits_vit", num_classes=4, **options)
+    model = timm.create_model("digits_vit", num_classes=10, **options)
     save_file(model.state_dict(), tmp_path / "start.safetensors")
+    save_file(timm.create_model("digits_vit", num_classes=4, **options).state_dict(), tmp_path / "four.safetensors")
     words = ("search", *SMALL, "--epochs", "0", "--sampler", "random", "--trials", "3", "--out", tmp_path / "run")
-    status, _, err = verb(*words, "--weights", tmp_path / "start.safetensors")
+    status, _, err = verb(*words, "--weights", tmp_path / "four.safetensors")
+    assert (
+        status,
+        "four.safetensors does not fit the data: it has 4 classes, the data 10. With --epochs 0" in err,
+    ) == (2, True)
+    assert not (tmp_path / "run").exists()
+    status, out, err = verb(*words, "--weights", tmp_path / "start.safetensors")
     assert status == 0, err
-    assert "start.safetensors has 4 classes, the data 10: the head is a new one" in err
+    assert "the data's classes in their order: '0' is output 0, '1' is output 1, '2' is output 2" in err
+    assert "if it has seen any of these images" in err
+    assert "warning: the trained head's answers are near chance" in err  # its weights are random
+    assert "warning: the trained head's answers are near chance" in out
+    summary = RunFolder.open(tmp_path / "run").read_summary()
+    counts = np.array(summary["images"]["search"])
+    assert (len(counts), counts.sum(), sum(summary["images"]["train"])) == (10, 377, 880)
+    assert f"The most frequent class alone makes {100 * counts.max() / 377:.2f} %" in " ".join(out.split())
+    assert any("near chance" in note for note in summary["notes"])
     assert RunFolder.open(tmp_path / "run").config.lr == 3e-4
     (tmp_path / "start.safetensors").unlink()  # from now on the weights are the run's
     assert verb("export", tmp_path / "run", "--architecture", "dense", "--out", tmp_path / "export")[0] == 0
     exported = load_file(tmp_path / "export" / "model.safetensors")
     for name, value in model.state_dict().items():
-        if not name.startswith("head."):
-            assert torch.equal(exported[name], value), name
+        assert torch.equal(exported[name], value), name
     assert json.loads((tmp_path / "export" / "architecture.json").read_text())["pretrained"] is True
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", tmp_path / "none.safetensors")
     assert (status, "none.safetensors cannot be read" in err) == (2, True), err
+    (tmp_path / "map.txt").write_text("\n".join(map(str, range(4))))
+    begun = ("--weights", tmp_path / "four.safetensors", "--class-map", tmp_path / "map.txt")
+    status, _, err = verb(*words[:-1], tmp_path / "other", *begun)
+    assert (status, "lacks '4', '5', '6' and 3 more, 6 of the data's 10 classes" in err) == (2, True), err
     status, _, err = verb(*words[:-1], tmp_path / "other", "--weights", "x", "--pretrained")
     assert (status, "are two beginnings" in err) == (2, True), err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_class_map_gives_the_classes_of_the_head_and_the_labels_follow(weights, tmp_path):
+    """One with more names than the data have classes, in another order, with a head of as many outputs, or a new one."""
+    names = [str(digit) for digit in range(11, -1, -1)]
+    (tmp_path / "map.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
+    given = {"data": "digits", "model_args": {"depth": 2, "embed_dim": 16, "num_heads": 2}, "device": "cpu"}
+    if weights:
+        model = timm.create_model("digits_vit", num_classes=12, **given["model_args"])
+        save_file(model.state_dict(), tmp_path / "twelve.safetensors")
+        given |= {"weights": str(tmp_path / "twelve.safetensors"), "epochs": 0}
+    job = prepare(checked_config(**given, class_map=str(tmp_path / "map.json")))
+    plain = open_data("digits", img_size=8, in_chans=1, mean=[0.5], std=[0.5], search_fraction=0.3)
+    assert job.data.classes == tuple(names)
+    assert job.supernet.num_classes == 12
+    assert (job.head == "twelve.safetensors") == weights
+    for split in ("train", "search", "test"):
+        assert job.data.split(split).labels.tolist() == (11 - plain.split(split).labels).tolist()
+
+
+def test_pretrained_weights_bring_a_head_too():
+    config = checked_config(data="x", pretrained=True, epochs=0)  # vit_tiny_patch16_224, of ImageNet's 1,000 classes
+    for classes, kept in ((["n01443537", "n01440764"], True), (["goldfish", "tench"], False)):
+        data = SimpleNamespace(classes=tuple(classes))
+        if kept:
+            matched = matched_classes(config, data, None, None)
+            assert (len(matched.classes), matched.indices, matched.fresh) == (1000, (1, 0), False)
+            continue
+        with pytest.raises(ModelError, match="the head of vit_tiny_patch16_224 does not fit the data"):
+            matched_classes(config, data, None, None)
+    headless = checked_config(data="x", model="vit_small_patch16_224.dino", pretrained=True, epochs=0)
+    with pytest.raises(ModelError, match="brings weights without a head"):
+        matched_classes(headless, data, None, None)
 
 
 def test_operators_are_mixed_from_search_to_retraining_on_levels_that_are_no_squares(tmp_path, verb):

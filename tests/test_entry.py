@@ -1,11 +1,13 @@
 """The Python entry: searches on the user's own data and metric, compared with counting by hand and stopped half-way."""
 
+import json
 import random
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +15,24 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.models import save_for_hf
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from poolshare.search import SearchResult, search, work
 from poolshare.search.prepare import supernet_recipe
+from poolshare.search.retrain import evaluate
 from poolshare.search.run import read_csv
-from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
+from poolshare.space import (
+    Architecture,
+    ArchitectureError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PoolshareError,
+    RunError,
+)
 from poolshare.supernet.checkpoint import load_state_facts, load_tensors
+from poolshare.supernet.data import open_data
 from poolshare.supernet.own_data import open_own
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.train import check_batches, train_model
@@ -430,6 +443,154 @@ def test_options_that_cannot_be_are_refused_before_anything_is_written(options, 
         search((IMAGES, IMAGES), out=tmp_path / "run", **SMALL | options)
     assert says in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Named(Dataset):
+    """Samples as Hugging Face data sets give them."""
+
+    def __init__(self, images, labels, keys=("pixel_values", "labels")):
+        self.images, self.labels, self.keys = images, labels, keys
+        self.features = {keys[1]: SimpleNamespace(names=[f"digit {digit}" for digit in range(10)])}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return dict(zip(self.keys, (self.images[index], self.labels[index]), strict=True))
+
+
+@pytest.mark.parametrize("keys", [("pixel_values", "labels"), ("image", "label")])
+def test_samples_and_batches_that_are_dictionaries_are_those_of_pairs(keys, digits):
+    images, labels = (part[:60] for part in digits)
+    pairs, named = TensorDataset(images, labels), Named(images, labels, keys)
+    for load in (lambda part: part, lambda part: DataLoader(part, 20)):
+        one, other = (open_own((load(part), load(part)), "mine", classes=Noisy.classes) for part in (pairs, named))
+        assert one.fingerprint == other.fingerprint
+        for mine, theirs in zip(one.train_loader(1, 20), other.train_loader(1, 20), strict=True):
+            assert all(map(torch.equal, mine, theirs))
+    assert open_own((named, named), "mine").classes == Noisy.classes
+
+
+@pytest.mark.parametrize("load", [lambda part: part, lambda part: DataLoader(part, 20, shuffle=True)])
+def test_own_data_under_a_models_classes_have_its_labels(load, digits):
+    images, labels = (part[:60] for part in digits)
+    own = open_own((load(TensorDataset(images, labels)),) * 2, "mine")
+    indices = [3, 1, 4, 11, 5, 9, 2, 6, 8, 7]
+    moved = own.relabelled([f"class {index}" for index in range(12)], indices)
+    assert len(moved.classes) == 12
+    assert moved.fingerprint != own.fingerprint
+    for loader in (lambda data: data.train_loader(0, 20), lambda data: data.eval_loader("search", 20)):
+        for (one, before), (other, after) in zip(loader(own), loader(moved), strict=True):
+            assert torch.equal(one, other)
+            assert after.tolist() == [indices[label] for label in before]
+    assert sorted(moved.split("train").labels) == sorted(indices[label] for label in labels)
+
+
+def test_the_number_of_classes_can_be_given(digits):
+    images, labels = digits[0][:8], torch.tensor([0, 1, 2, 3] * 2)
+    data = TensorDataset(images, labels)
+    assert open_own((data, data), "mine").classes == ("0", "1", "2", "3")
+    assert open_own((data, data), "mine", classes=6).classes == ("0", "1", "2", "3", "4", "5")
+
+
+def batches(images, labels, collate, size=4):
+    return DataLoader(TensorDataset(images, labels), size, collate_fn=collate)
+
+
+def stacked(samples):
+    return torch.utils.data.default_collate(samples)
+
+
+GOOD = one_image(8, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("loader", "says"),
+    [
+        (batches(one_image(8, 1, 8, 8, dtype=torch.uint8), LABELS, stacked), "uint8 tensor of shape (4, 1, 8, 8)"),
+        (batches(GOOD, LABELS / 2 + 0.19, stacked), "float32 tensor of shape (4,), and must be class indices"),
+        (
+            batches(GOOD, LABELS, lambda s: {"pixels": 1, "label": 2}),
+            "a dictionary of 'pixels', 'label', and must have",
+        ),
+        (batches(GOOD, LABELS, lambda s: (*stacked(s), s)), "a tuple of 3, and must be (image tensor, label)"),
+        (batches(GOOD, LABELS, lambda s: s), "a list of 4, and must be"),
+        (batches(GOOD, LABELS, lambda s: [part.numpy() for part in stacked(s)]), "a NumPy array of float32 and shape"),
+        (batches(GOOD, LABELS, lambda s: (stacked(s)[0], [0, 1, 0, 1])), "its labels are a list of 4"),
+        (batches(GOOD, LABELS, lambda s: None), "it is a NoneType"),
+        (batches(GOOD, LABELS, lambda s: (stacked(s)[0], stacked(s)[1][:2])), "class indices of shape (4,)"),
+        (DataLoader(TensorDataset(GOOD, LABELS), None), "give the loader a batch_size"),
+        (batches(GOOD / 0, LABELS, stacked), "not finite"),
+        (batches(GOOD, -LABELS, stacked), "gives label -1"),
+    ],
+)
+def test_loaders_are_checked_like_data_sets_before_anything_is_converted(loader, says):
+    with pytest.raises(DataError) as refused:
+        open_own((loader, DataLoader(IMAGES, 4)), "mine")
+    assert says in str(refused.value)
+
+
+def saved_model(folder, names, head):
+    """timm's folder of a small model whose head has these names; `head` is its bias: what it answers."""
+    torch.manual_seed(0)
+    model = timm.create_model("digits_vit", num_classes=len(names), **SMALL["model_args"])
+    torch.nn.init.constant_(model.head.bias, 0)
+    model.head.bias.data += torch.tensor(head)
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.25,), std=(0.4,), interpolation="nearest", crop_pct=1.0)
+    save_for_hf(
+        model, folder, model_config={"label_names": names}, model_args=SMALL["model_args"], safe_serialization=True
+    )
+    return model.eval()
+
+
+def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_input(digits, verb, tmp_path):
+    """Class folders are three of its five classes, in another order; the classes it has stay, through every verb."""
+    names = ["six", "nought", "nine", "three", "never"]
+    model = saved_model(tmp_path / "own", names, [0.3, 0.1, 0.2, 0.0, 0.0])
+    for index, label in enumerate(digits[1][:120].tolist()):
+        if label in (0, 3, 6):
+            folder = tmp_path / "photos" / {0: "nought", 3: "three", 6: "six"}[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits[0][index, 0] * 255).byte().numpy()).save(folder / f"{index}.png")
+    options = {"levels": (64, 16), "sampler": "random", "trials": 2, "epochs": 0, "quiet": True}
+    options |= {"out": tmp_path / "run", "model": f"local-dir:{tmp_path / 'own'}"}
+    found = search(str(tmp_path / "photos"), **options)
+    config = found.run.config
+    assert (config.model, config.img_size, config.in_chans) == ("digits_vit", 8, 1)
+    assert (config.preprocessing["mean"], config.preprocessing["std"]) == ([0.25], [0.4])
+    assert found.run.classes == tuple(names)
+    notes = " ".join(found.report.notes)
+    assert "3 of the 5 outputs" in notes
+    assert "'nought' is output 1, 'six' is output 0, 'three' is output 3" in notes
+    found.export("dense", tmp_path / "export")
+    tested = evaluate(tmp_path / "export")
+    data = open_data(
+        str(tmp_path / "photos"), img_size=8, in_chans=1, mean=[0.25], std=[0.4], interpolation="nearest", crop_pct=1
+    )
+    [(images, labels)] = data.eval_loader("test", 1000)
+    with torch.inference_mode():
+        answers = [names[index] for index in model(images).argmax(dim=-1)]
+    truth = [data.classes[label] for label in labels]
+    assert tested["correct"] == sum(map(str.__eq__, answers, truth))
+    assert [one["class"] for one in tested["per_class"]] == ["six", "nought", "three"]  # in the head's order
+    assert search(str(tmp_path / "photos"), **options | {"trials": 3}).report.notes == found.report.notes
+
+    status, out, err = verb("space", "--model", f"local-dir:{tmp_path / 'own'}", "--levels", "64,16", "--json")
+    assert status == 0, err
+    shape = json.loads(out)
+    assert (shape["model"], shape["depth"]) == ("digits_vit", 3)
+    head = 16 * (10 - 5)  # it counts the ten classes of timm's digits_vit, the run its own five
+    assert shape["dense_macs"] == found.report.dense["macs"] + head
+
+    (tmp_path / "photos" / "six").rename(tmp_path / "photos" / "seven")
+    with pytest.raises(
+        ModelError, match=r"5 classes, the data 3, 1 of them not among the names of .*config.json: 'seven'"
+    ):
+        search(str(tmp_path / "photos"), **options | {"out": tmp_path / "other"})
+    wrong = {"out": tmp_path / "other", "model": "vit_tiny_patch16_224", "weights": tmp_path / "own"}
+    with pytest.raises(ModelError, match="are of digits_vit, as its card says, and --model is vit_tiny"):
+        search(str(tmp_path / "photos"), **options | wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_loaders_say_the_batch_size_and_names_belong_to_own_data(tmp_path):

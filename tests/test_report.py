@@ -248,3 +248,9 @@ def test_a_supernet_trained_within_a_limit_says_so_and_is_not_held_against_dense
     assert "half-point" not in {each.how for each in report.picks()}
     with pytest.raises(ConfigError, match="took little or no part"):
         report.pick("half-point")
+
+
+def test_scores_of_random_weights_are_no_finding_and_the_baseline_stands_beside_accuracies():
+    assert make_report(untrained=True).verdict.startswith("Meaningless: nothing was trained")
+    assert make_report(baseline=97.96).verdict.endswith("The most frequent class alone makes 97.96 %.")
+    assert make_report(notes=["a note", "warning: mind"]).warnings == ["warning: mind"]

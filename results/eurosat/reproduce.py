@@ -295,7 +295,7 @@ def starting_model(start: str, architecture: Architecture, given: Settings) -> S
     model = Subnet.from_base(MODEL, str(architecture), img_size=given.img_size, num_classes=CLASSES)
     if start in ("imagenet", LONGER):
         source: torch.nn.Module = timm.create_model(MODEL, img_size=given.img_size, num_classes=CLASSES)
-        load_base_weights(source, given.weights, MODEL)
+        load_base_weights(source, given.weights, MODEL, fresh_head=True)
     else:
         source = supernet_of(given, start)
     model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
