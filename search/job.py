@@ -55,12 +55,16 @@ def run_job(
     all the rest.
     """
     console = console or Console(quiet=True, markup=False)
-    RunFolder.check(out, config)  # before anything long
+    config = RunFolder.continued(out, config)  # before anything long
+    folder = RunFolder(Path(out), config)
+    begun = is_trained(folder) or load_state_facts(folder.training) is not None
+    folder.check_weights(config)
     kind = check_storage(storage) if distributed.rank() == 0 else ""
     folder_of_images = data is None and _is_folder(config)
     checking = progress_bar(console, "checking images", 1, "images") if folder_of_images else nullcontext(no_progress)
     with checking as advance:
-        job = prepare(config, lambda done, total: advance(done, total=total), data, metric)
+        job = prepare(config, lambda done, total: advance(done, total=total), data, metric, load=not begun)
+    config = job.config
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         _train(job, None, console)
@@ -143,6 +147,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
                 state=folder and folder.training,
                 progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
                 say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise="search into a new folder",
             )
     if folder:
         save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
@@ -179,7 +184,7 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
-    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "download"})
+    ours = folder.config.model_dump(mode="json", exclude=set(MAY_DIFFER))
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for

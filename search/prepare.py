@@ -122,10 +122,13 @@ def prepare(
     progress: Callable[[int, int], None] | None = None,
     data: Data | None = None,
     metric: Metric = top1,
+    load: bool = True,
 ) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
-    data, metric: those that were given in Python, under the names that stand in the configuration.
+    data, metric: those that were given in Python, under the names that stand in the configuration. load: whether the
+    supernet begins with the pretrained weights of the configuration; who has its trained ones need not have those.
+    The job's configuration is the `resolved` one.
     Raises the PoolshareError of whatever does not fit.
     """
     if config.metric != metric_name(metric):
@@ -150,9 +153,9 @@ def prepare(
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
-    supernet = make_supernet(config, options)
-    notes = data.notes
-    if config.weights is not None:
+    supernet = make_supernet(config if load else config.without_weights, options)
+    config, notes = resolved(config, supernet), data.notes
+    if config.weights is not None and load:
         notes += load_base_weights(supernet, Path(config.weights).expanduser(), config.model)
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
@@ -173,6 +176,22 @@ def prepare(
     include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
     supernet.to(pick_device(config.device))
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)
+
+
+def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
+    """The configuration with what the model decided, and no recipe that repeats the usual one; equal if the run is."""
+    known = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
+    space, (height, width), channels = supernet.space, supernet.patch_embed.img_size, supernet.in_chans
+    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
+    return config.changed(
+        model=f"{known.architecture}.{known.tag}" if known and known.tag and "." not in config.model else config.model,
+        levels=space.levels,
+        operators=space.operators,
+        max_run=space.max_run,
+        img_size=config.img_size or (height if height == width else None),
+        in_chans=config.in_chans or (channels if channels in (1, 3) and "in_chans" not in config.model_args else None),
+        recipe={name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)},
+    )
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
@@ -237,7 +256,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+        why = str(error).splitlines()[0].partition(". ")[0]  # some go on for pages
+        raise ModelError(f"device {name!r} cannot be used here ({why:.200}); try cpu") from None
     return device
 
 

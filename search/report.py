@@ -264,8 +264,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     dense, trust = summary["dense"], folder.read_trust()
     limits = _limits(summary, budget)
     report = Report(
-        title=f"{folder.config.model} on {folder.config.data}"
-        + (f", scored by {folder.config.metric}" if folder.config.metric != "top1" else ""),
+        title=folder.config.title + (f", scored by {folder.config.metric}" if folder.config.metric != "top1" else ""),
         candidates=candidates,
         dense=dense,
         certified=summary["certified"] and len(candidates) == summary["space_size"],
