@@ -29,7 +29,7 @@ from .config import MAY_DIFFER, SearchConfig
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
-from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, without_usual_recipe
 from .progress import no_progress, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
@@ -55,7 +55,7 @@ def run_job(
     all the rest.
     """
     console = console or Console(quiet=True, markup=False)
-    config = RunFolder.continued(out, config)  # before anything long
+    config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
     folder = RunFolder(Path(out), config)
     begun = is_trained(folder) or load_state_facts(folder.training) is not None
     folder.check_weights(config)

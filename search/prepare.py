@@ -179,19 +179,24 @@ def prepare(
 
 
 def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
-    """The configuration with what the model decided, and no recipe that repeats the usual one; equal if the run is."""
+    """The configuration with what the model decided, as it is kept and compared."""
     known = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
     space, (height, width), channels = supernet.space, supernet.patch_embed.img_size, supernet.in_chans
-    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
-    return config.changed(
+    return without_usual_recipe(config).changed(
         model=f"{known.architecture}.{known.tag}" if known and known.tag and "." not in config.model else config.model,
         levels=space.levels,
         operators=space.operators,
         max_run=space.max_run,
         img_size=config.img_size or (height if height == width else None),
         in_chans=config.in_chans or (channels if channels in (1, 3) and "in_chans" not in config.model_args else None),
-        recipe={name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)},
     )
+
+
+def without_usual_recipe(config: SearchConfig) -> SearchConfig:
+    """The same without what its recipe spells out and would be so anyway."""
+    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
+    changes = {name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)}
+    return config.changed(recipe=changes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
