@@ -25,7 +25,7 @@ WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supern
 PLACES = ("data", "data_dir", "download", "weights")  # what lies there is compared, not its path
 MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING, *PLACES)  # between two calls on one run folder
 NAMES = ("torch/", "hfds/", "python/")  # begin names of data; all others but "digits" are paths
-ADDRESSES = ("hf-hub:", "local-dir:")  # begin weights that are no plain path
+ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
 
 
 class SearchConfig(BaseModel):

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from poolshare.space import Architecture, RunError
 from poolshare.space.files import check_folder, digest_of, held, reading, write_whole
 
-from .config import MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
+from .config import ADDRESSES, MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
 
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
@@ -86,7 +86,8 @@ class RunFolder:
             decided = set(folder.defaults) - config.given - (set(MAY_DIFFER) - {"epochs"})
             if earlier.model.startswith(f"{config.model}."):  # with the tag that timm chose then
                 decided.add("model")
-            if config.weights and earlier.weights and not Path(config.weights).exists():
+            gone = config.weights and not config.weights.startswith(ADDRESSES) and not Path(config.weights).exists()
+            if gone and earlier.weights:
                 decided.add("weights")
             config = config.changed(**{name: getattr(earlier, name) for name in decided})
         cls.check(path, config)
@@ -102,7 +103,8 @@ class RunFolder:
         check_folder(path)
         check_outside(path, config.data)
         if (path / "config.json").exists():
-            earlier = RunFolder.open(path).config
+            folder = RunFolder.open(path)
+            earlier = folder.config
             changed = [
                 f"{name}: {getattr(earlier, name)!r} there, {getattr(config, name)!r} now"
                 for name in SearchConfig.model_fields
@@ -110,7 +112,8 @@ class RunFolder:
                 and getattr(earlier, name) != getattr(config, name)
                 and not (name in BY_MODEL and getattr(config, name) is None)
             ]
-            if bool(earlier.weights) != bool(config.weights):
+            by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
+            if earlier.weights != config.weights and not by_content:
                 changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
             if changed:
                 free = [name for name in MAY_DIFFER if name not in PLACES]
