@@ -181,14 +181,15 @@ class RunFolder:
         if there not in (None, found):
             raise RunError(
                 f"--weights {config.weights} are not those {self.path} was begun with (SHA-256 {found[:16]} now, "
-                f"{there[:16]} there); give those, or search into a new folder"
+                f"{there!s:.16} there); give those, or search into a new folder"
             )
         return found
 
     @property
     def defaults(self) -> list[str]:
         """The options that the run's first call left to a default."""
-        return [name for name in self._fact("defaults") or () if name in SearchConfig.model_fields]
+        found = self._fact("defaults")
+        return [name for name in SearchConfig.model_fields if isinstance(found, list) and name in found]
 
     @property
     def data_fingerprint(self) -> str:
