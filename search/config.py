@@ -172,7 +172,7 @@ def moved(data: str, data_dir: str | None, now: str | None, now_dir: str | None)
     return wished["data"], wished["data_dir"] or (data_dir if same else None)
 
 
-def _absolute(path: str | Path) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.realpath(os.path.expanduser(path))
 
 
