@@ -24,7 +24,7 @@ def announce(job: Job, trained: float, console: Console) -> None:
     say = partial(console.print, markup=False, soft_wrap=True)
     space, macs, recipe = job.supernet.space, job.macs, job.recipe
     cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
-    say(f"{job.config.model} on {job.config.data}: {space.size:,} architectures")
+    say(f"{job.config.title}: {space.size:,} architectures")
     say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
     if job.latency:
         table, errors = job.latency.table, job.latency.errors

@@ -16,12 +16,13 @@ from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
 
 from . import judging, looking, using
-from .console import PlainConsole, printable
+from .console import PlainConsole, never_fail, printable
 from .options import (
     Amp,
     Budget,
     ClassMap,
     DataDir,
+    DataHere,
     DataName,
     Device,
     Download,
@@ -263,10 +264,7 @@ def search(
 def worker(
     run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
     storage: Storage = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Where the search's images lie here. Default: as there.", metavar="DATA"),
-    ] = None,
+    data: DataHere = None,
     data_dir: DataDir = None,
     workers: Workers = 0,
     device: Device = None,
@@ -328,6 +326,8 @@ def _stopping_on_signals() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: exit status 0 (fine), 1 (failed or stopped), 2 (wrong use)."""
+    for stream in (sys.stdout, sys.stderr):
+        never_fail(stream)
     try:
         with _stopping_on_signals():
             app()

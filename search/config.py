@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from poolshare.space import ConfigError, budget_quantity
 
 SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
-MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between two calls on one run folder
+PLACES = (
+    "data",
+    "data_dir",
+    "download",
+    "search_data",
+    "weights",
+    "class_map",
+)  # what lies there is compared, not its path
+MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING, *PLACES)  # between two calls on one run folder
+NAMES = ("torch/", "hfds/", "python/")  # begin names of data; all others but "digits" are paths
+ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
 
 
 class SearchConfig(BaseModel):
@@ -54,9 +74,9 @@ class SearchConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _decide(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _decide(cls, values: dict[str, Any], handler: ModelWrapValidatorHandler[SearchConfig]) -> SearchConfig:
         given = {name: value for name, value in values.items() if value is not None}
         warm = bool(given.get("pretrained") or given.get("weights"))
         digits = given.get("data") == "digits"
@@ -69,7 +89,9 @@ class SearchConfig(BaseModel):
         }
         if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
             decided["objective"] = "latency"
-        return decided | given
+        config = handler(decided | given | normal_places(given))
+        config.model_fields_set.intersection_update(given)
+        return config
 
     @field_validator("model_args", "recipe")
     @classmethod
@@ -82,6 +104,27 @@ class SearchConfig(BaseModel):
         except TypeError:  # no JSON at all: whoever takes these values says what is wrong
             pass
         return values
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of what was not left to a default."""
+        return frozenset(self.model_fields_set)
+
+    def at(self, data: str | None = None, data_dir: str | None = None, weights: str | None = None) -> SearchConfig:
+        """The same, with the images or the weights elsewhere, see `moved`; None: where they were."""
+        there, folder = moved(self.data, self.data_dir, data, data_dir)
+        return self.changed(data=there, data_dir=folder, **normal_places({"weights": weights} if weights else {}))
+
+    def changed(self, **values: Any) -> SearchConfig:
+        """The same with other values, which are not checked and do not count as given."""
+        copy = self.model_copy(update=values)
+        copy.model_fields_set.intersection_update(self.given)
+        return copy
+
+    @property
+    def title(self) -> str:
+        """Model and data as people name them."""
+        return f"{self.model.partition('.')[0]} on {short_name(self.data)}"
 
     @property
     def warm(self) -> bool:
@@ -107,6 +150,48 @@ class SearchConfig(BaseModel):
     def without_weights(self) -> SearchConfig:
         """The same for those who take the weights from the run folder."""
         return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What names a place, where it is among the values, as an absolute path: one spelling for one place.
+
+    A folder below `data_dir` becomes one path; names such as torch/cifar10 stay as they are.
+    """
+    normal = dict(values)
+    data, data_dir = normal.get("data"), normal.get("data_dir")
+    if isinstance(data, str) and data and isinstance(data_dir, str | os.PathLike | None):
+        if data == "digits":
+            normal["data_dir"] = None
+        elif not data.startswith(NAMES):
+            normal |= {"data": _absolute(Path(data_dir or "", data)), "data_dir": None}
+        elif data_dir:
+            normal["data_dir"] = _absolute(data_dir)
+    for name in ("weights", "search_data", "class_map"):
+        place = normal.get(name)
+        if isinstance(place, str | os.PathLike) and os.fspath(place) and not str(place).startswith(ADDRESSES):
+            normal[name] = _absolute(place)
+    return {name: normal[name] for name in PLACES if name in normal}
+
+
+def moved(data: str, data_dir: str | None, now: str | None, now_dir: str | None) -> tuple[str, str | None]:
+    """Where data that were at `data` and `data_dir` are to be found, None meaning there, as `normal_places`.
+
+    Raises ConfigError for a folder of data sets alone where the images are a folder of their own.
+    """
+    if now is None and now_dir is not None and not data.startswith(NAMES):
+        raise ConfigError(f"--data-dir {now_dir} belongs to torch/… and hfds/… data; give --data FOLDER instead")
+    wished = normal_places({"data": now or data, "data_dir": now_dir})
+    same = wished["data"] == data
+    return wished["data"], wished["data_dir"] or (data_dir if same else None)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def short_name(data: str) -> str:
+    """What data are called where their place does not matter: the folder's own name."""
+    return data if data.startswith(NAMES) else Path(data).name or data
 
 
 def check_recipe_names(recipe: Mapping[str, Any]) -> None:

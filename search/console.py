@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+import codecs
+from typing import Any, TextIO
 
 from rich.console import Console
+
+# What is drawn where the terminal's encoding has no such letters; each is one column wide, as they are.
+PLAIN = {
+    "█": "#",
+    "┐": ".",
+    "┤": "|",
+    "┘": "'",
+    "╶": "-",
+    "│": "|",
+    "─": "-",
+    "→": ">",
+    "·": ".",
+    "×": "x",
+    "…": ".",
+    "τ": "t",
+}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("poolshare.plain", _plain)
+
+
+def never_fail(stream: TextIO) -> None:
+    """Have a text stream write any text, with other letters in place of those that its encoding lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="poolshare.plain")
 
 
 def printable(text: str) -> str:

@@ -156,7 +156,7 @@ class SearchResult:
     def finalists(self, count: int = 8, *, quiet: bool = False, **options: Any) -> pd.DataFrame:
         """Train the `count` best within the budget a little further, each alone, and score them again, as `poolshare finalists`.
 
-        options: epochs, budget, batch_size, lr, amp, workers, device; see `train_finalists`.
+        options: epochs, budget, batch_size, lr, amp, data, data_dir, workers, device; see `train_finalists`.
         Returns a row for each that was trained so, the best first; `pick("finalist")` then takes the winner, of finalists
         that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
         metric given in Python it needs the result that `search` returned: repeat that call.
@@ -164,7 +164,8 @@ class SearchResult:
         self._check_batch(options)
         console = progress_console(quiet)
         try:
-            return train_finalists(self.run, count, console=console, data=self.data, metric=self.metric, **options)
+            given = {"data": self.data} | options
+            return train_finalists(self.run, count, console=console, metric=self.metric, **given)
         finally:
             self.__dict__.pop("report", None)  # it knows of none, or of fewer
 
@@ -175,6 +176,9 @@ class SearchResult:
         bands: int = 4,
         *,
         seed: int = 0,
+        data: str | None = None,
+        data_dir: str | None = None,
+        weights: str | None = None,
         workers: int = 0,
         device: str | None = None,
         quiet: bool = False,
@@ -183,12 +187,14 @@ class SearchResult:
         """How well supernet scores rank architectures, by Kendall's tau against training some of them alone, as `poolshare trust`.
 
         twice: how many of them a second time, for the ceiling; None: half. recipe: epochs, batch_size, lr, amp; left out: the
-        supernet's. Returns what trust.json holds, see `measure_trust`; `report.trust` has it from then on.
+        supernet's. data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
+        Returns what trust.json holds, see `measure_trust`; `report.trust` has it from then on.
         Continues where it was interrupted. On data or by a metric given in Python as `finalists`.
         """
         self._check_batch(recipe)
         plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
-        given: dict[str, Any] = {"console": progress_console(quiet), "data": self.data, "metric": self.metric}
+        given: dict[str, Any] = {"console": progress_console(quiet), "data": data or self.data, "metric": self.metric}
+        given |= {"data_dir": data_dir, "weights": weights}
         try:
             return measure_trust(self.run, plan, recipe_changes=recipe, workers=workers, device=device, **given)
         finally:

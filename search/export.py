@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -19,15 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
-from poolshare.space.files import sync
+from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
-from poolshare.supernet.checkpoint import read_weights, shapes_of
+from poolshare.supernet.checkpoint import on_cpu, read_weights, shapes_of
 from poolshare.supernet.sources import GIVEN
 
+from .config import short_name
 from .prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
-from .run import RunFolder, read_json, versions, write_json
+from .run import RunFolder, check_outside, read_json, versions, write_json
 
 FORMAT = 1
+FILES = ("README.md", "config.json", "model.safetensors", "architecture.json")  # the last one says that all are there
 
 
 class Facts(BaseModel):
@@ -88,6 +89,9 @@ def load_supernet(folder: RunFolder) -> SuperNet:
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
+    out = Path(out).resolve()
+    check_new(out)
+    check_outside(out, folder.config.data)
     config, summary = folder.config, folder.read_summary()
     classes = tuple(summary["classes"])
     supernet = load_supernet(folder)
@@ -100,27 +104,21 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
         **({"search_top1": float(scored["top1"].iloc[0])} if len(scored) else {}),
-        "data": _absolute(config.data, config.data_dir),
-        "data_dir": config.data_dir and str(Path(config.data_dir).resolve()),
+        "data": config.data,
+        "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
         "search_data": config.search_data and str(Path(config.search_data).expanduser().resolve()),
         "scale_16bit": config.scale_16bit,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
-        "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
+        "weights": f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}",
     }
     model = Subnet.from_supernet(supernet, architecture)
     recipe = supernet_recipe(config)
     data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
     save_export(out, model, classes, data_config, facts)
     return facts
-
-
-def _absolute(data: str, data_dir: str | None) -> str:
-    """A folder of images by a path that holds from anywhere; other data by their name."""
-    path = Path(data_dir or "", data).expanduser()
-    return str(path.resolve()) if data != "digits" and not data.startswith(GIVEN) and path.is_dir() else data
 
 
 def save_export(
@@ -130,8 +128,10 @@ def save_export(
 
     data_config: input_size, mean, std, interpolation, crop_pct the model was trained with. facts: JSON values;
     `macs`, `dense_macs`, `parameters`, `data` and accuracies are shown on the card.
-    Raises RunError where `out` exists and is not empty; the folder appears whole or not at all.
+    Raises RunError where `out` exists and is not empty; the folder appears whole or not at all. One that is there is
+    filled, for it may be where a shell stands or a disk is mounted.
     """
+    out = Path(out).resolve()
     check_new(out)
     base, options = model.base
     options = {key: value for key, value in options.items() if key != "num_classes"}
@@ -157,26 +157,28 @@ def save_export(
         ) from None
     record = {"format": FORMAT, "architecture": str(model.architecture), **model.architecture.to_json(), **facts}
     record |= {"classes": list(classes), "versions": versions()}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    fills = out.exists()
+    temporary = (out / f".{os.getpid()}.tmp") if fills else out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(
-            {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()},
-            temporary / "model.safetensors",
-        )
+        with usual_permissions(temporary / "model.safetensors"):
+            save_file(on_cpu(model.state_dict()), temporary / "model.safetensors")
         (temporary / "config.json").write_text(config_text + "\n", encoding="utf-8")
-        record["weights_sha256"] = _digest(temporary / "model.safetensors")
-        record["config_sha256"] = _digest(temporary / "config.json")
+        record["weights_sha256"] = digest_of(temporary / "model.safetensors")
+        record["config_sha256"] = digest_of(temporary / "config.json")
         write_json(temporary / "architecture.json", record)
         (temporary / "README.md").write_text(_card(out, record, config), encoding="utf-8", errors="backslashreplace")
         for file in temporary.iterdir():  # the state of a retraining goes once this is done
             sync(file)
         sync(temporary)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-        sync(out.parent)
+        if fills:
+            for name in FILES:
+                os.replace(temporary / name, out / name)
+            sync(out)
+        else:
+            os.replace(temporary, out)
+            sync(out.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written ({error}); free some space, or choose another --out") from None
     finally:
@@ -184,8 +186,9 @@ def save_export(
 
 
 def check_new(out: Path) -> None:
-    """Raise RunError where something stands at `out` already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raise RunError where something stands at `out` already; an empty folder, but for hidden names, does not."""
+    check_folder(out)
+    if out.exists() and any(not one.name.startswith(".") for one in out.iterdir()):
         raise RunError(f"{out} exists already; choose another --out, nothing is ever overwritten")
 
 
@@ -203,7 +206,7 @@ def load_export(path: str | Path) -> Exported:
             raise RunError(f"{path} has format version {facts['format']!r:.40}, this poolshare reads {FORMAT}")
         Facts(**facts)
         for name, key in (("config.json", "config_sha256"), ("model.safetensors", "weights_sha256")):
-            if _digest(path / name) != facts[key]:
+            if digest_of(path / name) != facts[key]:
                 raise RunError(f"{path / name} is not what was written there; export it again")
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if config["architecture"] != "poolshare_vit":
@@ -229,14 +232,11 @@ def load_export(path: str | Path) -> Exported:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise RunError(f"{path} was not written by poolshare, or is damaged ({where}: {problem['msg']})") from None
-    except Exception as error:  # damage shows as anything from OSError to RuntimeError inside timm and safetensors
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error}); {remedy(error)}") from None
+    except Exception as error:  # damage shows as anything up to a RuntimeError inside timm and safetensors
         raise RunError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); export it again") from None
     return Exported(path, model, facts, data_config, facts["weights_sha256"])
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -275,5 +275,5 @@ poolshare retrain {shlex.quote(out.name)}{where}
 poolshare evaluate {shlex.quote(out.name + "-retrained")}{where}
 ```
 
-Data: {record["data"]}. Its weights come from {record["weights"]}.
+Data: {short_name(record["data"])}. Its weights come from {record["weights"]}.
 """

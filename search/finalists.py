@@ -41,7 +41,8 @@ def train_finalists(
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
-    data: Data | None = None,
+    data: Data | str | None = None,
+    data_dir: str | None = None,
     metric: Metric = top1,
 ) -> pd.DataFrame:
     """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
@@ -50,7 +51,8 @@ def train_finalists(
     in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
     the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
     both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
-    batch_size, lr, amp: None: as said. data, metric: those given in Python, see `prepare`.
+    batch_size, lr, amp: None: as said. data, data_dir: where the search's images lie now, if elsewhere.
+    data, metric: those given in Python, see `prepare`.
 
     Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
     finalists.csv after each training and continues from it; the report then has the pick "finalist", the winner of the
@@ -70,9 +72,10 @@ def train_finalists(
         done = set(rows["architecture"][_alike(rows, recipe)])
         missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
         if missing:
-            here = {"device": device or folder.config.device, "workers": workers}
-            config = folder.config.without_weights.model_copy(update=here)
-            job = prepare(config, console, data, metric, folder.classes)
+            given = data if isinstance(data, Data) else None
+            config = folder.config.without_weights.at(None if isinstance(data, Data) else data, data_dir)
+            config = config.changed(device=device or config.device, workers=workers)
+            job = prepare(config, console, given, metric, folder.classes)
             rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))

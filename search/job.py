@@ -30,7 +30,7 @@ from .config import MAY_DIFFER, SearchConfig
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
-from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, without_usual_recipe
 from .progress import progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
@@ -57,9 +57,13 @@ def run_job(
     all the rest.
     """
     console = console or Console(quiet=True, markup=False)
-    RunFolder.check(out, config)  # before anything long
+    config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
+    folder = RunFolder(Path(out), config)
+    begun = is_trained(folder) or load_state_facts(folder.training) is not None
+    folder.check_weights(config)
     kind = check_storage(storage) if distributed.rank() == 0 else ""
-    job = prepare(config, console, data, metric, RunFolder.classes_of(out))
+    job = prepare(config, console, data, metric, RunFolder.classes_of(out), load=not begun)
+    config = job.config
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         _train(job, None, console)
@@ -140,6 +144,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
                 state=folder and folder.training,
                 progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
                 say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise="search into a new folder",
             )
     if folder:
         save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
@@ -176,7 +181,7 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
-    ours = folder.config.model_dump(mode="json", exclude={*MAY_DIFFER, "data", "data_dir", "search_data", "download"})
+    ours = folder.config.model_dump(mode="json", exclude=set(MAY_DIFFER))
     if ours["metric"] == top1.__name__:  # studies of before there was a choice
         del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for

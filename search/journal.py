@@ -112,7 +112,7 @@ class Journal(BaseJournalBackend):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{self.path} is damaged or not ours: line {number} ({type(error).__name__}: {str(error)[:80]}); "
-                "restore it from a copy, or delete it to search again from the trained supernet"
+                "restore it from a copy, or move it away to search again from the trained supernet"
             ) from None
 
 
@@ -144,12 +144,12 @@ class JournalStore(Store):
         try:
             self.storage = JournalStorage(self.journal)
             return super().study(cost)
-        except PoolshareError:
+        except (PoolshareError, OSError):  # what cannot be read may be whole
             raise
         except Exception as error:  # what replaying a strange journal may raise is anything
             raise RunError(
                 f"{self.journal.path} is damaged or not ours ({type(error).__name__}: {str(error)[:80]}); "
-                "restore it from a copy, or delete it to search again from the trained supernet"
+                "restore it from a copy, or move it away to search again from the trained supernet"
             ) from None
 
     def lock(self) -> Any:

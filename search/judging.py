@@ -11,6 +11,8 @@ import typer
 from .console import PlainConsole
 from .options import (
     Budget,
+    DataDir,
+    DataHere,
     Device,
     Json,
     Quiet,
@@ -34,6 +36,12 @@ def trust(
     batch_size: SearchBatch = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the supernet's.")] = None,
     amp: SearchAmp = None,
+    data: DataHere = None,
+    data_dir: DataDir = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Where the weights lie now that the search began with. Default: as there.", metavar="FILE"),
+    ] = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = None,
@@ -51,8 +59,9 @@ def trust(
     folder = RunFolder.open(run)
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
     found = measure_trust(
-        folder, plan, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet)
-    )
+        folder, plan, recipe_changes=changes, data=data, data_dir=data_dir, weights=weights and str(weights),
+        workers=workers, device=device, console=progress_console(quiet),
+    )  # fmt: skip
     if as_json:
         return print_json(found)
     console = PlainConsole()
@@ -90,6 +99,8 @@ def finalists(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3; pretrained 3e-4.")] = None,
     amp: SearchAmp = None,
     budget: Budget = None,
+    data: DataHere = None,
+    data_dir: DataDir = None,
     workers: Workers = 0,
     device: Device = None,
     as_json: Json = False,
@@ -109,12 +120,12 @@ def finalists(
     folder = RunFolder.open(run)
     console = progress_console(quiet)
     rows = train_finalists(
-        folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, workers=workers,
-        device=device, console=console,
+        folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, data=data,
+        data_dir=data_dir, workers=workers, device=device, console=console,
     )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()
-    out.print(finalists_table(rows, load_report(folder).baseline))
+    out.print(finalists_table(rows, out.width, load_report(folder).baseline))
     name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
     out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -100,20 +101,22 @@ def show(
 ) -> None:
     """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
     from poolshare.space import Architecture, RunError
+    from poolshare.space.files import reading
 
     from .run import read_json
     from .terminal import draw_architecture
     from .units import quantity
 
     facts: dict[str, Any] = {}
-    if Path(what).is_dir():
-        try:
-            facts = read_json(Path(what) / "architecture.json")
+    if os.path.isdir(what):  # unlike Path's it takes a text of any length
+        path = Path(what) / "architecture.json"
+        if not path.is_file():
+            raise RunError(f"{what} is no exported folder: it holds no architecture.json")
+        with reading(path, "export it again"):
+            facts = read_json(path)
             architecture = Architecture.parse(facts["architecture"])
             if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
                 raise ValueError("a cost is no positive whole number")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{what} is no exported folder that can be read ({error!r})") from None
     else:
         architecture = Architecture.parse(what)
     if as_json:
@@ -143,12 +146,13 @@ def present(report: Report, cost: str = "macs", others: list[Report] | None = No
     from .terminal import comparison_table, terminal_plot, terminal_table
 
     console = PlainConsole()
-    console.print(terminal_table(report, limit=20, cost=cost))
+    console.print(terminal_table(report, limit=20, cost=cost, width=console.width))
     if others:
         console.print(comparison_table([report, *others], cost))
     for warning in report.warnings:
         console.print(warning, soft_wrap=True)
-    print(terminal_plot(report, colour=console.is_terminal, cost=cost, others=others or ()))
+    width = max(40, min(78, console.width))
+    print(terminal_plot(report, width, colour=console.is_terminal, cost=cost, others=others or ()))
 
 
 def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,15 @@ from poolshare.space.errors import ConfigError, SpaceError
 from .console import PlainConsole
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+
+
+def _hush(quiet: bool) -> bool:
+    if quiet:  # timm's own lines too; our errors and notes say what matters
+        logging.getLogger("timm").setLevel(logging.ERROR)
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.", callback=_hush)]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +74,10 @@ DataName = Annotated[
 ]
 OtherData = Annotated[
     str | None, typer.Option("--data", help="Default: what the model was searched on.", metavar="DATA")
+]
+DataHere = Annotated[
+    str | None,
+    typer.Option("--data", help="Where the search's images lie here. Default: as there.", metavar="DATA"),
 ]
 DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
 Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]

@@ -127,12 +127,15 @@ def prepare(
     data: Data | None = None,
     metric: Metric = top1,
     classes: Sequence[str] | None = None,
+    load: bool = True,
 ) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
     console: where progress goes while images are decoded as a check; None: nowhere. data, metric: those that were given
     in Python, under the names that stand in the configuration.
     classes: those of a run that was begun, in the order of its head; None: the weights and the data decide.
+    load: whether the supernet begins with the pretrained weights of the configuration; who has its trained ones need not
+    have those. The job's configuration is the `resolved` one.
     Raises the PoolshareError of whatever does not fit.
     """
     if config.metric != metric_name(metric):
@@ -144,7 +147,8 @@ def prepare(
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
     data_config = input_config(config.model, options, recipe, config.preprocessing)
-    found = None if config.weights is None else read_checkpoint(config.weights)  # what cannot be read is refused first
+    begin = config if load else config.without_weights
+    found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
     if data is None:
         with checking_images(console) as progress:
             data = open_data(
@@ -159,14 +163,15 @@ def prepare(
                 augmentation=recipe.augmentation,
                 **opening_options(data_config),
             )
-    matched = matched_classes(config, data, found, classes)
+    matched = matched_classes(begin, data, found, classes)
     notes = data.notes + matched.notes
     if matched.classes != data.classes:
         data = data.relabelled(matched.classes, matched.indices)
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
-    supernet = make_supernet(config, options)
+    supernet = make_supernet(begin, options)
+    config = resolved(config, supernet)
     if found is not None:
         notes += load_base_weights(supernet, found, config.model, matched.fresh)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
@@ -217,7 +222,7 @@ def matched_classes(
             "there); restore the data, or search into a new folder"
         )
     fresh = head is None or head.count != len(classes)
-    if fresh and not trained:
+    if config.warm and fresh and not trained:
         match_classes(data.classes, head, trained=False)  # says why a new head is refused
     return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
 
@@ -278,6 +283,27 @@ def checking_images(console: Console | None) -> Iterator[Callable[[int, int], No
             bar[0](done, total=total)
 
         yield show
+
+
+def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
+    """The configuration with what the model decided, as it is kept and compared."""
+    known = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
+    space, (height, width), channels = supernet.space, supernet.patch_embed.img_size, supernet.in_chans
+    return without_usual_recipe(config).changed(
+        model=f"{known.architecture}.{known.tag}" if known and known.tag and "." not in config.model else config.model,
+        levels=space.levels,
+        operators=space.operators,
+        max_run=space.max_run,
+        img_size=config.img_size or (height if height == width else None),
+        in_chans=config.in_chans or (channels if channels in (1, 3) and "in_chans" not in config.model_args else None),
+    )
+
+
+def without_usual_recipe(config: SearchConfig) -> SearchConfig:
+    """The same without what its recipe spells out and would be so anyway."""
+    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
+    changes = {name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)}
+    return config.changed(recipe=changes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:
@@ -347,7 +373,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+        why = str(error).splitlines()[0].partition(". ")[0]  # some go on for pages
+        raise ModelError(f"device {name!r} cannot be used here ({why:.200}); try cpu") from None
     return device
 
 

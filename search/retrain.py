@@ -25,14 +25,14 @@ from poolshare.supernet.sources import folder_path
 from poolshare.supernet.train import Recipe, check_batches, steps_per_epoch, train_model
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
-from .config import WARM_LR, WARM_LR_PRETRAINED
+from .config import WARM_LR, WARM_LR_PRETRAINED, moved, short_name
 from .evaluate import answers, class_report
 from .export import Exported, check_new, load_export, save_export
 from .images import difference
 from .pareto import binomial_interval
 from .prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
 from .progress import progress_bar
-from .run import read_json
+from .run import check_outside, read_json
 
 EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
@@ -47,6 +47,7 @@ def retrain(
     data_dir: str | None = None,
     download: bool = False,
     from_scratch: bool = False,
+    restart: bool = False,
     teacher: str | Path | None = None,
     seed: int = 0,
     recipe_changes: Mapping[str, Any] | None = None,
@@ -57,13 +58,14 @@ def retrain(
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
 
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
+    restart: give up what an interrupted call with other options has trained for `out`, and begin anew.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
     Raises RunError where `out` exists or is being made, DataError where the data has other classes than the model.
     """
-    out, console = Path(out), console or Console(quiet=True)
+    out, console = Path(out).resolve(), console or Console(quiet=True)
     if distributed.rank() == 0:
         _remove_finished(out)
     check_new(out)
@@ -73,7 +75,9 @@ def retrain(
     guide = None if teacher is None else _teacher(source, teacher)
     source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
-    opened = _open(source, data, data_dir, download, ("train", "test"), console, recipe.augmentation)
+    name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
+    check_outside(out, name)
+    opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
     opened = replace(opened, seed=seed)
     for note in opened.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -90,12 +94,13 @@ def retrain(
         "weights": None if from_scratch else source.digest,
         "teacher": guide and guide.digest,
         "epochs": recipe.epochs,
+        "config": source.facts["config_sha256"],  # its input among other things
         "data": opened.fingerprint,
     }
     first = distributed.rank() == 0
     check_batches(opened, recipe, distributed.launched_size(), full=True)
     total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
-    with _workplace(out) if first else nullcontext() as kept:
+    with _workplace(out, restart) if first else nullcontext() as kept:
         with distributed.joined(place), progress_bar(console, "retraining", total, "steps") as advance:
             train_model(
                 model,
@@ -108,6 +113,7 @@ def retrain(
                 settings=settings,
                 progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
                 say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise=f"give --restart to lose these epochs and begin {out.name} anew, or choose another --out",
             )
         if not first:
             return {}
@@ -122,8 +128,8 @@ def retrain(
             key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
         }
         facts |= {
-            "data": opened.name,
-            "data_dir": data_dir or source.facts["data_dir"],
+            "data": name,
+            "data_dir": data_dir,
             "data_fingerprint": opened.fingerprint,
             "test_top1": 100 * correct / images,
             "test_correct": correct,
@@ -134,7 +140,7 @@ def retrain(
             "recipe": recipe.model_dump(),
             "from_scratch": from_scratch,
             "retrain_seed": seed,
-            "weights": f"{start}, retrained for {recipe.epochs} epochs on {opened.name}"
+            "weights": f"{start}, retrained for {recipe.epochs} epochs on {short_name(name)}"
             + (f" with {guide.path.name} as teacher" if guide else ""),
         }
         save_export(out, model.cpu(), opened.classes, source.data_config, facts)
@@ -142,11 +148,16 @@ def retrain(
 
 
 @contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """The hidden folder beside `out` where a retraining keeps its state; held, and gone when all is done."""
+def _workplace(out: Path, restart: bool) -> Iterator[Path]:
+    """The hidden folder beside `out` where a retraining keeps its state; held, and gone when all is done.
+
+    restart: remove what state is there.
+    """
     folder = _hidden(out)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
+        for state in folder.glob("training*") if restart else ():
+            state.unlink()
         check_new(out)  # who held it may have finished
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -194,7 +205,8 @@ def evaluate(
     Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
     """
     source, console = load_export(exported), console or Console(quiet=True)
-    opened = _open_tests(source, data, data_dir, download, console)
+    name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
+    opened = _open_tests(source, name, data_dir, download, console)
     place = pick_device(device)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
@@ -238,7 +250,7 @@ def answers_on_test(
 
 def _open(
     source: Exported,
-    data: str | None,
+    name: str,
     data_dir: str | None,
     download: bool,
     check: Sequence[str],
@@ -249,12 +261,12 @@ def _open(
 
     check: what to decode once, `train` or `test`.
     """
-    name, facts = data or source.facts["data"], source.facts
+    facts = source.facts
     same = name == facts["data"]
     with checking_images(console) as progress:
         opened = open_data(
             name,
-            data_dir=data_dir or (facts["data_dir"] if same else None),
+            data_dir=data_dir,
             download=download,
             search_data=facts.get("search_data") if same else None,
             scale_16bit=facts.get("scale_16bit", False),

@@ -19,15 +19,16 @@ import pandas as pd
 from pydantic import ValidationError
 
 from poolshare.space import Architecture, RunError
-from poolshare.space.files import held, write_whole
+from poolshare.space.files import check_folder, digest_of, held, reading, write_whole
 
-from .config import MAY_DIFFER, SearchConfig, first_problem
+from .config import ADDRESSES, MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
 from .images import changed_files, difference, write_images
 
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
 
 FORMAT = 1
+BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # None until the model has been made
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
 FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
 
@@ -60,41 +61,68 @@ class RunFolder:
             raise RunError(
                 f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
             )
-        try:
+        with reading(path / "config.json", "restore it, or search into a new folder"):
             content = read_json(path / "config.json")
             found = content["format"]
-            config = SearchConfig(**content["search"]) if found == FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = first_problem(error) if isinstance(error, ValidationError) else repr(error)
-            raise RunError(
-                f"{path / 'config.json'} is damaged or not ours ({what}); restore it, or search into a new folder"
-            ) from None
+            try:
+                config = SearchConfig(**content["search"]) if found == FORMAT else None
+            except ValidationError as error:
+                raise ValueError(first_problem(error)) from None
         if config is None:
             raise RunError(
                 f"{path} has format version {found!r}, this poolshare reads {FORMAT}; use the version that wrote it"
             )
         return cls(path, config)
 
+    @classmethod
+    def continued(cls, path: str | Path, config: SearchConfig) -> SearchConfig:
+        """What a call with this configuration means for the run in `path`, if there is one; raises what `check` does.
+
+        What both of them left to a default is as it was decided for the run, whatever the default is today; and weights
+        that are gone are those that the run began with.
+        """
+        path = Path(path)
+        if (path / "config.json").exists():
+            folder = cls.open(path)
+            earlier = folder.config
+            decided = set(folder.defaults) - config.given - (set(MAY_DIFFER) - {"epochs"})
+            if earlier.model.startswith(f"{config.model}."):  # with the tag that timm chose then
+                decided.add("model")
+            gone = config.weights and not config.weights.startswith(ADDRESSES) and not Path(config.weights).exists()
+            if gone and earlier.weights:
+                decided.add("weights")
+            config = config.changed(**{name: getattr(earlier, name) for name in decided})
+        cls.check(path, config)
+        return config
+
     @staticmethod
     def check(path: str | Path, config: SearchConfig) -> None:
         """Raise RunError for a folder with other contents, or with a configuration that differs in more than MAY_DIFFER.
 
-        Writes nothing; each difference is named.
+        What only the model decides, and has not decided yet, does not differ. Writes nothing; each difference is named.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file; --out needs a folder, new or of an earlier run")
+        check_folder(path)
+        check_outside(path, config.data)
         if (path / "config.json").exists():
-            earlier = RunFolder.open(path).config
+            folder = RunFolder.open(path)
+            earlier = folder.config
             changed = [
                 f"{name}: {getattr(earlier, name)!r} there, {getattr(config, name)!r} now"
                 for name in SearchConfig.model_fields
-                if name not in MAY_DIFFER and getattr(earlier, name) != getattr(config, name)
+                if name not in MAY_DIFFER
+                and getattr(earlier, name) != getattr(config, name)
+                and not (name in BY_MODEL and getattr(config, name) is None)
             ]
+            by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
+            if earlier.weights != config.weights and not by_content:
+                changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
             if changed:
+                free = [name for name in MAY_DIFFER if name not in PLACES]
                 raise RunError(
                     f"{path} was begun with another configuration ({'; '.join(changed)}); repeat that one to "
-                    f"continue it (only {', '.join(MAY_DIFFER)} may differ), or search into a new folder"
+                    f"continue it (only {', '.join(free)} may differ, and where data and weights lie), or search into a "
+                    "new folder"
                 )
         elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
             raise RunError(f"{path} holds other files and no config.json; search into a new or an empty folder")
@@ -126,14 +154,21 @@ class RunFolder:
 
         files: of images that are files, a word for the contents of each by its name; kept in images.csv. classes: of the
         model, in the order of its head. notes: on data and weights; those of earlier calls are kept.
-        Raises what `check_same` does, before anything is written.
+        Raises what `check_same` and `check_weights` do, before anything is written.
         """
         path = self.path / "config.json"
+        defaults, weights = set(SearchConfig.model_fields) - self.config.given, self.check_weights(self.config)
         if path.exists():
             self.check_same(data, storage, files)
-        content = {"format": FORMAT, "data": data, "storage": storage, "search": self.config.model_dump(mode="json")}
+            defaults |= set(self.defaults) - set(MAY_DIFFER)  # one that is spelled out now is still a default
         earlier = self.notes if path.exists() else ()
-        content |= {
+        content = {
+            "format": FORMAT,
+            "data": data,
+            "storage": storage,
+            "search": self.config.model_dump(mode="json"),
+            "defaults": sorted(defaults),
+            "weights_sha256": weights,
             "classes": None if classes is None else list(classes),
             "notes": list(dict.fromkeys([*earlier, *notes])),
         }
@@ -174,6 +209,28 @@ class RunFolder:
         """What the user was told of data and weights when the run was begun or continued."""
         return tuple(self._fact("notes") or ())
 
+    def check_weights(self, config: SearchConfig) -> str | None:
+        """The SHA-256 of the weights that the run begins with, None where there are none or they are no file.
+
+        Raises RunError where the file of this configuration is not the one that the run was begun with.
+        """
+        there = self._fact("weights_sha256") if (self.path / "config.json").exists() else None
+        if config.weights is None or not Path(config.weights).is_file():
+            return there
+        found = digest_of(Path(config.weights))
+        if there not in (None, found):
+            raise RunError(
+                f"--weights {config.weights} are not those {self.path} was begun with (SHA-256 {found[:16]} now, "
+                f"{there!s:.16} there); give those, or search into a new folder"
+            )
+        return found
+
+    @property
+    def defaults(self) -> list[str]:
+        """The options that the run's first call left to a default."""
+        found = self._fact("defaults")
+        return [name for name in SearchConfig.model_fields if isinstance(found, list) and name in found]
+
     @property
     def data_fingerprint(self) -> str:
         """What `write_config` was given when the run was begun."""
@@ -187,7 +244,7 @@ class RunFolder:
         path = self.candidates
         if not path.exists():
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
-        try:
+        with reading(path, "move it away to score again"):
             frame = read_csv(path)
             if tuple(frame.columns) not in (CANDIDATES, (*CANDIDATES, "latency_ms")):
                 raise ValueError(f"its columns are {', '.join(frame.columns)}")
@@ -201,8 +258,6 @@ class RunFolder:
             if not np.allclose(frame["top1"], 100 * frame["correct"] / frame["total"]):
                 raise ValueError("a top1 is not correct / total")
             return frame
-        except (ValueError, OSError) as error:
-            raise RunError(f"{path} is damaged ({error}); delete it to score again") from None
 
     def read_finalists(self) -> pd.DataFrame:
         """The finalists that were trained with the present weights, columns FINALISTS; none before the verb has run.
@@ -211,7 +266,7 @@ class RunFolder:
         """
         if not self.finalists.exists():
             return pd.DataFrame(columns=list(FINALISTS))
-        try:
+        with reading(self.finalists, "move it away to train finalists again"):
             frame = read_csv(self.finalists)
             if "lr" not in frame:  # of before these were recorded: they were the search's, and the usual rate
                 config = self.config
@@ -222,8 +277,6 @@ class RunFolder:
             for text in frame["architecture"]:
                 Architecture.parse(text)
             return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "lr": float, "amp": str})
-        except (ValueError, OSError) as error:
-            raise RunError(f"{self.finalists} is damaged ({error}); delete it to train finalists again") from None
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
         """Replace candidates.csv; latencies are written where all rows have one."""
@@ -237,15 +290,13 @@ class RunFolder:
         """
         from poolshare.supernet.latency import Latency
 
-        try:
+        if not self.latency.exists():
+            return None
+        with reading(self.latency, "move it away to measure latency again"):
             found = read_json(self.latency)
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
             return Latency.from_json(found)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{self.latency} is damaged ({error}); delete it to measure latency again") from None
 
     def latency_torch(self) -> str:
         """The version of torch that latency.json was measured with; empty where there is none."""
@@ -265,7 +316,9 @@ class RunFolder:
         """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
         from .kept import Timed
 
-        try:
+        if not self.summary.exists():
+            raise RunError(f"the search in {self.path} has not finished; run the same `poolshare search` again")
+        with reading(self.summary, "run the same `poolshare search` again"):
             summary = read_json(self.summary)
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
@@ -275,29 +328,35 @@ class RunFolder:
             if "timed" in summary:
                 Timed.from_json(summary["timed"])
             return summary
-        except FileNotFoundError:
-            raise RunError(
-                f"the search in {self.path} has not finished; run the same `poolshare search` again"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.summary} is damaged ({error!r}); run the same `poolshare search` again") from None
 
     def read_trust(self) -> dict[str, Any] | None:
         """What the verb `trust` wrote, a plan and a recipe before it has finished; None where there is nothing.
 
         Raises RunError for a damaged file.
         """
-        try:
+        if not self.trust.exists():
+            return None
+        with reading(self.trust, "move it and trust.csv away to measure trust again"):
             found = read_json(self.trust)
             if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{self.trust} is damaged ({error}); remove it and trust.csv to measure trust again"
-            ) from None
+
+
+def check_outside(out: Path, data: str) -> None:
+    """Raise RunError for a folder among the class folders of the data, where it would count as a class itself."""
+    if not data or data == "digits" or data.startswith(NAMES):
+        return
+    from poolshare.supernet.sources import TEST_FOLDERS, TRAIN_FOLDERS
+
+    root, out = Path(data).expanduser().resolve(), out.expanduser().resolve()
+    parts = [root]  # whose folders are classes
+    if any((root / one).is_dir() for one in TRAIN_FOLDERS):
+        parts = [root / one for one in (*TRAIN_FOLDERS, *TEST_FOLDERS)]
+    if any(out.is_relative_to(part) for part in parts):
+        raise RunError(
+            f"{out} lies in the data {data}, where it would count as a class; choose an --out outside of them"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -22,13 +22,15 @@ from .units import amount, axis_label, axis_unit, human, quantity
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDE = 72  # columns that tables need to show everything
 RUN_MARKS = "OXHVWZ"  # one per run that is compared: told apart without colour
 
 
-def terminal_table(report: Report, limit: int | None = None, cost: str = "macs") -> Table:
+def terminal_table(report: Report, limit: int | None = None, cost: str = "macs", width: int = WIDE) -> Table:
     """The frontier by `cost` and the dense network as a rich table.
 
-    `limit` shows that many points at most, spread evenly over the frontier and with both of its ends.
+    `limit` shows that many points at most, spread evenly over the frontier and with both of its ends. Below `WIDE`
+    columns only top-1 and the cost stand beside the architectures, which are shown whole at any width.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -45,24 +47,40 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs")
     table = Table(title=Text(printable(report.title)), caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     timed = "latency_ms" in report.costs
     table.add_column("architecture", overflow="fold")
-    for heading in ("top-1 % (95 %)", "MACs", "% dense", "params", *(["latency"] if timed else [])):
+    headings = {
+        "top1": "top-1 % (95 %)",
+        "macs": "MACs",
+        "share": "% dense",
+        "parameters": "params",
+        "latency_ms": "latency",
+    }
+    if width < WIDE:
+        headings = {"top1": "top-1 %", cost: headings[cost]}
+    elif not timed:
+        del headings["latency_ms"]
+    for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(architecture: str, cells: dict[str, str]) -> None:
+        table.add_row(Text(printable(architecture)), *(cells[name] for name in headings))
+
     for row in rows:
-        interval = f"{row.top1:.2f} ({row.low:.1f}-{row.high:.1f})"
-        cells = [interval, row.macs, f"{row.of_dense:.1f}", row.parameters, *([row.latency] if timed else [])]
-        table.add_row(Text(printable(row.architecture)), *cells)
+        interval = f" ({row.low:.1f}-{row.high:.1f})" if width >= WIDE else ""
+        cells = {"top1": f"{row.top1:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
+        add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency})
     table.add_section()
     dense = report.dense
-    cells = [f"{dense['top1']:.2f}", human(dense["macs"]), "100.0", human(dense["parameters"])]
-    cells += [quantity(dense["latency_ms"], "latency_ms")] if timed else []
-    table.add_row(Text(printable(f"dense: {dense['architecture']}")), *cells)
+    cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0"}
+    cells |= {"parameters": human(dense["parameters"])}
+    cells |= {"latency_ms": quantity(dense["latency_ms"], "latency_ms")} if timed else {}
+    add(f"dense: {dense['architecture']}", cells)
     return table
 
 
-def finalists_table(rows: pd.DataFrame, baseline: float | None = None) -> Table:
+def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | None = None) -> Table:
     """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS.
 
-    baseline: top-1 in percent of the most frequent class alone.
+    Below `WIDE` columns costs and intervals are left out. baseline: top-1 in percent of the most frequent class alone.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -75,12 +93,14 @@ def finalists_table(rows: pd.DataFrame, baseline: float | None = None) -> Table:
     caption += "" if baseline is None else f". The most frequent class alone makes {baseline:.2f} %"
     table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("architecture", overflow="fold")
-    for heading in ("MACs", "supernet %", "alone % (95 %)"):
+    wide = width >= WIDE
+    for heading in ("MACs", "supernet %", "alone % (95 %)") if wide else ("supernet %", "alone %"):
         table.add_column(heading, justify="right", no_wrap=True)
     lows, highs = binomial_interval(rows["correct"], rows["total"])
     for row, low, high in zip(rows.to_dict("records"), lows, highs, strict=True):
         before, after = (f"{100 * row[name] / images:.2f}" for name in ("supernet_correct", "correct"))
-        table.add_row(Text(row["architecture"]), human(row["macs"]), before, f"{after} ({low:.1f}-{high:.1f})")
+        cells = (human(row["macs"]), before, f"{after} ({low:.1f}-{high:.1f})") if wide else (before, after)
+        table.add_row(Text(row["architecture"]), *cells)
     return table
 
 
@@ -186,7 +206,7 @@ def comparison_table(reports: Sequence[Report], cost: str = "macs") -> Table:
     from rich.text import Text
 
     table = Table(title=Text("Runs compared"), box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", min_width=12)
     for heading in ("scored", "points", "best %", "dense %", "half-point", "hypervolume"):
         table.add_column(heading, justify="right")
     for mark, record in zip(RUN_MARKS, comparison(reports, cost), strict=False):

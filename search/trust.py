@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
-from poolshare.space.files import held
+from poolshare.space.files import held, reading
 from poolshare.supernet.data import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
@@ -59,25 +59,31 @@ def measure_trust(
     workers: int = 0,
     device: str | None = None,
     console: Console | None = None,
-    data: Data | None = None,
+    data: Data | str | None = None,
+    data_dir: str | None = None,
+    weights: str | None = None,
     metric: Metric = top1,
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
     Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
-    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's. data, metric: those given in Python, see
-    `prepare`. Writes trust.csv after each training and continues from it.
+    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
+    data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
+    data, metric: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
-    config = folder.config.model_copy(update={"device": device or folder.config.device, "workers": workers})
+    given = data if isinstance(data, Data) else None
+    config = folder.config.at(None if isinstance(data, Data) else data, data_dir, weights)
+    config = config.changed(device=device or config.device, workers=workers)
     with held(folder.path):
         if not is_trained(folder):
             raise RunError(
                 f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
             )
-        job = prepare(config, console, data, metric, folder.classes)
+        folder.check_weights(config)
+        job = prepare(config, console, given, metric, folder.classes)
         return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
 
 
@@ -130,15 +136,13 @@ def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, A
     changed = [name for name in ("plan", "recipe") if there.get(name) != header[name]]
     if changed:
         raise RunError(
-            f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or remove {table}"
+            f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or move {table} away"
         )
-    try:
+    with reading(table, "move it away to measure trust again"):
         frame = read_csv(table)
         if tuple(frame.columns) != POINTS or frame.isna().any(axis=None):
             raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
         return frame.to_dict("records")
-    except ValueError as error:
-        raise RunError(f"{table} is damaged ({error}); remove it to measure trust again") from None
 
 
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:

@@ -76,6 +76,9 @@ def retrain(
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Lose what an interrupted call with other options has trained for --out.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
     batch_size: SearchBatch = None,
     lr: Annotated[
@@ -105,8 +108,8 @@ def retrain(
     target = out or exported.with_name(f"{exported.name}-retrained")
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
     facts = run_retrain(
-        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, teacher=teacher,
-        seed=seed, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet),
+        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, restart=restart,
+        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet),
     )  # fmt: skip
     if helping():
         return None

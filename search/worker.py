@@ -49,16 +49,14 @@ def work(
     _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
     folder.check_same(folder.data_fingerprint, kind)
-    here = {"data_dir": data_dir, "device": device, "download": False, "workers": workers}
-    own: Data | None = None
+    own, place = None, None
     if data is None or isinstance(data, (str, Path)):
-        here["data"] = None if data is None else str(data)
+        place = data and str(data)
     else:
         own = _open_own(data, classes, folder.config, workers, console)
     folder = _wait_for_supernet(folder, console)
-    config = folder.config.without_weights.model_copy(
-        update={name: value for name, value in here.items() if value is not None}
-    )
+    config = folder.config.without_weights.at(place, data_dir)
+    config = config.changed(device=device or config.device, download=False, workers=workers)
     job = prepare(config, console, own, metric, folder.classes)
     folder.check_same(job.data.fingerprint, kind, job.data.files)
     load_weights(job.supernet, folder.supernet)

@@ -47,3 +47,7 @@ class RunError(PoolshareError):
     """A run or export folder that is foreign, damaged, in use, or continued with another configuration."""
 
     exit_status = 1
+
+
+class DamagedError(RunError):
+    """A file of a run that can be read and does not hold what was written there, or was never ours."""

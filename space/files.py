@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .errors import DamagedError, RunError
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], earlier: Path | None = None) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place: readers see the old or the new.
 
-    Both are on the disk when this returns, so a power cut leaves one of them too. earlier: where to keep what stood
-    at `path` before; a reader that finds no `path`, because the power failed between the two moves, takes that.
+    Both are on the disk when this returns, so a power cut leaves one of them too. Its permissions are those of any new
+    file there. earlier: where to keep what stood at `path` before; a reader that finds no `path`, because the power
+    failed between the two moves, takes that.
     Raises RunError, naming `path`, where the disk is full or the folder read-only.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        with usual_permissions(temporary):
+            write(temporary)
         sync(temporary)
         if earlier is not None and path.exists():
             os.replace(path, earlier)
@@ -35,11 +39,57 @@ def write_whole(path: Path, write: Callable[[Path], Any], earlier: Path | None =
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """Give the new file `path`, however it is written, the permissions that the umask asks for.
+
+    safetensors, for one, makes files that only their owner may read.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Raise RunError where `path` cannot be read, and DamagedError, with `advice`, where it holds not what it should.
+
+    The two are kept apart: a file that this user may not open, or a disk that fails, may hold all it should. RunErrors
+    of what is inside pass as they are.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {remedy(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{path} is damaged or not ours ({error if str(error) else repr(error)}); {advice}"
+        ) from None
+
+
+def check_folder(path: Path) -> None:
+    """Raise RunError where no folder can be made at `path`, because it, or a part of the path, is a file."""
+    for part in (path, *path.parents):
+        if os.path.lexists(part):
+            if not part.is_dir():
+                raise RunError(f"{part} is a file; --out needs a folder, new or of an earlier run")
+            return
+
+
 def remedy(error: OSError) -> str:
     """What the user can do about an error of the file system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, then give the same command again"
     return "check the path and its permissions"
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from poolshare.space import RunError
-from poolshare.space.files import remove_leftovers, write_whole
+from poolshare.space import DamagedError, RunError
+from poolshare.space.files import reading, remove_leftovers, write_whole
 
 from . import distributed
 
@@ -31,7 +31,7 @@ def save_tensors(
 ) -> None:
     """Write tensors and JSON facts as one safetensors file with a checksum; `earlier`: see `write_whole`."""
     text = json.dumps({"format": FORMAT, **facts})
-    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    contiguous = on_cpu(tensors)
     metadata = {"poolshare": text, "facts sha256": _checksum(text, {}), "sha256": _checksum(text, contiguous)}
     try:
         write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata), earlier)
@@ -39,6 +39,11 @@ def save_tensors(
         raise RunError(
             f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
         ) from None
+
+
+def on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As safetensors takes them."""
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def load_facts(path: Path) -> dict[str, Any]:
@@ -64,23 +69,22 @@ def read_weights(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
 
 
 def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata["poolshare"]
-            if metadata.get("facts sha256", "") not in ("", _checksum(text, {})):
-                raise ValueError("the checksum of its facts does not match")
-            facts = json.loads(text)
-            names = list(file.keys())
-            if shapes is not None:
-                _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
-            found = {name: file.get_tensor(name) for name in names} if tensors else {}
+    with reading(path, "move it away to begin this part again"):
+        try:
+            with open(path, "rb"), safe_open(path, framework="pt") as file:  # the former tells why it cannot be opened
+                metadata = file.metadata() or {}
+                text = metadata["poolshare"]
+                if metadata.get("facts sha256", "") not in ("", _checksum(text, {})):
+                    raise ValueError("the checksum of its facts does not match")
+                facts = json.loads(text)
+                names = list(file.keys())
+                if shapes is not None:
+                    _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
+                found = {name: file.get_tensor(name) for name in names} if tensors else {}
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
         if tensors and metadata.get("sha256", "") not in ("", _checksum(text, found)):
             raise ValueError("its checksum does not match")
-    except RunError:
-        raise
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is no file of ours, or damaged ({error}); delete it to begin this part again") from None
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise RunError(f"{path} has another format version than {FORMAT}; use the poolshare version that wrote it")
     return found, facts
@@ -129,7 +133,7 @@ def load_state(
         return load_tensors(before, shapes) if before.exists() else None
     try:
         return load_tensors(path, shapes)
-    except RunError:
+    except DamagedError:
         if not before.exists():
             raise
         found = load_tensors(before, shapes)
@@ -144,7 +148,7 @@ def load_state_facts(path: Path) -> dict[str, Any] | None:
     if path.exists():
         try:
             return load_facts(path)
-        except RunError:
+        except DamagedError:
             if not before.exists():
                 raise
     return load_facts(before) if before.exists() else None
@@ -195,7 +199,9 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         average: ModelEmaV3 | None,
         say: Callable[[str], None],
+        otherwise: str = "move the file away",
     ):
+        self.otherwise = otherwise  # what else can be done about a state of another training
         self.path = path if distributed.rank() == 0 else None
         self.identity = json.loads(json.dumps(identity))
         self.model, self.optimizer, self.average, self.say = model, optimizer, average, say
@@ -250,7 +256,9 @@ class TrainingState:
             part, name = key.split("/", 1)
             values[part][name] = value
         if missing := weights.keys() - values["model"].keys():
-            raise RunError(f"{self.path} lacks {', '.join(sorted(missing)[:3])}; delete it to begin this part again")
+            raise DamagedError(
+                f"{self.path} lacks {', '.join(sorted(missing)[:3])}; move it away to begin this part again"
+            )
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.module.load_state_dict(values["average"])
@@ -266,6 +274,6 @@ class TrainingState:
         ]
         if changed:
             raise RunError(
-                f"{self.path} is the state of another training ({'; '.join(changed)}); repeat that one to continue "
-                "it, or delete the file"
+                f"{self.path} is the state of another training ({'; '.join(changed)}), {facts.get('epochs', 0):.3g} epochs "
+                f"of which are done; repeat that one to continue it, or {self.otherwise}"
             )

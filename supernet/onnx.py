@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from poolshare.space import ModelError
+from poolshare.space.files import write_whole
 
 from .subnet import Subnet
 
@@ -15,7 +17,8 @@ from .subnet import Subnet
 def write_onnx(model: Subnet, path: str | Path) -> None:
     """Write `model` with a free batch size: "images" (B, channels, H, W) → "logits" (B, classes), both float32.
 
-    Raises ModelError where onnx and onnxscript are not there.
+    The model itself keeps its mode, its device and its type. The file appears whole or not at all.
+    Raises ModelError where onnx and onnxscript are not there, RunError where the file cannot be written.
     """
     try:
         from onnxscript import opset18 as onnx
@@ -29,15 +32,15 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
         return onnx.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
 
     images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
-    torch.onnx.export(
-        model.eval().cpu().float(),
+    program = torch.onnx.export(
+        copy.deepcopy(model).eval().cpu().float(),
         (images,),
-        path,
         dynamo=True,
-        external_data=False,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
         output_names=["logits"],
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
         verbose=False,
     )
+    assert program is not None  # dynamo gives one
+    write_whole(Path(path), lambda temporary: program.save(temporary, external_data=False))

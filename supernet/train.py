@@ -135,6 +135,7 @@ def fit(
     save_seconds: float = SECONDS_BETWEEN_SAVES,
     progress: Progress | None = None,
     say: Say | None = None,
+    otherwise: str = "move the file away",
 ) -> None:
     """Minimise `batch_loss` over the training split, in place; all processes that torchrun started share the work.
 
@@ -142,8 +143,8 @@ def fit(
     every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
     kept beside it. Only the first process reads and writes it.
     settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
-    epochs of the recipe may differ. Raises TrainingError where loss or weights are not finite, and what `check_batches`
-    does.
+    epochs of the recipe may differ; `otherwise`: what the error offers. Raises TrainingError where loss or
+    weights are not finite, and what `check_batches` does.
     """
     if recipe.epochs == 0:
         return
@@ -165,7 +166,7 @@ def fit(
     average = None if recipe.ema is None else ModelEmaV3(model, recipe.ema, use_warmup=True)
     mixer = _Mixer(recipe, len(data.classes), seed) if recipe.mixup or recipe.cutmix else None
     identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
-    kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None))
+    kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None), otherwise)
     first = kept.restore()
     # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a step
     # may leave out the norms of queries and keys in a layer that all of its architectures share.

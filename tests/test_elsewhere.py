@@ -156,8 +156,11 @@ def test_torch_export_gives_the_same_logits(dynamic):
 def test_onnx_gives_the_same_logits(operator, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra: pip install '.[onnx]'")
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install '.[onnx]'")
-    model = make_model(SCHEDULES[operator])
+    model = make_model(SCHEDULES[operator]).double().train()
     write_onnx(model, tmp_path / "model.onnx")
+    assert model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    model.float().eval()
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(1)
     for count in (2, 1, 5):

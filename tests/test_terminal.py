@@ -14,6 +14,7 @@ from poolshare.search.terminal import (
     comparison,
     comparison_table,
     draw_architecture,
+    finalists_table,
     terminal_plot,
     terminal_table,
 )
@@ -173,3 +174,22 @@ def test_a_drawn_architecture_fits_80_columns_and_its_bars_are_its_tokens(text):
     full = bars[0]
     for bar, layer in zip(bars, architecture.layers, strict=True):
         assert bar == max(1, round(full * layer.tokens / architecture.layers[0].tokens))
+
+
+@pytest.mark.parametrize("width", [40, 50, 71])
+def test_narrow_terminals_keep_every_architecture(width):
+    rows = candidates(4)
+    rows.loc[3, "architecture"] = LONG
+    rows["latency_ms"] = [1.0, 2.0, 30.0, 400.0]
+    report = make_report(rows, dense={**make_report().dense, "latency_ms": 123.4})
+    finalists = rows.assign(epochs=2, supernet_correct=rows["correct"])
+    for table in (terminal_table(report, width=width), finalists_table(finalists, width)):
+        console = Console(width=width, file=StringIO(), record=True, color_system=None)
+        console.print(table)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        # Numbers stand behind an architecture's first line.
+        column = "".join(re.sub(r" +\d+\.\d\d +\S.*$", "", line) for line in lines).replace(" ", "")
+        assert LONG.replace(" ", "") in column
+    plot = terminal_plot(report, width)
+    assert max(map(len, plot.splitlines())) <= width
