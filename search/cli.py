@@ -35,6 +35,7 @@ from .options import (
     RecipeChanges,
     Seed,
     Storage,
+    Threads,
     Workers,
     helping,
     integers,
@@ -84,11 +85,13 @@ def space(
     img_size: ImgSize = None,
     in_chans: InChans = None,
     model_args: ModelArgs = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Size and costs of a search space; trains nothing."""
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
+    from poolshare.supernet.threads import choose_threads, computing_with
 
     from .prepare import make_supernet, model_options, pick_device
 
@@ -108,7 +111,9 @@ def space(
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
     costs = macs
     if budget is not None and budget_quantity(budget) == "nanoseconds":
-        latency = measure_latency_table(net.to(pick_device(None)))
+        net.to(pick_device(None))
+        with computing_with(choose_threads(threads, None, net).number):
+            latency = measure_latency_table(net)
         costs = latency.table
     limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
     result: dict[str, Any] = {
@@ -204,6 +209,7 @@ def search(
     recipe: RecipeChanges = None,
     seed: Seed = 0,
     device: Device = None,
+    threads: Threads = None,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -222,13 +228,13 @@ def search(
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials,
         objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
-        amp=amp, workers=workers, seed=seed, device=device,
+        amp=amp, workers=workers, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     if helping():
         return None
     if as_json:
-        return print_json(looking.outcome(found.run, found.report, found.run.config.cost))
-    looking.present(found.report, found.run.config.cost)
+        return print_json(looking.outcome(found.run, found.report, found.report.cost))
+    looking.present(found.report, found.report.cost)
     looking.hint(found.run, found.report)
 
 
@@ -243,6 +249,7 @@ def worker(
     data_dir: DataDir = None,
     workers: Workers = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -253,7 +260,7 @@ def worker(
     """
     from .worker import work
 
-    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet))
+    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet), threads=threads)
     if as_json:
         return print_json(result)
     console = PlainConsole()

@@ -12,7 +12,7 @@ from poolshare.space import ConfigError, budget_quantity
 
 SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
-MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING)  # between two calls on one run folder
+MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", *SEARCHING)  # between two calls on one run folder
 
 
 class SearchConfig(BaseModel):
@@ -49,6 +49,9 @@ class SearchConfig(BaseModel):
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
+    threads: int | None = Field(
+        None, ge=1, le=1024
+    )  # of PyTorch on a CPU; a run's record holds those it was computed with
 
     @model_validator(mode="before")
     @classmethod

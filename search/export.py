@@ -47,6 +47,7 @@ class Facts(BaseModel):
     data_fingerprint: str
     seed: int = Field(ge=0, lt=2**32)
     batch_size: int = Field(ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)  # that the search was computed with
     pretrained: bool
     weights: str
     weights_sha256: str
@@ -86,6 +87,7 @@ def load_supernet(folder: RunFolder) -> SuperNet:
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
     """Export one architecture of a finished search with the supernet's weights; returns what is known about it."""
+    check_new(out)
     config, summary = folder.config, folder.read_summary()
     classes = tuple(summary["classes"])
     supernet = load_supernet(folder)
@@ -104,6 +106,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
+        "threads": config.threads,
         "weights": f"the supernet, trained for {config.epochs} epochs on {config.data}",
     }
     model = Subnet.from_supernet(supernet, architecture)

@@ -17,6 +17,7 @@ from .options import (
     SearchAmp,
     SearchBatch,
     Seed,
+    Threads,
     Workers,
     print_json,
     progress_console,
@@ -37,6 +38,7 @@ def trust(
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,8 +53,9 @@ def trust(
     folder = RunFolder.open(run)
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
     found = measure_trust(
-        folder, plan, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet)
-    )
+        folder, plan, recipe_changes=changes, workers=workers, device=device, threads=threads,
+        console=progress_console(quiet),
+    )  # fmt: skip
     if as_json:
         return print_json(found)
     console = PlainConsole()
@@ -92,6 +95,7 @@ def finalists(
     budget: Budget = None,
     workers: Workers = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +113,7 @@ def finalists(
     console = progress_console(quiet)
     rows = train_finalists(
         folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, workers=workers,
-        device=device, console=console,
+        device=device, threads=threads, console=console,
     )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})

@@ -136,6 +136,7 @@ def prepare(
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
+    include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
     data_config = input_config(config.model, options, recipe)
     data = data or open_data(
         config.data,
@@ -170,9 +171,9 @@ def prepare(
                 f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "
                 f"{recipe.within:.0%}, or less"
             )
-    include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
-    supernet.to(pick_device(config.device))
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes)
+    included = tuple(map(supernet.space.check, include))
+    supernet.to(device)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes)
 
 
 def model_options(config: SearchConfig) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Report:
     space: SearchSpace | None = None
     retraining: Retraining | None = None  # None where its time cannot be told
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
+    objective: str = "macs"  # the cost column that the search weighed against accuracy
 
     def __post_init__(self) -> None:
         for name, part, needed in (
@@ -91,6 +92,11 @@ class Report:
     def costs(self) -> tuple[str, ...]:
         """The cost columns that candidates and dense network both have."""
         return tuple(cost for cost in COSTS if cost in self.candidates and cost in self.dense)
+
+    @property
+    def cost(self) -> str:
+        """The cost column that counts where nobody names one: latency under a budget of latency, else the objective."""
+        return "latency_ms" if "latency_ms" in self.limits else self.objective
 
     @property
     def images(self) -> int:
@@ -178,9 +184,14 @@ class Report:
         parts = [layer_shares(list(texts)).assign(cost=cost) for cost, texts in groups.items()]
         return pd.concat(parts, ignore_index=True)[["cost", "kind", "value", "layer", "share"]]
 
-    def pick(self, how: str, cost: str = "macs") -> Pick:
-        """The best finalist, or the point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for
-        what can go wrong. Raises RunError where no finalist within the budget was trained."""
+    def pick(self, how: str | None = None, cost: str | None = None) -> Pick:
+        """The best finalist, or the point of the frontier by `cost` that `how` names, and why.
+
+        how: None: "budget" where there is one, else "knee". cost: None: that of the report. Raises RunError where no
+        finalist within the budget was trained; see `pareto.pick` for what else can go wrong.
+        """
+        how = how or ("budget" if self.limits else "knee")
+        cost = cost or self.cost
         if how == "finalist":
             return self._best_finalist()
         limit = next(iter(self.limits.items()), None)
@@ -227,8 +238,8 @@ class Report:
         why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
         return Pick("finalist", "Best finalist", str(best["architecture"]), why)
 
-    def picks(self, cost: str = "macs") -> list[Pick]:
-        """Every pick that this run has."""
+    def picks(self, cost: str | None = None) -> list[Pick]:
+        """Every pick that this run has; cost: None: that of the report."""
         found = []
         for how in ("finalist", *PICKS):
             try:
@@ -281,6 +292,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         space=SearchSpace(**summary["space"]),
         retraining=_retraining(folder.config, summary, candidates),
         within=folder.config.within,
+        objective="latency_ms" if summary.get("objective") == "latency" else "macs",
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
@@ -310,7 +322,7 @@ def write_report(folder: RunFolder) -> Report:
     report = load_report(folder)
     write_csv(folder.path / "layers.csv", report.layer_shares())
     write_csv(folder.path / "progress.csv", report.progress())
-    figure_png(report, folder.figure)
+    figure_png(report, folder.figure, report.cost)
     write_html(report, folder.report)
     return report
 
