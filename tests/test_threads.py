@@ -80,6 +80,7 @@ def test_a_timed_step_leaves_the_model_and_the_generator_as_they_were():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+@pytest.mark.slow
 def test_the_number_is_recorded_and_every_verb_of_the_run_computes_with_it(two_cores, tmp_path):
     used = []
     forward = SuperNet.forward
