@@ -161,11 +161,11 @@ def test_what_trust_cannot_use_is_named_before_it_reads_an_image(run, tmp_path, 
 
 def test_trust_draws_within_a_budget_of_latency_as_the_search_keeps_it(tmp_path):
     config = SearchConfig(
-        **SMALL, epochs=0, objective="latency", latency_batch=16, budget="75%", sampler="random", trials=4
+        **SMALL, epochs=0, objective="latency", latency_batch=16, budget="90%", sampler="random", trials=4
     )
     folder = run_job(config, tmp_path / "run")
     summary, latency = read_json(folder.summary), folder.read_latency()
-    # Whole models took a tenth longer than their sums, so sums may reach 75 / 1.1 % of dense.
+    # Whole models took a tenth longer than their sums, so sums may reach 90 / 1.1 % of dense.
     dense = latency.table.total(prepare(config).dense)
     rows = folder.read_candidates()
     shares = {
@@ -175,8 +175,9 @@ def test_trust_draws_within_a_budget_of_latency_as_the_search_keeps_it(tmp_path)
     write_json(folder.summary, summary | {"timed": {"dense_ms": dense / 1e6, "shares": shares}})
     found = measure_trust(folder, Plan(12, 0, 2), recipe_changes={"epochs": 0}, device="cpu")
     sums = [latency.table.total(Architecture.parse(point["architecture"])) / dense for point in found["points"]]
-    assert len(sums) == 12
-    assert max(sums) <= 0.75 / 1.1 + 1e-6
+    kept = [one for one in prepare(config).supernet.space if latency.table.total(one) / dense <= 0.9 / 1.1]
+    assert len(sums) == min(12, len(kept)) > 1
+    assert max(sums) <= 0.9 / 1.1 + 1e-6
     folder.latency.unlink()
     folder.trust_rows.unlink()
     with pytest.raises(RunError, match=r"holds no latency.json"):
