@@ -37,6 +37,7 @@ from .options import (
     RecipeChanges,
     Seed,
     Storage,
+    Threads,
     Weights,
     Workers,
     helping,
@@ -90,6 +91,7 @@ def space(
         int | None, typer.Option(min=1, help="Classes of the head: as many as your data have. Default: the model's.")
     ] = None,
     model_args: ModelArgs = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Size and costs of a search space; trains nothing.
@@ -98,6 +100,7 @@ def space(
     """
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
+    from poolshare.supernet.threads import choose_threads, computing_with
 
     from .prepare import make_supernet, model_options, pick_device, with_card
 
@@ -113,7 +116,9 @@ def space(
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
     costs = macs
     if budget is not None and budget_quantity(budget) == "nanoseconds":
-        latency = measure_latency_table(net.to(pick_device(None)))
+        net.to(pick_device(None))
+        with computing_with(choose_threads(threads, None, net).number):
+            latency = measure_latency_table(net)
         costs = latency.table
     limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
     allowed = graph.within(costs, None, limit)
@@ -229,6 +234,7 @@ def search(
     recipe: RecipeChanges = None,
     seed: Seed = 0,
     device: Device = None,
+    threads: Threads = None,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -248,13 +254,13 @@ def search(
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials,
         objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
-        amp=amp, workers=workers, seed=seed, device=device,
+        amp=amp, workers=workers, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     if helping():
         return None
     if as_json:
-        return print_json(looking.outcome(found.run, found.report, found.run.config.cost))
-    looking.present(found.report, found.run.config.cost)
+        return print_json(looking.outcome(found.run, found.report, found.report.cost))
+    looking.present(found.report, found.report.cost)
     if quiet:  # else they were said at the beginning
         using.print_notes(found.run.read_summary().get("notes", []))
     looking.hint(found.run, found.report)
@@ -268,6 +274,7 @@ def worker(
     data_dir: DataDir = None,
     workers: Workers = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -278,7 +285,7 @@ def worker(
     """
     from .worker import work
 
-    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet))
+    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet), threads=threads)
     if as_json:
         return print_json(result)
     console = PlainConsole()

@@ -22,15 +22,10 @@ from poolshare.space import ConfigError, budget_quantity
 
 SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
-PLACES = (
-    "data",
-    "data_dir",
-    "download",
-    "search_data",
-    "weights",
-    "class_map",
-)  # what lies there is compared, not its path
-MAY_DIFFER = ("trials", "epochs", "workers", "device", *SEARCHING, *PLACES)  # between two calls on one run folder
+# What lies there is compared, not its path.
+PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
+# Between two calls on one run folder.
+MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", *SEARCHING, *PLACES)
 NAMES = ("torch/", "hfds/", "python/")  # begin names of data; all others but "digits" are paths
 ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
 
@@ -73,6 +68,9 @@ class SearchConfig(BaseModel):
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
+    threads: int | None = Field(
+        None, ge=1, le=1024
+    )  # of PyTorch on a CPU; a run's record holds those it was computed with
 
     @model_validator(mode="wrap")
     @classmethod

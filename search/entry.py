@@ -64,7 +64,7 @@ def search(
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict), levels,
         operators (tuples), max_run, budget, sampler, objective, latency_batch, include, trials, epochs, batch_size, lr,
-        weight_decay, amp, recipe (a dict), workers, seed, device; and data_dir, download, search_fraction, img_size,
+        weight_decay, amp, recipe (a dict), workers, seed, device, threads; and data_dir, download, search_fraction, img_size,
         in_chans, search_data, scale_16bit, which own data decide by themselves.
 
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
@@ -99,7 +99,7 @@ def work(
 ) -> dict[str, Any]:
     """Score architectures beside the `search` of the run folder `run`, in a process of its own, as `poolshare worker`.
 
-    data, classes, metric: those given in Python to that search, if any. options: storage, data_dir, workers, device.
+    data, classes, metric: those given in Python to that search, if any. options: storage, data_dir, workers, device, threads.
     Waits for the supernet, and returns when all is scored: how many architectures were scored here, and in all.
 
     Raises a PoolshareError, a ValueError that says what to do, for instance for other images than those of the search.
@@ -140,8 +140,8 @@ class SearchResult:
 
     @property
     def frontier(self) -> pd.DataFrame:
-        """The candidates within the budget that no other one beats, by rising cost: that of the search's objective."""
-        return self.report.by(self.run.config.cost)
+        """The candidates within the budget that no other one beats, by rising cost: that of the objective, see `Report`."""
+        return self.report.by(self.report.cost)
 
     def pick(self, how: str | None = None, budget: str | None = None) -> Pick:
         """A point of the frontier, with `architecture` and `why`.
@@ -150,13 +150,12 @@ class SearchResult:
         where there is one, else "knee". budget: another one than the search's, such as "60%".
         """
         report = self.report if budget is None else load_report(self.run, budget)
-        cost = "latency_ms" if "latency_ms" in report.limits else self.run.config.cost
-        return report.pick(how or ("budget" if report.limits else "knee"), cost)
+        return report.pick(how)
 
     def finalists(self, count: int = 8, *, quiet: bool = False, **options: Any) -> pd.DataFrame:
         """Train the `count` best within the budget a little further, each alone, and score them again, as `poolshare finalists`.
 
-        options: epochs, budget, batch_size, lr, amp, data, data_dir, workers, device; see `train_finalists`.
+        options: epochs, budget, batch_size, lr, amp, data, data_dir, workers, device, threads; see `train_finalists`.
         Returns a row for each that was trained so, the best first; `pick("finalist")` then takes the winner, of finalists
         that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
         metric given in Python it needs the result that `search` returned: repeat that call.
@@ -181,6 +180,7 @@ class SearchResult:
         weights: str | None = None,
         workers: int = 0,
         device: str | None = None,
+        threads: int | None = None,
         quiet: bool = False,
         **recipe: Any,
     ) -> dict[str, Any]:
@@ -196,7 +196,9 @@ class SearchResult:
         given: dict[str, Any] = {"console": progress_console(quiet), "data": data or self.data, "metric": self.metric}
         given |= {"data_dir": data_dir, "weights": weights}
         try:
-            return measure_trust(self.run, plan, recipe_changes=recipe, workers=workers, device=device, **given)
+            return measure_trust(
+                self.run, plan, recipe_changes=recipe, workers=workers, device=device, threads=threads, **given
+            )
         finally:
             self.__dict__.pop("report", None)
 

@@ -50,6 +50,7 @@ class Facts(BaseModel):
     scale_16bit: bool = False
     seed: int = Field(ge=0, lt=2**32)
     batch_size: int = Field(ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)  # that the search was computed with
     pretrained: bool
     weights: str
     weights_sha256: str
@@ -112,6 +113,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
+        "threads": config.threads,
         "weights": f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}",
     }
     model = Subnet.from_supernet(supernet, architecture)

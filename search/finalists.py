@@ -18,7 +18,8 @@ from poolshare.space.files import held
 from poolshare.supernet import Subnet
 from poolshare.supernet.data import Data
 from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import steps_per_epoch, train_model
+from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.train import check_batches, steps_per_epoch, train_model
 
 from .evaluate import Metric, count_right, top1
 from .job import SCORING_BATCH
@@ -40,6 +41,7 @@ def train_finalists(
     amp: str | None = None,
     workers: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     console: Console | None = None,
     data: Data | str | None = None,
     data_dir: str | None = None,
@@ -67,7 +69,7 @@ def train_finalists(
     recipe = checked_recipe(supernet_recipe(folder.config).model_dump() | usual, wished)
     with held(folder.path):
         report = load_report(folder, budget)
-        chosen = choose(report.allowed, count, folder.config.cost, report.included)
+        chosen = choose(report.allowed, count, report.cost, report.included)
         rows = folder.read_finalists()
         done = set(rows["architecture"][_alike(rows, recipe)])
         missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
@@ -76,7 +78,13 @@ def train_finalists(
             config = folder.config.without_weights.at(None if isinstance(data, Data) else data, data_dir)
             config = config.changed(device=device or config.device, workers=workers)
             job = prepare(config, console, given, metric, folder.classes)
-            rows = _train(folder, job, missing, rows, recipe, console)
+            folder.check_images(job.data.fingerprint, job.data.files)
+            check_batches(job.data, recipe, 1)
+            chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
+            if chosen_threads.note:
+                console.print(chosen_threads.note, markup=False, soft_wrap=True)
+            with computing_with(chosen_threads.number):
+                rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
     return ranked(rows[allowed & _alike(rows, recipe)])
@@ -106,7 +114,6 @@ def _train(
     console: Console,
 ) -> pd.DataFrame:
     workers, seed = job.config.workers, job.config.seed
-    folder.check_images(job.data.fingerprint, job.data.files)
     load_weights(job.supernet, folder.supernet)
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from poolshare.supernet.checkpoint import load_state_facts, save_tensors
 from poolshare.supernet.data import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.train import check_batches, steps_per_epoch, train_supernet
 
-from .announce import announce
+from .announce import announce, calibrate
 from .benchmark import Benchmark
 from .config import MAY_DIFFER, SearchConfig
 from .evaluate import Metric, count_correct, top1
 from .exhaustive import score_everything
 from .kept import MODELS, Timed, time_frontier
-from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, without_usual_recipe
-from .progress import progress_bar
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
+from .progress import advance_loss, progress_bar
 from .report import write_report
 from .run import FORMAT, RunFolder, versions, write_csv, write_json
 from .storage import check_storage, open_store
@@ -61,6 +63,8 @@ def run_job(
     folder = RunFolder(Path(out), config)
     begun = is_trained(folder) or load_state_facts(folder.training) is not None
     folder.check_weights(config)
+    if distributed.rank() == 0:
+        _refuse_fewer_epochs(folder, supernet_recipe(config))
     kind = check_storage(storage) if distributed.rank() == 0 else ""
     job = prepare(config, console, data, metric, RunFolder.classes_of(out), load=not begun)
     config = job.config
@@ -68,8 +72,26 @@ def run_job(
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
-    job = timed_job(job, RunFolder(Path(out), config), console)
-    with RunFolder.claim(out, config) as folder:
+    if (Path(out) / "config.json").exists():
+        earlier = RunFolder.open(out)
+        earlier.check_same(job.data.fingerprint, kind, job.data.files)
+        recorded = earlier.config.threads
+    else:
+        recorded = None
+    threads = choose_threads(config.threads, recorded, job.supernet, job.recipe)
+    notes = (*job.notes, *([threads.note] if threads.note else []))
+    job = replace(job, config=config.changed(threads=threads.number), notes=notes)
+    with computing_with(threads.number):
+        return _run(job, Path(out), console, storage, kind)
+
+
+def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) -> RunFolder:
+    """Train, search and report, in the process that does it all."""
+    job = timed_job(job, RunFolder(out, job.config), console)
+    trained = _epochs_trained(RunFolder(out, job.config), job.recipe.epochs)
+    # A step that the memory of this machine cannot hold is refused before anything is written.
+    pace = calibrate(job, training=trained < job.recipe.epochs)
+    with RunFolder.claim(out, job.config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         if job.head is not None:
             job = checked_head(job, console)
@@ -78,7 +100,7 @@ def run_job(
             folder.write_latency(job.latency)
         for note in job.notes:
             console.print(note, markup=False, soft_wrap=True)
-        announce(job, _epochs_trained(folder, job.recipe.epochs), console)
+        announce(job, pace, trained, console)
         _train(job, folder, console)
         candidates, scoring = _score(job, folder, console, storage)
         _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
@@ -133,7 +155,9 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
             for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
                 if scored.exists():  # with weights that now change
                     scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
-        with progress_bar(console, "training the supernet", total, "steps") as advance:
+        threads = distributed.from_first(job.config.threads)  # the first one chose them
+        bar = progress_bar(console, "training the supernet", total, "steps")
+        with computing_with(threads), bar as advance:
             train_supernet(
                 job.supernet,
                 job.data,
@@ -142,7 +166,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
                 seed=job.config.seed,
                 workers=job.config.workers,
                 state=folder and folder.training,
-                progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+                progress=partial(advance_loss, advance),
                 say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise="search into a new folder",
             )
@@ -326,4 +350,5 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             "versions": versions(),
         },
     )
-    write_csv(folder.pareto, write_report(folder).by(cost))
+    report = write_report(folder)
+    write_csv(folder.pareto, report.by(report.cost))

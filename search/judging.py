@@ -19,6 +19,7 @@ from .options import (
     SearchAmp,
     SearchBatch,
     Seed,
+    Threads,
     Workers,
     print_json,
     progress_console,
@@ -45,6 +46,7 @@ def trust(
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,7 +62,7 @@ def trust(
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
     found = measure_trust(
         folder, plan, recipe_changes=changes, data=data, data_dir=data_dir, weights=weights and str(weights),
-        workers=workers, device=device, console=progress_console(quiet),
+        workers=workers, device=device, threads=threads, console=progress_console(quiet),
     )  # fmt: skip
     if as_json:
         return print_json(found)
@@ -103,6 +105,7 @@ def finalists(
     data_dir: DataDir = None,
     workers: Workers = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -121,7 +124,7 @@ def finalists(
     console = progress_console(quiet)
     rows = train_finalists(
         folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, data=data,
-        data_dir=data_dir, workers=workers, device=device, console=console,
+        data_dir=data_dir, workers=workers, device=device, threads=threads, console=console,
     )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})

@@ -39,13 +39,21 @@ class Timed:
         One that was timed does where the high end of its interval does. Of another the sum does, made longer by as much
         as the timed ones took longer than theirs (median; never shorter). dense_sum: the dense network's sum, in ms.
         """
-        dense = round(self.dense_ms * 1e6)
-        limit = parse_budget(budget, dense, "nanoseconds") / dense
         high = candidates["architecture"].map({text: share[1] for text, share in self.shares.items()})
         sums = candidates["latency_ms"] / dense_sum
-        timed = high.notna()
-        longer = max(1.0, float((high / sums)[timed].median())) if timed.any() else 1.0
-        return (high <= limit).where(timed, sums * longer <= limit)
+        limit, longer = self.limit(budget), self.longer(candidates, dense_sum)
+        return (high <= limit).where(high.notna(), sums * longer <= limit)
+
+    def limit(self, budget: str) -> float:
+        """A latency budget in words as a share of the dense model's time."""
+        dense = round(self.dense_ms * 1e6)
+        return parse_budget(budget, dense, "nanoseconds") / dense
+
+    def longer(self, candidates: pd.DataFrame, dense_sum: float) -> float:
+        """How much longer the candidates that were timed took than their sums: the median factor, at least 1."""
+        high = candidates["architecture"].map({text: share[1] for text, share in self.shares.items()})
+        factors = (high / (candidates["latency_ms"] / dense_sum)).dropna()
+        return max(1.0, float(factors.median())) if len(factors) else 1.0
 
     @property
     def shortest(self) -> str:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .run import RunFolder
 
 CostName = Annotated[
-    Literal["macs", "parameters", "latency"], typer.Option("--cost", help="What the frontier weighs against accuracy.")
+    Literal["macs", "parameters", "latency"] | None,
+    typer.Option("--cost", help="What the frontier weighs against accuracy. Default: the search's objective."),
 ]
 PickName = Annotated[
     Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
@@ -30,7 +31,7 @@ PickName = Annotated[
 def pareto(
     run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
     budget: Budget = None,
-    cost: CostName = "macs",
+    cost: CostName = None,
     pick: PickName = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Lay another run's frontier over it; repeatable.", metavar="RUN")
@@ -55,7 +56,7 @@ def pareto(
     folder = RunFolder.open(run)
     report = load_report(folder, budget)
     others = [load_report(RunFolder.open(other), budget) for other in compare or []]
-    column = "latency_ms" if cost == "latency" else cost
+    column = "latency_ms" if cost == "latency" else cost or report.cost
     frontier = report.by(column)  # what cannot be is refused before anything is written
     compared = comparison([report, *others], column)
     chosen = None if pick is None else report.pick(pick, column)
@@ -130,7 +131,7 @@ def show(
         console.print(f"{quantity(facts['macs'], 'macs')}, {share:.1%} of dense; {parameters}")
 
 
-def outcome(folder: RunFolder, report: Report, cost: str = "macs") -> dict[str, Any]:
+def outcome(folder: RunFolder, report: Report, cost: str) -> dict[str, Any]:
     """A run in JSON: its summary, and its frontier within the report's budget."""
     found: dict[str, Any] = {
         "budget_macs": report.limits.get("macs"),
@@ -141,7 +142,7 @@ def outcome(folder: RunFolder, report: Report, cost: str = "macs") -> dict[str, 
     return {"run": str(folder.path), **folder.read_summary(), **found}
 
 
-def present(report: Report, cost: str = "macs", others: list[Report] | None = None) -> None:
+def present(report: Report, cost: str, others: list[Report] | None = None) -> None:
     """Frontier and plot on the terminal."""
     from .terminal import comparison_table, terminal_plot, terminal_table
 

@@ -82,6 +82,15 @@ DataHere = Annotated[
 DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
 Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Of PyTorch on a CPU. Default: OMP_NUM_THREADS where it is set; else as recorded; else the fastest by timed "
+        "steps.",
+    ),
+]
 Storage = Annotated[
     str | None,
     typer.Option(

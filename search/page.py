@@ -68,7 +68,10 @@ def page_data(report: Report) -> dict[str, Any]:
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
         | {cost: _numbers(rows[cost]) for cost in report.costs},
         "numbers": _numbers_in_space(report, rows),
-        "costs": [{"name": cost, "label": COSTS[cost]} for cost in report.costs],
+        # The report's own cost first: the page opens with it.
+        "costs": [
+            {"name": cost, "label": COSTS[cost]} for cost in sorted(report.costs, key=lambda cost: cost != report.cost)
+        ],
         "limits": {cost: {"value": limit, "text": quantity(limit, cost)} for cost, limit in report.limits.items()},
         # Row by row of those that were scored, as characters: whole models that were timed may overrule the limits.
         "allowed": "".join("01"[int(fits)] for fits in report.candidates.index.isin(report.allowed.index)),

@@ -146,6 +146,7 @@ def prepare(
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
+    include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
     data_config = input_config(config.model, options, recipe, config.preprocessing)
     begin = config if load else config.without_weights
     found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
@@ -196,9 +197,9 @@ def prepare(
                 f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "
                 f"{recipe.within:.0%}, or less"
             )
-    include = tuple(supernet.space.check(Architecture.parse(text)) for text in config.include)
-    supernet.to(pick_device(config.device))
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, include, None, metric, notes, head)
+    included = tuple(map(supernet.space.check, include))
+    supernet.to(device)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes, head)
 
 
 def matched_classes(

@@ -20,7 +20,12 @@ def no_progress(done: float, note: str = "", total: float | None = None) -> None
     """An Advance that shows nothing."""
 
 
-def advance_step(advance: Advance, before: int, note: str, step: int, loss: float) -> None:
+def advance_loss(advance: Advance, step: int, loss: float | None) -> None:
+    """A training's progress with its loss, where this process has seen one."""
+    advance(step, "" if loss is None else f"loss {loss:.3f}")
+
+
+def advance_step(advance: Advance, before: int, note: str, step: int, loss: float | None) -> None:
     """A training's progress as a part of a longer work, of which `before` steps were done when it began."""
     advance(before + step, note)
 

@@ -80,6 +80,7 @@ class Report:
     notes: Sequence[str] = ()  # what the user should know of data and weights
     untrained: bool = False  # nothing was trained, and no weights were given
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
+    objective: str = "macs"  # the cost column that the search weighed against accuracy
 
     def __post_init__(self) -> None:
         for name, part, needed in (
@@ -96,6 +97,11 @@ class Report:
     def costs(self) -> tuple[str, ...]:
         """The cost columns that candidates and dense network both have."""
         return tuple(cost for cost in COSTS if cost in self.candidates and cost in self.dense)
+
+    @property
+    def cost(self) -> str:
+        """The cost column that counts where nobody names one: latency under a budget of latency, else the objective."""
+        return "latency_ms" if "latency_ms" in self.limits else self.objective
 
     @property
     def images(self) -> int:
@@ -209,9 +215,14 @@ class Report:
         parts = [layer_shares(list(texts)).assign(cost=cost) for cost, texts in groups.items()]
         return pd.concat(parts, ignore_index=True)[["cost", "kind", "value", "layer", "share"]]
 
-    def pick(self, how: str, cost: str = "macs") -> Pick:
-        """The best finalist, or the point of the frontier by `cost` that `how` names, and why; see `pareto.pick` for
-        what can go wrong. Raises RunError where no finalist within the budget was trained."""
+    def pick(self, how: str | None = None, cost: str | None = None) -> Pick:
+        """The best finalist, or the point of the frontier by `cost` that `how` names, and why.
+
+        how: None: "budget" where there is one, else "knee". cost: None: that of the report. Raises RunError where no
+        finalist within the budget was trained; see `pareto.pick` for what else can go wrong.
+        """
+        how = how or ("budget" if self.limits else "knee")
+        cost = cost or self.cost
         if how == "finalist":
             return self._best_finalist()
         limit = next(iter(self.limits.items()), None)
@@ -258,8 +269,8 @@ class Report:
         why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
         return Pick("finalist", "Best finalist", str(best["architecture"]), why)
 
-    def picks(self, cost: str = "macs") -> list[Pick]:
-        """Every pick that this run has."""
+    def picks(self, cost: str | None = None) -> list[Pick]:
+        """Every pick that this run has; cost: None: that of the report."""
         found = []
         for how in ("finalist", *PICKS):
             try:
@@ -316,6 +327,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         baseline=_baseline(folder.config, summary),
         notes=summary.get("notes", ()),
         untrained=folder.config.epochs == 0 and not folder.config.warm,
+        objective="latency_ms" if summary.get("objective") == "latency" else "macs",
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
@@ -345,7 +357,7 @@ def write_report(folder: RunFolder) -> Report:
     report = load_report(folder)
     write_csv(folder.path / "layers.csv", report.layer_shares())
     write_csv(folder.path / "progress.csv", report.progress())
-    figure_png(report, folder.figure)
+    figure_png(report, folder.figure, report.cost)
     write_html(report, folder.report)
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from torch import nn
 from poolshare.space import ConfigError, DataError
 from poolshare.space.files import held
 from poolshare.supernet import count_macs, distributed, measure_latency
-from poolshare.supernet.checkpoint import load_facts
+from poolshare.supernet.checkpoint import load_facts, load_state_facts
 from poolshare.supernet.data import Data, open_data, open_tests
 from poolshare.supernet.sources import folder_path
+from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.train import Recipe, check_batches, steps_per_epoch, train_model
 from poolshare.supernet.transforms import DEFAULT_AUGMENTATION, Augmentation
 
@@ -31,7 +32,7 @@ from .export import Exported, check_new, load_export, save_export
 from .images import difference
 from .pareto import binomial_interval
 from .prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
-from .progress import progress_bar
+from .progress import advance_loss, progress_bar
 from .run import check_outside, read_json
 
 EVALUATION_BATCH = 256
@@ -53,13 +54,15 @@ def retrain(
     recipe_changes: Mapping[str, Any] | None = None,
     workers: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
 
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
     restart: give up what an interrupted call with other options has trained for `out`, and begin anew.
-    teacher: an exported folder of the same classes and input, from whose probabilities it learns too.
+    teacher: an exported folder of the same classes and input, from whose probabilities it learns too. threads: of PyTorch
+    on a CPU; None: see `choose_threads`.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
@@ -101,7 +104,14 @@ def retrain(
     check_batches(opened, recipe, distributed.launched_size(), full=True)
     total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
     with _workplace(out, restart) if first else nullcontext() as kept:
-        with distributed.joined(place), progress_bar(console, "retraining", total, "steps") as advance:
+        state = kept and kept / "training.safetensors"
+        with ExitStack() as stack:
+            stack.enter_context(distributed.joined(place))
+            chosen = distributed.from_first(_threads(threads, state, source, model, recipe) if first else Threads(None))
+            if chosen.note:
+                console.print(chosen.note, markup=False, soft_wrap=True)
+            stack.enter_context(computing_with(chosen.number))
+            advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
                 model,
                 opened,
@@ -109,20 +119,18 @@ def retrain(
                 teacher=guide.model if guide else None,
                 seed=seed,
                 workers=workers,
-                state=kept and kept / "training.safetensors",
+                state=state,
                 settings=settings,
-                progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+                progress=partial(advance_loss, advance),
                 say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise=f"give --restart to lose these epochs and begin {out.name} anew, or choose another --out",
             )
         if not first:
             return {}
-        labels, predicted = answers_on_test(model, opened, workers)
-        correct, images, by_class = (
-            int((labels == predicted).sum()),
-            len(labels),
-            class_report(labels, predicted, opened.classes),
-        )
+        with computing_with(chosen.number):
+            labels, predicted = answers_on_test(model, opened, workers)
+        correct, images = int((labels == predicted).sum()), len(labels)
+        by_class = class_report(labels, predicted, opened.classes)
         start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
         facts = {
             key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
@@ -138,6 +146,7 @@ def retrain(
             "test_baseline": by_class["baseline"],
             "test_balanced_top1": by_class["balanced_top1"],
             "recipe": recipe.model_dump(),
+            "threads": chosen.number,
             "from_scratch": from_scratch,
             "retrain_seed": seed,
             "weights": f"{start}, retrained for {recipe.epochs} epochs on {short_name(name)}"
@@ -145,6 +154,12 @@ def retrain(
         }
         save_export(out, model.cpu(), opened.classes, source.data_config, facts)
     return facts
+
+
+def _threads(asked: int | None, state: Path | None, source: Exported, model: nn.Module, recipe: Recipe) -> Threads:
+    """As many as a retraining that goes on has had, else as many as the search."""
+    earlier = (load_state_facts(state) or {}) if state is not None else {}
+    return choose_threads(asked, earlier.get("threads", source.facts.get("threads")), model, recipe)
 
 
 @contextmanager
@@ -196,22 +211,30 @@ def evaluate(
     download: bool = False,
     workers: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model.
 
     data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
     it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
+    threads: of PyTorch on a CPU, which the times are of; None: see `choose_threads`.
     Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
     """
+    place = pick_device(device)
     source, console = load_export(exported), console or Console(quiet=True)
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
     opened = _open_tests(source, name, data_dir, download, console)
-    place = pick_device(device)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
     model = source.model.to(place)
-    labels, predicted = answers_on_test(model, opened, workers, console)
+    chosen = choose_threads(threads, source.facts.get("threads"), model)
+    with computing_with(chosen.number):
+        labels, predicted = answers_on_test(model, opened, workers, console)
+        latency = {
+            batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
+            for batch in LATENCY_BATCHES
+        }
     correct, images = int((labels == predicted).sum()), len(labels)
     low, high = binomial_interval(correct, images)
     return {
@@ -226,10 +249,8 @@ def evaluate(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(place),
         "notes": list(opened.notes),
-        "latency_ms": {
-            batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
-            for batch in LATENCY_BATCHES
-        },
+        "threads": chosen.number if place.type == "cpu" else None,
+        "latency_ms": latency,
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,13 +19,14 @@ from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 from poolshare.space.files import held, reading
 from poolshare.supernet.data import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
-from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
+from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.train import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from .evaluate import Metric, count_correct, count_right, top1
 from .job import SCORING_BATCH
-from .prepare import Job, checked_recipe, is_trained, load_weights, prepare
+from .prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
 from .progress import advance_step, progress_bar
-from .report import write_report
+from .report import Report, load_report, write_report
 from .run import FORMAT, RunFolder, read_csv, write_csv, write_json
 
 RESAMPLES = 2000  # of the architectures, for the intervals
@@ -58,6 +59,7 @@ def measure_trust(
     recipe_changes: Mapping[str, Any] | None = None,
     workers: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     console: Console | None = None,
     data: Data | str | None = None,
     data_dir: str | None = None,
@@ -83,21 +85,59 @@ def measure_trust(
                 f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
             )
         folder.check_weights(config)
+        recipe = checked_recipe(supernet_recipe(config).model_dump(), recipe_changes)
+        header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
+        rows = _earlier_rows(folder, header)
+        report = load_report(folder) if folder.summary.exists() else None  # what is damaged is said before any training
+        console = console or Console(quiet=True)
         job = prepare(config, console, given, metric, folder.classes)
-        return _measure(folder, plan, job, recipe_changes or {}, console or Console(quiet=True))
+        folder.check_images(job.data.fingerprint, job.data.files)
+        check_batches(job.data, recipe, 1)
+        job = _within_latency(job, folder, report)
+        chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
+        if chosen.note:
+            console.print(chosen.note, markup=False, soft_wrap=True)
+        with computing_with(chosen.number):
+            return _measure(folder, plan, job, recipe, header, rows, console)
 
 
-def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def _within_latency(job: Job, folder: RunFolder, report: Report | None) -> Job:
+    """The job whose budget, where it is one of latency, is kept as in the search: by sums of its table, made longer where
+    the whole models that it timed took longer."""
+    config, latency = job.config, folder.read_latency()
+    if config.objective != "latency":
+        return job
+    if latency is None:
+        raise RunError(f"{folder.path} holds no latency.json; `poolshare search` measures it, then measure trust")
+    job = job.with_latency(latency)
+    if report is None or report.timed is None or report.budget != config.budget or config.budget is None:
+        return job
+    dense = latency.table.total(job.dense)
+    limit = report.timed.limit(config.budget) / report.timed.longer(report.candidates, report.dense["latency_ms"])
+    return replace(
+        job, allowed=job.supernet.space.within(latency.table, None, min(job.allowed.high, int(limit * dense)))
+    )
+
+
+def _measure(
+    folder: RunFolder,
+    plan: Plan,
+    job: Job,
+    recipe: Recipe,
+    header: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
     workers = job.config.workers
-    folder.check_images(job.data.fingerprint, job.data.files)
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
-    recipe = checked_recipe(job.recipe.model_dump(), changes)
-    header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
-    rows = _earlier_rows(folder, header)
     drawn = draw(job, plan)
+    # An architecture has one score: the one it was given before its first training.
+    scores = {row["architecture"]: row["supernet_correct"] for row in rows}
+    new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
-    scores, _ = count_correct(job.supernet, [architecture for architecture, _ in drawn], batches, metric=job.metric)
+    counts = count_correct(job.supernet, new, batches, metric=job.metric)[0] if new else []
+    scores |= dict(zip(map(str, new), counts, strict=True))
     if not rows:
         write_json(folder.trust, header)
     missing = [
@@ -114,18 +154,17 @@ def _measure(folder: RunFolder, plan: Plan, job: Job, changes: Mapping[str, Any]
             show = partial(advance_step, advance, done * steps, note)
             correct, total = _train_alone(job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", show)
             macs = job.macs.total(architecture)
-            rows.append(
-                dict(zip(POINTS, (str(architecture), band, macs, scores[index], repeat, correct, total), strict=True))
-            )
+            point = (str(architecture), band, macs, scores[str(architecture)], repeat, correct, total)
+            rows.append(dict(zip(POINTS, point, strict=True)))
             write_csv(folder.trust_rows, pd.DataFrame(rows), checked=True)
-    result = header | summarise(pd.DataFrame(rows), plan.seed)
+    result = {**header, **summarise(pd.DataFrame(rows), plan.seed)}
     write_json(folder.trust, result)
     if folder.summary.exists():
         write_report(folder)  # the page shows it
     return result
 
 
-def _earlier_rows(folder: RunFolder, header: dict[str, Any]) -> list[dict[str, Any]]:
+def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The trainings an interrupted call of the same plan has finished."""
     table = folder.trust_rows
     if not table.exists():
@@ -188,7 +227,7 @@ def _train_alone(
     untrained: dict[str, torch.Tensor],
     recipe: Recipe,
     key: str,
-    progress: Callable[[int, float], None],
+    progress: Progress,
 ) -> tuple[int, int]:
     """One architecture from the supernet's own start; correct and total search-validation images."""
     workers = job.config.workers
@@ -210,13 +249,15 @@ def _train_alone(
 def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     """τ of supernet score against one training alone, its ceiling, and both within bands; all with 95 % intervals.
 
-    rows: columns POINTS. "tau" is over all architectures; "ceiling" is τ of a first against a second training, over
+    rows: columns POINTS; an architecture's score is that of its first row. "tau" is over all architectures;
+    "ceiling" is τ of a first against a second training, over
     those trained twice, and "share_of_ceiling" compares like with like: among those trained twice, the mean of the
     score's τ with either training, divided by the ceiling. "within" repeats the three with pairs of the same band alone, which
     cost in MACs cannot decide. Intervals: percentiles of a bootstrap over architectures, band by band.
     """
-    wide = rows.pivot(index=["architecture", "band", "macs", "supernet_correct"], columns="repeat", values="correct")
-    wide = wide.reset_index().sort_values(["band", "macs"], ignore_index=True)
+    facts = rows.drop_duplicates("architecture").set_index("architecture")[["band", "macs", "supernet_correct"]]
+    wide = facts.join(rows.pivot(index="architecture", columns="repeat", values="correct"))
+    wide = wide.reset_index().sort_values(["band", "macs", "architecture"], ignore_index=True)
     band, score, first = (wide[name].to_numpy() for name in ("band", "supernet_correct", 0))
     second = wide[1].to_numpy(float) if 1 in wide else np.full(len(wide), np.nan)
     both = ~np.isnan(second)

@@ -23,6 +23,7 @@ from .options import (
     RecipeChanges,
     SearchBatch,
     Seed,
+    Threads,
     Workers,
     helping,
     print_json,
@@ -43,7 +44,8 @@ def export(
         Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
         typer.Option(
             help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
-            "half a point of dense; budget: the best within --budget. Default: budget if given, else knee."
+            "half a point of dense; budget: the best within --budget. Default: budget where there is one, the search's or "
+            "another, else knee."
         ),
     ] = None,
     budget: Budget = None,
@@ -51,13 +53,13 @@ def export(
 ) -> None:
     """Take one architecture home as a timm model.
 
-    It is chosen by budget, by text, or as the frontier's knee.
+    It is chosen by budget, the search's own or another, by text, or as the frontier's knee.
     """
     from poolshare.search import SearchResult
 
     found = SearchResult(run)
     if architecture is None:
-        chosen = found.pick(pick or ("budget" if budget else "knee"), budget).architecture
+        chosen = found.pick(pick, budget).architecture
     elif budget or pick:
         raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:
@@ -95,6 +97,7 @@ def retrain(
     amp: Amp = "none",
     seed: Seed = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +112,8 @@ def retrain(
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
     facts = run_retrain(
         exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, restart=restart,
-        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, console=progress_console(quiet),
+        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads,
+        console=progress_console(quiet),
     )  # fmt: skip
     if helping():
         return None
@@ -141,6 +145,7 @@ def evaluate(
     download: Download = False,
     workers: Workers = 0,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -154,6 +159,7 @@ def evaluate(
         download=download,
         workers=workers,
         device=device,
+        threads=threads,
         console=progress_console(quiet),
     )
     if as_json:
@@ -171,10 +177,10 @@ def evaluate(
         console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes that it knows better; --json lists all")
     print_notes(result["notes"])
     console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
+    threads = result["threads"]
+    where = result["device"] + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")
     for batch, latency in result["latency_ms"].items():
-        console.print(
-            f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {result['device']}"
-        )
+        console.print(f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {where}")
 
 
 def predict(

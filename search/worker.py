@@ -14,6 +14,7 @@ from poolshare.space import ConfigError, DataError, RunError
 from poolshare.supernet.data import Data
 from poolshare.supernet.own_data import Parts
 from poolshare.supernet.sources import GIVEN
+from poolshare.supernet.threads import choose_threads, computing_with
 
 from .config import SearchConfig
 from .evaluate import Metric, top1
@@ -36,11 +37,13 @@ def work(
     console: Console | None = None,
     classes: Sequence[str] | None = None,
     metric: Metric = top1,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
 
     data, data_dir: where the images of the search lie here, if elsewhere. data, classes, metric: those given in Python to
-    the search, see `poolshare.search.search`. workers: processes that load images.
+    the search, see `poolshare.search.search`. workers: processes that load images. threads: of PyTorch on a CPU; None: see
+    `choose_threads`.
     Returns how many architectures were scored here, and in all. Raises a PoolshareError for whatever the user can mend, for
     instance other images than those of the search.
     """
@@ -73,7 +76,11 @@ def work(
         scored += len(architectures)
         return result
 
-    found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
+    chosen = choose_threads(threads, folder.config.threads, job.supernet)
+    if chosen.note:
+        console.print(chosen.note, markup=False, soft_wrap=True)
+    with computing_with(chosen.number):
+        found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
 
 

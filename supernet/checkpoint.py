@@ -225,15 +225,19 @@ class TrainingState:
         tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
         self.saved = time.monotonic()
         facts = {"step": step, "epochs": step / steps, "seconds": self.spent + self.saved - self.begun}
+        facts["threads"] = torch.get_num_threads()
         save_state(self.path, tensors, facts | {"identity": self.identity})
 
     def restore(self) -> int:
         """Put back what the file of the first process holds, on all of them; returns the number of steps done."""
         step, moments = self._load()
         step = distributed.from_first(step)
-        if step:  # weights reach the other processes when the model is made parallel, their average is the first's
+        if step:  # the weights themselves reach the other processes when the model is made parallel
             device = next(self.model.parameters()).device
             restore_optimizer(self.optimizer, distributed.tensors_from_first(moments, device))
+            if self.average is not None:
+                average = self.average.module
+                average.load_state_dict(distributed.tensors_from_first(average.state_dict(), device))
         return step
 
     def _load(self) -> tuple[int, Mapping[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ from .transforms import keyed_generators
 
 # model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
-Progress = Callable[[int, float], None]  # steps done, loss of the last
+Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: it was in an earlier process
 Say = Callable[[str], None]  # what a person should know
 
 SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
@@ -176,7 +176,7 @@ def fit(
     trained = distributed.parallel(model, some_unused)
     model.train()
     if progress and first:
-        progress(first, math.nan)
+        progress(first, None)
     with attention_of(recipe, model, device), kept_signals(state is not None or distributed.world_size() > 1) as stop:
         for step, images, labels in _batches(data, recipe, full, first, steps, workers):
             # Dropout and drop-path of a resumed run are those of an undisturbed one.

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from poolshare.search import progress
-from poolshare.search.progress import progress_bar, rate_text, time_text
+from poolshare.search.progress import advance_loss, progress_bar, rate_text, time_text
 
 
 class Clock:
@@ -50,6 +50,13 @@ def test_lines_tell_share_rate_and_time_left(clock):
 def test_continued_work_does_not_count_what_was_done_before(clock):
     lines = written([(0, 900), (20, 910)], clock, total=1000).splitlines()
     assert lines == ["training: 91%, 2 s per step, about 3.0 min left, loss 0.5"]
+
+
+def test_a_training_that_is_continued_shows_no_loss_before_its_first_step():
+    notes = []
+    for at in ((900, None), (901, 0.1234)):
+        advance_loss(lambda done, note="": notes.append((done, note)), *at)
+    assert notes == [(900, ""), (901, "loss 0.123")]
 
 
 def test_long_work_writes_fewer_lines(clock):

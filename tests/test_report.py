@@ -11,21 +11,22 @@ import pandas as pd
 import pytest
 from reports import SPACE, candidates, make_report
 
+from poolshare.search import SearchResult, entry
 from poolshare.search.config import checked_config
 from poolshare.search.layers import in_words, layer_shares, ranges
-from poolshare.search.pareto import PICKS, hypervolume, pick, progress
+from poolshare.search.pareto import PICKS, frontier, hypervolume, pick, progress
 from poolshare.search.report import load_report, write_report
 from poolshare.search.run import FORMAT, RunFolder, write_json
 from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 
 
-def finished_run(path: Path, **summary) -> RunFolder:
+def finished_run(path: Path, rows: pd.DataFrame | None = None, **summary) -> RunFolder:
     """A run folder with the files that a report is made from."""
     path.mkdir()
     folder = RunFolder(path, checked_config(data="digits", epochs=4))
     folder.write_config("fingerprint")
-    rows = candidates()
+    rows = candidates() if rows is None else rows
     folder.write_candidates(rows)
     made = make_report(rows)
     facts = {
@@ -116,6 +117,44 @@ def test_picks_are_named_with_their_reason():
         make_report().pick("budget")
     with pytest.raises(ConfigError, match="needs the dense network's top-1"):
         pick(rows, "half-point")
+
+
+@pytest.mark.parametrize("how", [None, "half-point", "knee", "accuracy", "budget"])
+@pytest.mark.parametrize("budget", [None, "18ms", "20M"])
+def test_every_verb_gives_the_same_answer_to_which_is_picked(how, budget, verb, tmp_path, monkeypatch):
+    generator = np.random.default_rng(4)
+    rows = candidates(24).assign(latency_ms=generator.permutation(np.linspace(9, 40, 24)))
+    dense = {**make_report().dense, "latency_ms": 41.0, "top1": 86.0}
+    facts = {"dense": dense, "objective": "latency", "budget": "30ms", "budget_latency_ms": 30.0}
+    folder = finished_run(tmp_path / "run", rows, **facts)
+    taken = []
+    monkeypatch.setattr(entry, "export_architecture", lambda run, chosen, out: taken.append(str(chosen)) or {})
+    found = SearchResult(folder.path)
+    words = [part for name, value in (("--budget", budget), ("--pick", how)) if value for part in (name, value)]
+    chosen = found.pick(how, budget)
+    status, _, err = verb("export", folder.path, *words, "--out", tmp_path / "out", "--json")
+    assert (status, taken) == (0, [chosen.architecture]), err
+    status, out, err = verb("pareto", folder.path, *words, "--json")
+    assert status == 0, err
+    shown = json.loads(out)
+    limits = load_report(folder, budget).limits
+    allowed = rows[np.logical_and.reduce([rows[cost] <= limit for cost, limit in limits.items()])]
+    if how is None:
+        assert chosen.architecture == allowed.sort_values("top1")["architecture"].iloc[-1]
+        return
+    assert shown["pick"] == chosen._asdict()
+    by_latency = frontier(allowed, "latency_ms")
+    expected = pick(by_latency, "accuracy" if how == "budget" else how, cost="latency_ms", dense_top1=86.0)
+    assert chosen.architecture == expected["architecture"]
+    assert [row["architecture"] for row in shown["frontier"]] == list(by_latency["architecture"])
+
+
+def test_without_a_budget_the_knee_by_the_objective_is_picked():
+    rows = candidates(24)
+    rows["latency_ms"] = np.random.default_rng(4).permutation(np.linspace(9, 40, 24))
+    report = make_report(rows, dense={**make_report().dense, "latency_ms": 41.0}, objective="latency_ms")
+    assert report.pick().architecture == pick(frontier(rows, "latency_ms"), "knee", cost="latency_ms")["architecture"]
+    assert report.pick() != report.pick(cost="macs")
 
 
 def test_progress_is_the_hypervolume_of_what_was_scored_so_far():

@@ -108,8 +108,11 @@ def test_a_run_that_was_stopped_and_continued_ends_with_the_weights_of_an_undist
 
         with pytest.raises(Stopped):
             train_supernet(make_net(seed), digits, costs, recipe, seed=5, state=state, progress=stop)
-    continued = make_net(99)  # its weights come from the state
-    train_supernet(continued, digits, costs, recipe, seed=5, state=state)
+    continued, seen = make_net(99), []  # its weights come from the state
+    train_supernet(continued, digits, costs, recipe, seed=5, state=state, progress=lambda *at: seen.append(at))
+    assert seen[0] == (2 * steps, None)  # where it begins; its first loss is still to come
+    assert [step for step, _ in seen[1:]] == list(range(2 * steps + 1, 3 * steps + 1))
+    assert all(math.isfinite(loss) for _, loss in seen[1:])
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, continued.state_dict()[name]), name
 

@@ -1,6 +1,7 @@
 """Trust: the statistics against SciPy and hand-made truths, and the verb on a real, small run."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -8,15 +9,15 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from poolshare.search import cli
+from poolshare.search import cli, trust
 from poolshare.search import job as job_module
 from poolshare.search.config import SearchConfig
 from poolshare.search.job import run_job
 from poolshare.search.prepare import prepare
 from poolshare.search.report import load_report
-from poolshare.search.run import RunFolder, read_json, write_json
+from poolshare.search.run import RunFolder, read_json, write_csv, write_json
 from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
-from poolshare.space import ConfigError, RunError
+from poolshare.space import Architecture, ConfigError, RunError
 
 SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}
 
@@ -76,6 +77,17 @@ def test_without_second_trainings_there_is_no_ceiling_and_a_constant_score_has_n
     assert found["tau"] == found["ceiling"] == found["share_of_ceiling"] == unknown
 
 
+def test_a_score_that_was_counted_again_and_flipped_changes_nothing():
+    rng = np.random.default_rng(2)
+    bands = np.repeat([0, 1], 6)
+    truth = rng.permutation(12) + 900
+    rows = frame(truth, truth, truth[::-1], bands)
+    flipped = rows.copy()
+    flipped.loc[rows["repeat"] == 1, "supernet_correct"] += rng.integers(2, size=12)
+    assert summarise(rows)["tau"]["value"] == 1
+    assert summarise(flipped) == summarise(rows)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return run_job(SearchConfig(**SMALL, epochs=1), tmp_path_factory.mktemp("trust") / "run")
@@ -114,6 +126,16 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     assert measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu") == found
     pd.testing.assert_frame_equal(pd.read_csv(run.path / "trust.csv"), table)
 
+    # An architecture keeps the score it was ranked by, though here (or on a GPU) one image more would be right.
+    kept = table[:4].assign(supernet_correct=table["supernet_correct"][:4] + 1)
+    write_csv(run.trust_rows, kept.drop(columns="check"), checked=True)
+    again = measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu")
+    assert again["tau"] == found["tau"]
+    written = pd.read_csv(run.trust_rows)
+    assert written.groupby("architecture")["supernet_correct"].nunique().max() == 1
+    assert written["supernet_correct"].tolist() == (table["supernet_correct"] + 1).tolist()
+    table.to_csv(run.trust_rows, index=False)
+
     # A run of before a field of the recipe was there.
     older = read_json(run.trust)
     del older["recipe"]["within"], older["recipe"]["ema"]
@@ -122,6 +144,44 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
 
     with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
         measure_trust(run, plan, recipe_changes={"epochs": 2}, device="cpu")
+
+
+def test_what_trust_cannot_use_is_named_before_it_reads_an_image(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "prepare", lambda *arguments, **options: pytest.fail("the data were opened"))
+    changed = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    for name in ("trust.csv", "trust.json"):
+        (changed.path / name).unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match="lr"):
+        measure_trust(changed, Plan(2, 0), recipe_changes={"lr": -1.0})
+    changed.candidates.unlink()  # the summary is there, and the report needs both in the end
+    with pytest.raises(RunError, match=r"has no candidates.csv yet"):
+        measure_trust(changed, Plan(2, 0), device="cpu")
+    assert not changed.trust.exists()
+
+
+def test_trust_draws_within_a_budget_of_latency_as_the_search_keeps_it(tmp_path):
+    config = SearchConfig(
+        **SMALL, epochs=0, objective="latency", latency_batch=16, budget="90%", sampler="random", trials=4
+    )
+    folder = run_job(config, tmp_path / "run")
+    summary, latency = read_json(folder.summary), folder.read_latency()
+    # Whole models took a tenth longer than their sums, so sums may reach 90 / 1.1 % of dense.
+    dense = latency.table.total(prepare(config).dense)
+    rows = folder.read_candidates()
+    shares = {
+        text: (1.0, 1.1 * ms * 1e6 / dense) for text, ms in zip(rows["architecture"], rows["latency_ms"], strict=True)
+    }
+    shares[summary["dense"]["architecture"]] = (1.0, 1.0)
+    write_json(folder.summary, summary | {"timed": {"dense_ms": dense / 1e6, "shares": shares}})
+    found = measure_trust(folder, Plan(12, 0, 2), recipe_changes={"epochs": 0}, device="cpu")
+    sums = [latency.table.total(Architecture.parse(point["architecture"])) / dense for point in found["points"]]
+    kept = [one for one in prepare(config).supernet.space if latency.table.total(one) / dense <= 0.9 / 1.1]
+    assert len(sums) == min(12, len(kept)) > 1
+    assert max(sums) <= 0.9 / 1.1 + 1e-6
+    folder.latency.unlink()
+    folder.trust_rows.unlink()
+    with pytest.raises(RunError, match=r"holds no latency.json"):
+        measure_trust(folder, Plan(12, 0, 2), recipe_changes={"epochs": 0}, device="cpu")
 
 
 def test_trust_belongs_to_the_weights_it_was_measured_with(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,7 +50,7 @@ from scipy.stats import ttest_1samp
 
 from poolshare.search.export import load_supernet
 from poolshare.search.pareto import pick
-from poolshare.search.progress import progress_bar
+from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.search.report import load_report
 from poolshare.search.run import RunFolder, read_json, versions, write_csv, write_json
 from poolshare.space import Architecture, CostTable, PoolshareError
@@ -436,7 +436,7 @@ def train(given: Settings, one: Competitor, seed: int, architecture: Architectur
     with progress_bar(Console(stderr=True, quiet=given.jobs > 1), title, total, "steps") as advance:
         train_model(
             model, images, recipe, seed=seed, workers=given.workers,
-            progress=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+            progress=partial(advance_loss, advance),
         )  # fmt: skip
     hits, macs = test_hits(model, test_images(given), device), macs_of(architecture, given.img_size)
     row = {"name": one.name, "budget": one.budget, "start": one.start, "seed": seed, "macs": macs}

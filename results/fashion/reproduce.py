@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from poolshare.search.progress import progress_bar
+from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.search.retrain import accuracy
 from poolshare.search.run import RunFolder, versions, write_csv, write_json
 from poolshare.space import Architecture
@@ -220,7 +221,7 @@ def main() -> None:
             with progress_bar(console, f"{name}, seed {seed}", total, "steps") as advance:
                 train_model(
                     model, data, recipe, seed=seed,
-                    progress=lambda step, loss, show=advance: show(step, f"loss {loss:.3f}"),
+                    progress=partial(advance_loss, advance),
                 )  # fmt: skip
             correct, images = accuracy(model, data)
             row = {"name": name, "seed": seed, "width": wide, "macs": macs, "of_dense": macs / dense_macs}

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from poolshare.search.pareto import binomial_interval
-from poolshare.search.progress import progress_bar
+from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.search.retrain import accuracy
 from poolshare.search.run import write_csv, write_json
 from poolshare.space import OPERATORS, Architecture
@@ -103,7 +104,7 @@ def main() -> None:
 
     def train(model: Any, recipe: Recipe, title: str, state: Path | None = None) -> None:
         with progress_bar(console, title, recipe.epochs * steps_per_epoch(data, recipe, full=True)) as advance:
-            train_model(model, data, recipe, state=state, progress=lambda step, loss: advance(step, f"loss {loss:.3f}"))
+            train_model(model, data, recipe, state=state, progress=partial(advance_loss, advance))
 
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / f"{options.name}-{options.img_size}.safetensors"
