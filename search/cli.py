@@ -39,10 +39,10 @@ from .options import (
     helping,
     integers,
     make_config,
+    model_args_of,
     print_json,
     progress_console,
     recipe_of,
-    settings_of,
     words,
 )
 
@@ -89,6 +89,7 @@ def space(
     """Size and costs of a search space; trains nothing."""
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
+    from poolshare.supernet.base import cropped
 
     from .prepare import make_supernet, model_options, pick_device
 
@@ -101,7 +102,7 @@ def space(
         budget=budget,
         img_size=img_size,
         in_chans=in_chans,
-        model_args=settings_of(model_args),
+        model_args=model_args_of(model, model_args),
     )
     net = make_supernet(config, model_options(config))
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
@@ -124,6 +125,7 @@ def space(
         "budget_macs": limit if costs is macs else None,
         "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
         "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
+        "notes": cropped(net),
         "scoring_all_macs_per_image": whole.cost,
         "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
         "scoring_all_share_of_one_by_one": round(whole.share, 4),
@@ -151,6 +153,8 @@ def space(
         f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
         f"{whole.share:.1%} of one by one"
     )
+    for note in result["notes"]:
+        out.print(note)
 
 
 @app.command(
@@ -217,7 +221,7 @@ def search(
     found = run_search(
         data, out=out, storage=storage, quiet=quiet,
         data_dir=data_dir, download=download, search_fraction=search_fraction, model=model,
-        model_args=settings_of(model_args),
+        model_args=model_args_of(model, model_args),
         pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials,

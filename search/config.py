@@ -29,7 +29,7 @@ class SearchConfig(BaseModel):
     pretrained: bool = False
     weights: str | None = None  # a safetensors file, instead of timm's pretrained ones
     img_size: int | None = Field(None, ge=1)
-    in_chans: Literal[1, 3] | None = None
+    in_chans: int | None = Field(None, ge=1)
     levels: tuple[int, ...] | None = None
     operators: tuple[str, ...] | None = None
     max_run: int | None = Field(None, ge=1)

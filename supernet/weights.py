@@ -13,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from poolshare.space import ModelError
 
-HEAD = ("head.weight", "head.bias")
+HEADS = ("head", "head_dist")  # a distilled DeiT has two
 
 
 def load_base_weights(model: Any, path: Path, name: str) -> tuple[str, ...]:
@@ -31,9 +31,9 @@ def load_base_weights(model: Any, path: Path, name: str) -> tuple[str, ...]:
         ) from None
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("poolings.")}
     adapted, notes = _adapt(model, found, path)
-    for key in HEAD:
+    for key in (f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")):
         if key in wanted and (key not in adapted or adapted[key].shape != wanted[key].shape):
-            if key == HEAD[0]:
+            if key == "head.weight":
                 has = f"has {len(adapted[key])} classes" if key in adapted else "has no head"
                 notes.append(f"{path.name} {has}, the data {len(wanted[key])}: the head is a new one")
             adapted[key] = wanted[key]
@@ -46,11 +46,12 @@ def load_base_weights(model: Any, path: Path, name: str) -> tuple[str, ...]:
 
 def _adapt(model: Any, found: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """What timm makes of a checkpoint: names of other releases, grid, patch size, channels; and notes of it."""
-    notes, weight, positions = [], found.get("patch_embed.proj.weight"), found.get("pos_embed")
+    stem = f"{model.pretrained_cfg['first_conv']}.weight"  # where the image's channels come in
+    notes, weight, positions = [], found.get(stem), found.get("pos_embed")
     try:
         adapted = checkpoint_filter_fn(dict(found), model)
         if weight is not None and weight.ndim == 4 and weight.shape[1] != model.in_chans:
-            adapted["patch_embed.proj.weight"] = adapt_input_conv(model.in_chans, adapted["patch_embed.proj.weight"])
+            adapted[stem] = adapt_input_conv(model.in_chans, adapted[stem])
             notes.append(
                 f"{path.name} takes {weight.shape[1]} channels, the model {model.in_chans}: adapted as in timm"
             )

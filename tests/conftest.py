@@ -54,7 +54,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            is_scale = name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight"))
             parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
     return model
 
