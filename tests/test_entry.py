@@ -372,8 +372,8 @@ class Pictures(Dataset):
         ((TensorDataset(one_image(8, 1, 8, 8), LABELS / 2), IMAGES), "class index"),
         ((TensorDataset(one_image(8, 1, 8, 8), -LABELS), IMAGES), "class index"),
         (
-            (TensorDataset(one_image(8, 4, 8, 8), LABELS), TensorDataset(one_image(8, 4, 8, 8), LABELS)),
-            "1 or 3 channels",
+            (TensorDataset(one_image(8, 4, 8, 6), LABELS), TensorDataset(one_image(8, 4, 8, 6), LABELS)),
+            "4×8×6: take square ones",
         ),
         ((TensorDataset(one_image(8, 1, 16, 16), LABELS), IMAGES), "differ in size"),
         ((IMAGES, TensorDataset(one_image(8, 1, 8, 8), LABELS + 1)), "none to train on"),

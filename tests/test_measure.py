@@ -39,7 +39,11 @@ CASES: dict[str, tuple[str, SearchSpace, dict[str, Any]]] = {
     "hybrid, stem alone": ("vit_tiny_r_s16_p8_224", GRID, {**TINY, "patch_size": 4}),
     "hybrid, averages in its ResNet": ("vit_small_resnet50d_s16_224", GRID, TINY),
     "RMSNorm": ("vit_tiny_patch16_224", GRID, {**TINY, "norm_layer": "rmsnorm", "qk_norm": True}),
-    "dynamic size, padding": ("vit_tiny_patch16_224", GRID, {**TINY, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "dynamic size, padding": (
+        "vit_tiny_patch16_224",
+        GRID,
+        {**TINY, "dynamic_img_size": True, "dynamic_img_pad": True},
+    ),
     "12 channels": ("vit_tiny_patch16_224", GRID, {**TINY, "in_chans": 12}),
     "digits": ("digits_vit", SearchSpace(8, (64, 36, 16, 4), ("max2d",), 3), {}),
 }
@@ -79,7 +83,10 @@ def raw_fvcore(model: nn.Module, images: torch.Tensor) -> int:
     return int(total)
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = [pytest.param(case, marks=pytest.mark.slow) if "ResNet" in case else case for case in CASES]
+
+
+@pytest.mark.parametrize("case", SLOW_CASES)
 def test_the_table_is_fvcore_on_the_exported_model_to_the_integer(case: str):
     net = make(case)
     table = measure_macs(net)
@@ -111,7 +118,7 @@ def test_fused_attention_is_there_to_be_missed():
         assert measure_macs(net).total(net.space[0]) - missed.total() == 4 * 2 * 17 * 17 * 32
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SLOW_CASES)
 def test_parameters_are_those_of_the_exported_model(case: str):
     net = make(case)
     table = measure_parameters(net)
