@@ -37,7 +37,8 @@ def read_value(wanted: Any, value: Any) -> Any:
     if callable(value) and len(plain) < len(_parts(wanted)):
         return value
     try:
-        return TypeAdapter(Union[tuple(plain)], config=ConfigDict(allow_inf_nan=False)).validate_python(value)  # noqa: UP007
+        union: Any = Union[tuple(plain)]  # noqa: UP007  # as many as there are
+        return TypeAdapter(union, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         if value is None and NoneType in _parts(wanted):
             return None

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from poolshare.search import SearchResult, search, work
+from poolshare.search.export import load_export
 from poolshare.search.prepare import supernet_recipe
 from poolshare.search.run import read_csv
 from poolshare.space import Architecture, ArchitectureError, ConfigError, DataError, PoolshareError, RunError
@@ -466,3 +467,16 @@ def test_importing_the_package_loads_no_torch():
     assert done.stdout == "False ['SearchResult', 'search', 'work']\n"
     with pytest.raises(ImportError):
         from poolshare.search import find  # noqa: F401
+
+
+def test_images_of_any_number_of_channels_are_searched_exported_and_loaded(digits, tmp_path):
+    images, labels = digits
+    wide = images.repeat(1, 12, 1, 1)  # a satellite's bands
+    parts = TensorDataset(wide[:100], labels[:100]), TensorDataset(wide[100:140], labels[100:140])
+    found = search(parts, out=tmp_path / "run", **{**SMALL, "epochs": 0})
+    assert found.run.config.in_chans == 12
+    found.export("dense", tmp_path / "export")
+    exported = load_export(tmp_path / "export")
+    assert exported.data_config["input_size"] == (12, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(exported.model.eval()(wide[:2]), found.model("dense")(wide[:2]))
