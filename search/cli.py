@@ -43,10 +43,10 @@ from .options import (
     helping,
     integers,
     make_config,
+    model_args_of,
     print_json,
     progress_console,
     recipe_of,
-    settings_of,
     words,
 )
 
@@ -100,13 +100,14 @@ def space(
     """
     from poolshare.space import budget_quantity, forecast_space, parse_budget
     from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
+    from poolshare.supernet.base import cropped
     from poolshare.supernet.threads import choose_threads, computing_with
 
     from .prepare import make_supernet, model_options, pick_device, with_card
 
     given = {
         "model": model, "levels": integers("--levels", levels), "operators": words(operators), "max_run": max_run,
-        "budget": budget, "img_size": img_size, "in_chans": in_chans, "model_args": settings_of(model_args),
+        "budget": budget, "img_size": img_size, "in_chans": in_chans, "model_args": model_args_of(model, model_args),
     }  # fmt: skip
     config = make_config(data="", **with_card(given))
     model = config.model
@@ -137,6 +138,7 @@ def space(
         "budget_macs": limit if costs is macs else None,
         "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
         "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
+        "notes": cropped(net),
         "scoring_all_macs_per_image": whole.cost,
         "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
         "scoring_all_share_of_one_by_one": round(whole.share, 4),
@@ -166,6 +168,8 @@ def space(
         f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
         f"{whole.share:.1%} of one by one"
     )
+    for note in result["notes"]:
+        out.print(note)
 
 
 @app.command(
@@ -248,8 +252,7 @@ def search(
     found = run_search(
         data, out=out, storage=storage, quiet=quiet,
         data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
-        scale_16bit=scale_16bit, model=model,
-        model_args=settings_of(model_args),
+        scale_16bit=scale_16bit, model=model, model_args=model_args_of(model, model_args),
         pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, budget=budget, sampler=sampler, trials=trials,

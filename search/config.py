@@ -48,7 +48,7 @@ class SearchConfig(BaseModel):
     class_map: str | None = None  # a file that names the outputs of the head
     preprocessing: dict[str, Any] = {}  # mean, std, interpolation and crop_pct, where the weights' card says other ones
     img_size: int | None = Field(None, ge=1)
-    in_chans: Literal[1, 3] | None = None
+    in_chans: int | None = Field(None, ge=1)
     levels: tuple[int, ...] | None = None
     operators: tuple[str, ...] | None = None
     max_run: int | None = Field(None, ge=1)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -57,12 +57,15 @@ class Facts(BaseModel):
     config_sha256: str
 
 
+Side = Annotated[int, Field(ge=1, le=2**14)]
+
+
 class DataConfig(BaseModel):
     """What an exported model takes for an image; part of timm's config.json."""
 
     model_config = ConfigDict(extra="ignore")
 
-    input_size: tuple[Literal[1, 3], Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]
+    input_size: tuple[Side, Side, Side]  # channels, height, width
     mean: list[Annotated[float, Field(ge=-1e3, le=1e3)]] = Field(min_length=1, max_length=3)
     std: list[Annotated[float, Field(gt=0, le=1e3)]] = Field(min_length=1, max_length=3)
     interpolation: str
@@ -147,8 +150,7 @@ def save_export(
             **{key: _plain(value) for key, value in data_config.items()},
             "num_classes": model.num_classes,
             "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},  # type: ignore[index]
         },
     }
     try:

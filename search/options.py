@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from poolshare.space.errors import ConfigError, SpaceError
+from poolshare.space.errors import ConfigError, ModelError, SpaceError
 
 from .console import PlainConsole
 
@@ -64,7 +64,7 @@ ModelArgs = Annotated[
 ]
 ImgSize = Annotated[int | None, typer.Option(help="Side of the square input image in pixels. Default: the model's.")]
 InChans = Annotated[
-    int | None, typer.Option(help="Channels of the input: 3, or 1 for grey images. Default: the model's.")
+    int | None, typer.Option(help="Channels of the input: 3, or 1 for grey image files. Default: the model's.")
 ]
 DataName = Annotated[
     str,
@@ -147,7 +147,10 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
 def settings_of(
     text: str | None, option: str = "--model-args", example: str = "depth=6,patch_size=4"
 ) -> dict[str, Any]:
-    """ "depth=6,patch_size=4" → {"depth": 6, "patch_size": 4}; values are JSON where they can be, else text."""
+    """ "depth=6,patch_size=4" → {"depth": 6, "patch_size": 4}; values are JSON where they can be, else text.
+
+    What a value means is its owner's to say: `model_args_of` and `recipe_of` read it by its type.
+    """
     settings: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         name, equals, value = part.partition("=")
@@ -160,13 +163,29 @@ def settings_of(
     return settings
 
 
+def model_args_of(model: str | None, text: str | None) -> dict[str, Any]:
+    """--model-args read: options of timm's VisionTransformer, each by its type."""
+    settings = settings_of(text)
+    if not settings:
+        return {}
+    from poolshare.supernet.options import read_options
+
+    try:
+        return read_options(model or "the default", settings)
+    except ModelError as error:
+        raise ModelError(f"--model-args {error}") from None
+
+
 def recipe_of(text: str | None) -> dict[str, Any]:
-    """--recipe read: fields of `Recipe`; those that have a flag of their own are refused."""
+    """--recipe read: fields of `Recipe`, each by its type; those that have a flag of their own are refused."""
     changes = settings_of(text, "--recipe", "mixup=0.8,label_smoothing=0.1")
+    if not changes:
+        return {}
     from .config import check_recipe_names
+    from .prepare import read_recipe
 
     check_recipe_names(changes)
-    return changes
+    return read_recipe(changes)
 
 
 def helping() -> bool:

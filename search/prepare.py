@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from poolshare.space import (
     DataError,
     ModelError,
     RunError,
+    SearchSpace,
     forecast_space,
     parse_budget,
 )
 from poolshare.space.presets import space_for
 from poolshare.supernet import SuperNet, distributed, measure_macs, measure_parameters
+from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.checkpoint import load_facts, load_tensors, shapes_of
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
 from poolshare.supernet.data import Data, open_data
 from poolshare.supernet.latency import Latency
-from poolshare.supernet.model import create_base
+from poolshare.supernet.options import read_options, read_value
 from poolshare.supernet.own_data import Parts, open_own
 from poolshare.supernet.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
@@ -109,9 +112,21 @@ def supernet_recipe(config: SearchConfig) -> Recipe:
     return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
 
 
+def read_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe, each read by its type. Raises ConfigError naming one that cannot be read; unknown ones stay."""
+    found = dict(changes)
+    for name, value in changes.items():
+        field = Recipe.model_fields.get(name)
+        try:
+            found[name] = read_value(field.annotation, value) if field else value
+        except ValueError as error:
+            raise ConfigError(f"--recipe {name}={value} cannot be read: {error}") from None
+    return found
+
+
 def checked_recipe(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
     """A Recipe; changes that are None are left out. Raises ConfigError naming the field and what it may be."""
-    values = {**values, **{name: value for name, value in (changes or {}).items() if value is not None}}
+    values = read_recipe({**values, **{name: value for name, value in (changes or {}).items() if value is not None}})
     try:
         return Recipe(**values)
     except ValidationError as error:
@@ -147,6 +162,7 @@ def prepare(
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
     include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
+    space_of(config, outline(config.model, read_options(config.model, options)))  # a model, before images are read
     data_config = input_config(config.model, options, recipe, config.preprocessing)
     begin = config if load else config.without_weights
     found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
@@ -172,7 +188,7 @@ def prepare(
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(begin, options)
-    config = resolved(config, supernet)
+    config, notes = resolved(config, supernet), notes + cropped(supernet)
     if found is not None:
         notes += load_base_weights(supernet, found, config.model, matched.fresh)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
@@ -323,12 +339,14 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
 
 
 def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
-    """The supernet of a configuration; its space is the model's preset, changed by what the configuration names."""
-    base = create_base(config.model, **options)  # for its depth and token count
-    space = space_for(
-        config.model, len(base.blocks), base.patch_embed.num_patches, config.levels, config.operators, config.max_run
-    )
-    return SuperNet.from_timm(config.model, space, config.pretrained, **options)
+    """The supernet of a configuration."""
+    return SuperNet.from_timm(config.model, partial(space_of, config), config.pretrained, **options)
+
+
+def space_of(config: SearchConfig, base: Any) -> SearchSpace:
+    """The preset of the base model, changed by what the configuration names."""
+    depth, patches = len(base.blocks), base.patch_embed.num_patches
+    return space_for(config.model, depth, patches, config.levels, config.operators, config.max_run)
 
 
 def input_config(
@@ -340,7 +358,7 @@ def input_config(
     """
     known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if known is None:
-        create_base(model)  # raises ModelError with what is wrong
+        outline(model, {})  # raises ModelError with what is wrong
     config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | dict(preprocessing or {})
     channels = options.get("in_chans", config["input_size"][0])
     height, width = (options["img_size"],) * 2 if "img_size" in options else config["input_size"][1:]

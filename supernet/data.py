@@ -274,10 +274,15 @@ def open_data(
     Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-    if in_chans not in (1, 3) or seed < 0 or not (0 < search_fraction < 1 and 0 < test_fraction < 1):
+    if in_chans not in (1, 3):
         raise DataError(
-            f"in_chans {in_chans}, seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
-            "take 1 or 3 channels, a seed of at least 0, and fractions between 0 and 1"
+            f"image files are read with 1 or 3 channels, and the model takes in_chans {in_chans}: give images of other "
+            "channels in Python, as poolshare.search.search(data=(train, validation))"
+        )
+    if seed < 0 or not (0 < search_fraction < 1 and 0 < test_fraction < 1):
+        raise DataError(
+            f"seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
+            "take a seed of at least 0, and fractions between 0 and 1"
         )
     prepare = _transform(name, size, in_chans, mean, std, interpolation, crop_pct, augmentation)
     found = open_source(

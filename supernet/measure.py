@@ -6,6 +6,7 @@ to the integer what fvcore counts on the exported model.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -27,12 +28,17 @@ from .pooling import pooling_name
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
     ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
-    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp"),  # functions of elements
-    ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d"),  # choices
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "tanh", "mish"),  # functions of elements
+    ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
+    ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
+    ("elu_", "celu_", "selu_", "leaky_relu_"),
+    ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
     ("eq", "le", "clamp_min", "sort"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
+    ("pad", "reshape_as"),
     ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
     ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants
+    ("ceil",),  # sizes: timm's padding
 )
 
 
@@ -83,7 +89,8 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 
         with evaluating(model):
             analysis = FlopCountAnalysis(model, inputs)
-            analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+            for operator, count in HANDLES.items():
+                analysis.set_op_handle(f"aten::{operator}", count)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             total = analysis.total()
             uncounted = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - FREE_OPERATORS
@@ -103,6 +110,39 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     *batch_and_heads, queries, width = inputs[0].type().sizes()
     keys = inputs[1].type().sizes()[-2]
     return 2 * torch.Size(batch_and_heads).numel() * queries * keys * width
+
+
+def _rms_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Per element: its square added up, the scaling, and the product with the weight where there is one.
+
+    fvcore's 5 of a layer norm, less its mean and the difference from it.
+    """
+    return (3 if inputs[2].type().kind() == "TensorType" else 2) * math.prod(inputs[0].type().sizes())
+
+
+def _average_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Windows of `avg_pool2d`: each adds up the pixels in it, those of the border's padding excepted.
+
+    What fvcore counts for `adaptive_avg_pool2d` where windows neither overlap nor leave anything out.
+    """
+    image, result = inputs[0].type().sizes(), outputs[0].type().sizes()
+    kernel, strides, padding = ([number.toIValue() for number in value.node().inputs()] for value in inputs[1:4])
+    strides = strides or kernel  # torch's default
+
+    def seen(axis: int) -> int:
+        length, at = image[axis - 2], lambda values: values[axis % len(values)]
+        starts = [window * at(strides) - at(padding) for window in range(result[axis - 2])]
+        return sum(min(start + at(kernel), length) - max(start, 0) for start in starts)
+
+    return math.prod(image[:-2]) * seen(0) * seen(1)
+
+
+# What fvcore does not count by itself.
+HANDLES = {
+    "scaled_dot_product_attention": _attention_macs,
+    "rms_norm": _rms_norm_macs,
+    "avg_pool2d": _average_macs,
+}
 
 
 class _Part(nn.Module):
@@ -129,7 +169,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     query_key_size = _size(attention.q_norm) + _size(attention.k_norm)
     query_key_size += sum(p.numel() // 3 * 2 for p in attention.qkv.parameters())
     head_size = sum(
-        _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, supernet.head) if part
+        _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, *_heads(supernet)) if part
     )
 
     def zeros(*shape: int) -> torch.Tensor:
@@ -188,6 +228,11 @@ def _table(quantity: str, costs: Mapping[Kind, int]) -> CostTable:
     pool = {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
     own, shared, sink = (per_level[name] for name in PER_LEVEL)
     return CostTable(quantity, costs["source",], own, shared, pool, sink)  # type: ignore[arg-type]  # three in each
+
+
+def _heads(supernet: SuperNet) -> tuple[nn.Module, ...]:
+    heads = supernet.get_classifier()  # a distilled DeiT has two
+    return heads if isinstance(heads, tuple) else (heads,)
 
 
 PER_LEVEL = ("explicit", "shared", "sink")

@@ -2,102 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import timm
 import torch
-from timm.layers import Attention, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
-from poolshare.space.architecture import MAX_DEPTH
 from poolshare.space.cost import needs_attention
 
+from .base import embed, make_base, outline
 from .block import Attended, run_block
+from .options import read_options
 from .pooling import make_poolings, pooling_name
-
-
-def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A timm ViT that poolshare can search. Raises ModelError where timm does not know it or a part is unsupported."""
-    if not isinstance(name, str) or not timm.is_model(name):
-        close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(["vit_*", "deit*"]), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
-        raise ModelError(f"timm knows no model {name!r}{hint}")
-    try:
-        if options:
-            check_options(name, options)
-            _check_memory(name, options)
-        model = timm.create_model(name, pretrained=pretrained, **options)
-    except ModelError:
-        raise
-    except Exception as error:  # what odd options raise inside timm may be anything
-        problem = str(error).strip() or type(error).__name__
-        raise ModelError(f"timm cannot make model {name!r} with options {options!r:.200}: {problem:.300}") from None
-    reason = unsupported_part(model)
-    if reason:
-        raise ModelError(f"model {name!r} cannot be searched: {reason}")
-    return model
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ModelError for an option that is no property of a VisionTransformer.
-
-    Options come from files too, and timm's own ones beside these would read other files, or load weights from them.
-    """
-    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
-    for option, value in options.items():
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ModelError(f"{option}={value!r:.80} is no option of model {name!r} that may be given here{hint}")
-    depth = options.get("depth")
-    if isinstance(depth, int) and depth > MAX_DEPTH:
-        raise ModelError(f"depth={depth} of model {name!r}: at most {MAX_DEPTH} layers are supported")
-
-
-def _check_memory(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ModelError where the weights would not fit the machine, before any is allocated."""
-    with torch.device("meta"):
-        weights = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if weights > memory:
-        raise ModelError(
-            f"model {name!r} with options {dict(options)!r:.200} has {weights / 1e9:,.1f} GB of weights, more than this "
-            f"machine's memory of {memory / 1e9:,.1f} GB"
-        )
-
-
-def unsupported_part(model: Any) -> str | None:
-    """Why poolshare cannot run this model faithfully, or None where it can."""
-    if type(model) is not VisionTransformer:
-        return f"it is a {type(model).__name__}; only timm's plain VisionTransformer is supported"
-    for part in model.blocks:
-        if type(part) is not Block:
-            return f"its blocks are {type(part).__name__}; only sequential pre-norm Blocks are supported"
-        if type(part.attn) is not Attention:
-            return f"its attention is {type(part.attn).__name__}; only timm's standard Attention is supported"
-        if not isinstance(part.norm1, nn.LayerNorm):
-            return f"its norms are {type(part.norm1).__name__}, which fvcore cannot count; only LayerNorm is supported"
-    if not isinstance(model.patch_embed, PatchEmbed):
-        return f"its patch embedding is {type(model.patch_embed).__name__}; only timm's PatchEmbed is supported"
-    if model.global_pool == "":
-        return "it has no pooled head to classify with; choose global_pool='avg' or 'token'"
-    if model.dynamic_img_size:
-        return "dynamic_img_size lets the token count vary from image to image; leave it off"
-    if not isinstance(model.patch_drop, nn.Identity):
-        return "patch dropout changes the token count in training; set patch_drop_rate=0"
-    if 0 in model.patch_embed.grid_size:
-        return (
-            f"its images of {model.patch_embed.img_size} are smaller than its patches of {model.patch_embed.patch_size}"
-        )
-    if len(set(model.patch_embed.grid_size)) != 1:
-        return f"its patch grid is {model.patch_embed.grid_size}; only square images are supported"
-    return None
 
 
 class SuperNet(VisionTransformer):
@@ -113,15 +32,27 @@ class SuperNet(VisionTransformer):
     base: tuple[str, dict[str, Any]]  # timm name and options from which the base model can be made again
 
     @classmethod
-    def from_timm(cls, name: str, space: SearchSpace, pretrained: bool = False, **options: Any) -> SuperNet:
+    def from_timm(
+        cls,
+        name: str,
+        space: SearchSpace | Callable[[VisionTransformer], SearchSpace],
+        pretrained: bool = False,
+        **options: Any,
+    ) -> SuperNet:
         """Build the supernet of `space` over timm's model `name`.
 
-        options: passed to `timm.create_model` (num_classes, img_size, in_chans, …).
-        Raises ModelError for a model that is unknown or unsupported, SpaceError where the space does not fit it.
+        space: or a function that gives it for the base model, which is on the meta device. options: passed to
+        `timm.create_model` (num_classes, img_size, in_chans, …).
+        Raises ModelError for a model that is unknown or unsupported, SpaceError where the space does not fit it; both
+        before any weight is allocated.
         """
-        model = create_base(name, pretrained, **options)
-        check_fit(name, model, space)
-        model.__class__ = cls  # an own class over timm's own module: no weight is renamed, no method is lost
+        options = read_options(name, options)
+        base = outline(name, options)
+        space = space if isinstance(space, SearchSpace) else space(base)
+        check_fit(name, base, space)
+        model = make_base(name, options, pretrained)
+        # An own class over timm's own module: no weight is renamed, no method is lost.
+        model.__class__ = DistilledSuperNet if isinstance(model, VisionTransformerDistilled) else cls
         model.space, model.base = space, (name, options)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
@@ -150,6 +81,12 @@ class SuperNet(VisionTransformer):
             changed |= {"global_pool": global_pool, "fc_norm": not isinstance(self.fc_norm, nn.Identity)}
         self.base = self.base[0], self.base[1] | changed
 
+    def set_input_size(self, *args: Any, **options: Any) -> None:
+        """Not supported: raises ModelError, as the space's token counts belong to one image size."""
+        raise ModelError(
+            f"the space of {self.base[0]} belongs to one image size; build a supernet with another img_size"
+        )
+
     def leaves(
         self, images: torch.Tensor, architectures: Sequence[Architecture]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -163,7 +100,7 @@ class SuperNet(VisionTransformer):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
-        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        return embed(self, images)
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
         """Everything after the last block: (B, prefix + P, C) → (B, classes)."""
@@ -190,6 +127,10 @@ class SuperNet(VisionTransformer):
             before = tokens.shape[1] - self.num_prefix_tokens
             tokens = self.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
         return run_block(self.blocks[index], tokens, attended if layer.shared else None)
+
+
+class DistilledSuperNet(SuperNet, VisionTransformerDistilled):
+    """The supernet of a distilled DeiT: CLS and distillation token are prefix tokens, the logits are both heads' mean."""
 
 
 def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:

@@ -73,8 +73,8 @@ def open_own(
     if len(shapes) > 1:
         raise DataError(f"training and validation images differ in size ({_listed(shapes)}): transform them alike")
     channels, height, width = found[0].shape
-    if channels not in (1, 3) or height != width:
-        raise DataError(f"images are {channels}×{height}×{width}: take square ones of 1 or 3 channels")
+    if channels < 1 or height != width or height < 1:
+        raise DataError(f"images are {channels}×{height}×{width}: take square ones of at least one channel")
     names = _names(_dataset(parts[0]), classes, found)
     splits = {where: one.split for where, one in zip(SPLITS, found, strict=True)}
     both = np.concatenate([one.split.labels for one in found])

@@ -11,13 +11,17 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._pretrained import filter_pretrained_cfg
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 from poolshare.space.cost import needs_attention
 
+from .base import embed, make_base, outline
 from .block import Attended, SharedAttention, run_block
-from .model import SuperNet, check_fit, check_options, create_base
+from .model import SuperNet, check_fit
+from .options import read_options
 from .pooling import make_poolings, pooling_name
 
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
@@ -55,20 +59,24 @@ class Subnet(VisionTransformer):
 
         Raises ArchitectureError, ModelError or SpaceError where text, base model and options do not go together.
         """
-        parsed = Architecture.parse(architecture)
-        model: Any = create_base(base, **options)
-        check_fit(base, model, _smallest_space(parsed))
+        return timm.create_model("poolshare_vit", base=base, architecture=architecture, **options)  # type: ignore[return-value]
+
+    @classmethod
+    def _build(cls, base: str, architecture: str, **options: Any) -> Subnet:
+        parsed, options = Architecture.parse(architecture), read_options(base, options)
+        check_fit(base, outline(base, options), _smallest_space(parsed))
+        model = make_base(base, options)
         for block, layer in zip(model.blocks, parsed.layers, strict=True):
             if layer.shared:
                 block.attn = SharedAttention(block.attn)
-        model.__class__ = cls
+        model.__class__ = DistilledSubnet if isinstance(model, VisionTransformerDistilled) else cls
         model.architecture, model.base = parsed, (base, options)
         pairs = pairwise(parsed.layers)
         reductions = [(now.operator, before.tokens, now.tokens) for before, now in pairs if now.operator is not None]
         model.poolings = make_poolings(model, reductions)
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
-        return model
+        return model  # type: ignore[no-any-return]
 
     def forward_features(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
@@ -80,7 +88,7 @@ class Subnet(VisionTransformer):
 
     def _block_outputs(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Tokens after each of the first `count` blocks, each (B, prefix + P of that block, C)."""
-        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        tokens = embed(self, images)
         outputs = []
         layers = self.architecture.layers[:count]
         attended: Attended | None = None
@@ -121,7 +129,7 @@ class Subnet(VisionTransformer):
             raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCHW":
-            self._check_grid(last)
+            check_grid(self.architecture, last)
         tokens = self._block_outputs(x, last + 1 if stop_early else len(self.blocks))
         chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in sorted(set(taken))]
         prefix = [features[:, : self.num_prefix_tokens] for features in chosen]
@@ -137,14 +145,6 @@ class Subnet(VisionTransformer):
             }
         intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
         return intermediates if intermediates_only else (self.norm(tokens[-1]), intermediates)
-
-    def _check_grid(self, last: int) -> None:
-        for index, layer in enumerate(self.architecture.layers[: last + 1]):
-            if layer.operator is not None and not OPERATORS[layer.operator].keeps_grid:
-                raise ModelError(
-                    f"after layer {index} ({layer.operator}) the tokens form no grid, so there is no NCHW map of "
-                    f"layer {last}; ask for output_fmt='NLC' or for layers before {index}"
-                )
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -162,6 +162,20 @@ class Subnet(VisionTransformer):
     def set_input_size(self, *args: Any, **options: Any) -> None:
         """Not supported: raises ModelError, as the architecture's token counts belong to one image size."""
         raise ModelError(f"'{self.architecture}' belongs to one image size; search again for another")
+
+
+class DistilledSubnet(Subnet, VisionTransformerDistilled):
+    """A subnet of a distilled DeiT; its logits are the mean of both heads'."""
+
+
+def check_grid(architecture: Architecture, last: int, instead: str = "ask for output_fmt='NLC' or for layers") -> None:
+    """Raise ModelError where the tokens after layer `last` form no grid, hence no map. instead: what may be asked for."""
+    for index, layer in enumerate(architecture.layers[: last + 1]):
+        if layer.operator is not None and not OPERATORS[layer.operator].keeps_grid:
+            raise ModelError(
+                f"after layer {index} ({layer.operator}) the tokens form no grid, so there is no NCHW map of layer {last}; "
+                f"{instead} before {index}"
+            )
 
 
 def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
@@ -186,6 +200,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dic
     filtered = {
         name: value for name, value in state_dict.items() if not name.startswith("poolings.") or name.startswith(kept)
     }
+    if model.attn_pool is None:  # as timm's reset_classifier, which drops it under another global_pool
+        filtered = {name: value for name, value in filtered.items() if not name.startswith("attn_pool.")}
     for index in shared:
         prefix = f"blocks.{index}.attn."
         for kind in ("weight", "bias"):
@@ -195,6 +211,17 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dic
         for name in [name for name in filtered if name.startswith((f"{prefix}q_norm.", f"{prefix}k_norm."))]:
             del filtered[name]
     return filtered
+
+
+def _with_other_pool(base: str, written: dict[str, Any], pool: Any, fc_norm: Any) -> dict[str, Any]:
+    """Options that load weights under another global_pool than they were written with: the norm stays where it was."""
+    before = outline(base, written)
+    if pool in ("map", "prr") and before.global_pool != pool:
+        raise ModelError(
+            f"global_pool={pool!r} has weights of its own, which this export with {before.global_pool!r} does not hold; "
+            "take 'avg', 'max', 'avgmax' or 'token', or load it as it is"
+        )
+    return {"fc_norm": not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
 
 
 def _without_source(base: str) -> dict[str, Any]:
@@ -211,14 +238,22 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
             'poolshare_vit needs base= (a timm ViT) and architecture= (such as "196*2 196 100@max2d*9"); '
             'an exported folder holds both: timm.create_model("local-dir:FOLDER", pretrained=True)'
         )
-    from_file = options.get("pretrained_model_args") or {}  # model_args of an exported folder's config.json
-    check_options(base, {name: value for name, value in from_file.items() if name not in ("base", "architecture")})
+    from_file = dict(options.get("pretrained_model_args") or {})  # model_args of an exported folder's config.json
+    from_file = read_options(base, {k: v for k, v in from_file.items() if k not in ("base", "architecture")})
+    if from_file.get("global_pool") != options.get("global_pool") and options.get("pretrained_model_args"):
+        options |= _with_other_pool(base, from_file, options["global_pool"], options.get("fc_norm"))
+    if options.get("features_only"):
+        parsed = Architecture.parse(architecture)
+        _, last = feature_take_indices(parsed.depth, options.get("out_indices", 3))
+        check_grid(
+            parsed, last, "without features_only, forward_intermediates(output_fmt='NLC') gives it; take out_indices"
+        )
     if not options.get("pretrained_cfg"):
         # Input size, statistics and number of classes are the base model's, whose weights this is not.
         options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}
     place = {name: options.pop(name, None) for name in ("device", "dtype")}  # where the caller wants it, as in timm
     model = build_model_with_cfg(
-        lambda **settings: Subnet.from_base(base, architecture, **settings),
+        lambda **settings: Subnet._build(base, architecture, **settings),
         "poolshare_vit",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -45,4 +45,5 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Keeps autocast from narrowing a matmul whose result decides something. Where it is off, nothing is entered."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+    return torch.autocast(device, enabled=False) if narrowed else nullcontext()

@@ -23,7 +23,7 @@ from poolshare.space import ModelError
 
 from .classes import Head, Names, names_of
 
-HEAD = ("head.weight", "head.bias")
+HEADS = ("head", "head_dist")  # a distilled DeiT has two
 SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm's, before the name of a model
 CARD = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # as timm and transformers name them, the best first
@@ -64,7 +64,7 @@ class Checkpoint:
     @property
     def head(self) -> Head | None:
         """The classifier among them; None where there is none."""
-        weight = self.tensors.get(HEAD[0])
+        weight = self.tensors.get(f"{HEADS[0]}.weight")
         if weight is None or weight.ndim != 2 or not len(weight):
             return None
         names = self.names if self.names is not None and len(self.names) == len(weight) else None
@@ -157,7 +157,8 @@ def load_base_weights(
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("poolings.")}
     adapted, notes = _adapt(model, found)
     if fresh_head:
-        adapted |= {key: wanted[key] for key in HEAD if key in wanted}
+        heads = (f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
+        adapted |= {key: wanted[key] for key in heads if key in wanted}
     _compare(
         found.name,
         name,
@@ -303,11 +304,12 @@ def _refuse(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list[str]]:
     """What timm makes of a checkpoint: names of other releases, grid, patch size, channels; and notes of it."""
     tensors = {key: value for key, value in found.tensors.items() if not key.startswith("poolings.")}
-    notes, weight, positions = [], tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    stem = f"{model.pretrained_cfg['first_conv']}.weight"  # where the image's channels come in
+    notes, weight, positions = [], tensors.get(stem), tensors.get("pos_embed")
     try:
         adapted = checkpoint_filter_fn(dict(tensors), model)
         if weight is not None and weight.ndim == 4 and weight.shape[1] != model.in_chans:
-            adapted["patch_embed.proj.weight"] = adapt_input_conv(model.in_chans, adapted["patch_embed.proj.weight"])
+            adapted[stem] = adapt_input_conv(model.in_chans, adapted[stem])
             notes.append(
                 f"{found.name} takes {weight.shape[1]} channels, the model {model.in_chans}: adapted as in timm"
             )

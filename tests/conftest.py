@@ -56,8 +56,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
-            parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
+            is_scale = name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight"))
+            size = (2 / parameter[0].numel()) ** 0.5 if "backbone" in name and parameter.ndim > 1 else 0.2  # deep stems
+            parameter.copy_(1 + 0.3 * noise if is_scale else size * noise)
     return model
 
 

@@ -19,6 +19,7 @@ from timm.models import save_for_hf
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from poolshare.search import SearchResult, search, work
+from poolshare.search.export import load_export
 from poolshare.search.prepare import supernet_recipe
 from poolshare.search.retrain import evaluate
 from poolshare.search.run import read_csv
@@ -385,8 +386,8 @@ class Pictures(Dataset):
         ((TensorDataset(one_image(8, 1, 8, 8), LABELS / 2), IMAGES), "class index"),
         ((TensorDataset(one_image(8, 1, 8, 8), -LABELS), IMAGES), "class index"),
         (
-            (TensorDataset(one_image(8, 4, 8, 8), LABELS), TensorDataset(one_image(8, 4, 8, 8), LABELS)),
-            "1 or 3 channels",
+            (TensorDataset(one_image(8, 4, 8, 6), LABELS), TensorDataset(one_image(8, 4, 8, 6), LABELS)),
+            "4×8×6: take square ones",
         ),
         ((TensorDataset(one_image(8, 1, 16, 16), LABELS), IMAGES), "differ in size"),
         ((IMAGES, TensorDataset(one_image(8, 1, 8, 8), LABELS + 1)), "none to train on"),
@@ -627,3 +628,16 @@ def test_importing_the_package_loads_no_torch():
     assert done.stdout == "False ['SearchResult', 'search', 'work']\n"
     with pytest.raises(ImportError):
         from poolshare.search import find  # noqa: F401
+
+
+def test_images_of_any_number_of_channels_are_searched_exported_and_loaded(digits, tmp_path):
+    images, labels = digits
+    wide = images.repeat(1, 12, 1, 1)  # a satellite's bands
+    parts = TensorDataset(wide[:100], labels[:100]), TensorDataset(wide[100:140], labels[100:140])
+    found = search(parts, out=tmp_path / "run", **{**SMALL, "epochs": 0})
+    assert found.run.config.in_chans == 12
+    found.export("dense", tmp_path / "export")
+    exported = load_export(tmp_path / "export")
+    assert exported.data_config["input_size"] == (12, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(exported.model.eval()(wide[:2]), found.model("dense")(wide[:2]))

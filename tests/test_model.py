@@ -1,5 +1,7 @@
 """The supernet against unmodified timm, and against a plain reference of ALGORITHMS section 1 written without it."""
 
+import inspect
+import os
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,11 @@ import torch.nn.functional as F
 from conftest import randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
 
+from poolshare.search.config import checked_config
+from poolshare.search.options import model_args_of
+from poolshare.search.prepare import make_supernet, model_options
 from poolshare.space import (
     Architecture,
     ArchitectureError,
@@ -23,7 +29,9 @@ from poolshare.space import (
     forecast,
 )
 from poolshare.space.presets import PRESETS
-from poolshare.supernet import Subnet, SuperNet, measure_macs
+from poolshare.supernet import Subnet, SuperNet, base, measure_macs
+from poolshare.supernet import model as supernet_model
+from poolshare.supernet.options import model_option_types, read_value
 from poolshare.supernet.pooling import Pooling, avg2d, max2d
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
@@ -39,6 +47,12 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "no bias in qkv": ("vit_tiny_patch16_224", {"img_size": 64, "qkv_bias": False}),
     "norm before": ("vit_base_patch16_clip_224", {"img_size": 64}),
     "digits": ("digits_vit", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
+    "hybrid, stem alone": ("vit_tiny_r_s16_p8_224", {"img_size": 64, "patch_size": 4}),
+    "hybrid, ResNet with batch norm": ("vit_small_resnet50d_s16_224", {"img_size": 64}),
+    "RMSNorm and SwiGLU": ("aimv2_large_patch14_224", {"img_size": 56}),
+    "dynamic size": ("vit_intern300m_patch14_448", {"img_size": 56}),
+    "mish, 12 channels": ("vit_tiny_patch16_224", {"img_size": 64, "act_layer": "mish", "in_chans": 12}),
 }
 OPERATORS = ("max2d", "avg2d")
 
@@ -441,28 +455,134 @@ def refused(error: type[PoolshareError], fragments: list[str], name: Any, space:
         ("", {}, ["timm knows no model ''", "timm.list_models"]),
         (None, {}, ["timm knows no model None", "timm.list_models"]),
         ("vit_tiny_patch16_224.nonsense", {}, ["'vit_tiny_patch16_224.nonsense'", "Invalid pretrained tag"]),
-        ("cait_xxs24_224", {}, ["'cait_xxs24_224'", "it is a Cait", "only timm's plain VisionTransformer"]),
-        ("eva02_tiny_patch14_224", {}, ["'eva02_tiny_patch14_224'", "it is a Eva"]),
-        ("vit_small_patch16_rope_224", {}, ["'vit_small_patch16_rope_224'", "it is a Eva"]),
-        ("vit_tiny_r_s16_p8_224", {}, ["vit_tiny_r_s16_p8_224", "HybridEmbed"]),
-        ("aimv2_large_patch14_224", {"depth": 1, "embed_dim": 64, "num_heads": 1}, ["RmsNorm", "LayerNorm"]),
+        ("cait_xxs24_224", {}, ["'cait_xxs24_224'", "it is a Cait", "needs talking heads"]),
+        ("eva02_tiny_patch14_224", {}, ["'eva02_tiny_patch14_224'", "Eva", "rotary position embeddings"]),
+        ("vit_small_patch16_rope_224", {}, ["'vit_small_patch16_rope_224'", "rotary position embeddings"]),
+        ("eva_giant_patch14_224", {"depth": 1}, ["'eva_giant_patch14_224'", "the blocks of timm's Eva"]),
+        ("beit_base_patch16_224", {"depth": 1}, ["Beit", "relative position biases"]),
         ("vit_tiny_patch16_224", {"global_pool": ""}, ["no pooled head"]),
         ("vit_tiny_patch16_224", {"img_size": 15}, ["(15, 15)", "smaller than its patches"]),
-        ("vit_small_patch16_18x2_224", {}, ["'vit_small_patch16_18x2_224'", "ParallelThingsBlock", "pre-norm Blocks"]),
-        ("deit_tiny_distilled_patch16_224", {}, ["'deit_tiny_distilled_patch16_224'", "VisionTransformerDistilled"]),
-        ("vit_relpos_small_patch16_224", {}, ["'vit_relpos_small_patch16_224'", "VisionTransformerRelPos"]),
+        (
+            "vit_small_patch16_18x2_224",
+            {},
+            ["'vit_small_patch16_18x2_224'", "blocks of several attentions side by side"],
+        ),
+        ("vit_relpos_small_patch16_224", {}, ["'vit_relpos_small_patch16_224'", "relative position biases"]),
         ("resnet18", {}, ["'resnet18'", "it is a ResNet"]),
-        ("vit_tiny_patch16_224", {"attn_layer": "diff"}, ["DiffAttention", "timm's standard Attention"]),
-        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, ["dynamic_img_size", "leave it off"]),
+        ("vit_tiny_patch16_224", {"attn_layer": "diff"}, ["differential attention"]),
+        ("vit_tiny_patch16_224", {"dynamic_img_pad": True, "img_size": 60}, ["dynamic_img_pad", "(60, 60)"]),
+        ("vit_tiny_patch16_224", {"norm_layer": "layernorm2d"}, ["LayerNorm2d", "only layernorm and rmsnorm"]),
+        ("vit_tiny_patch16_224", {"norm_layer": "batchnorm2d"}, ["BatchNorm2d", "only layernorm and rmsnorm"]),
+        ("vit_tiny_patch16_224", {"in_chans": 0}, ["in_chans=0", "at least 1"]),
+        ("vit_tiny_patch16_224", {"qkv_bias": "maybe"}, ["qkv_bias='maybe'", "valid boolean"]),
+        ("vit_tiny_patch16_224", {"depth": True}, ["depth=True", "a number is wanted"]),
+        ("vit_tiny_patch16_224", {"init_values": float("nan")}, ["init_values=nan", "finite"]),
+        ("vit_tiny_patch16_224", {"block_fn": "Block"}, ["block_fn='Block'", "only Python can give"]),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0"]),
         ("vit_tiny_patch16_224", {"img_size": (64, 32)}, ["(4, 2)", "only square images"]),
         ("vit_tiny_patch16_224", {"colour": "red"}, ["'vit_tiny_patch16_224'", "colour='red'"]),
-        ("vit_tiny_patch16_224", {"global_pool": "most"}, ["{'global_pool': 'most'}", "Only avg, avgmax"]),
+        ("vit_tiny_patch16_224", {"global_pool": "most"}, ["global_pool='most'", "'avgmax'"]),
         ("vit_tiny_patch16_224", {"embed_dim": 31}, ["{'embed_dim': 31}", "divisible by num_heads"]),
     ],
 )
 def test_a_model_that_cannot_be_searched_is_refused_by_name(name: Any, options: dict[str, Any], fragments: list[str]):
     refused(ModelError, fragments, name, SearchSpace(2, (16, 9)), **options)
+
+
+OPTIONS = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("qkv_bias=False", False), ("qkv_bias=false", False), ("qkv_bias=no", False), ("qkv_bias=0", False),
+        ("qk_norm=no", False), ("qk_norm=True", True), ("qk_norm=off", False),
+        ("class_token=False,global_pool=avg", False), ("fc_norm=None", None), ("fc_norm=no", False),
+        ("init_values=1e-5", 1e-5), ("init_values=none", None), ("pos_embed=none", "none"), ("reg_tokens=4.0", 4),
+        ("norm_layer=rmsnorm", "rmsnorm"), ("act_layer=None", None),
+    ],
+)  # fmt: skip
+def test_an_option_is_read_by_the_type_that_timms_signature_has(text: str, value: Any):
+    found = model_args_of("vit_tiny_patch16_224", text)
+    name, _, written = text.split(",")[0].partition("=")
+    assert type(found[name]) is type(value)
+    assert found[name] == value
+    expected = timm.create_model("vit_tiny_patch16_224", **OPTIONS, **{**found, name: value})
+    given = {**found, name: written}  # as from Python: the same text, read at the same place
+    net = SuperNet.from_timm("vit_tiny_patch16_224", SearchSpace(2, (4, 1)), **OPTIONS, **given)
+    assert {key: t.shape for key, t in net.state_dict().items()} == {
+        key: t.shape for key, t in expected.state_dict().items()
+    }
+    assert net.base[1][name] == value  # what an export will write down
+
+
+def test_types_are_those_of_timms_signature_and_all_can_be_read():
+    types = model_option_types()
+    assert types["qkv_bias"] is bool
+    assert types["depth"] is int
+    defaults = {name: p.default for name, p in inspect.signature(VisionTransformer.__init__).parameters.items()}
+    assert {name: read_value(wanted, defaults[name]) for name, wanted in types.items()} == {
+        name: defaults[name] for name in types
+    }
+
+
+def test_a_model_is_refused_before_any_weight_is_allocated(monkeypatch: pytest.MonkeyPatch):
+    made, create = [], timm.create_model
+
+    def recorded(name: str, **options: Any) -> Any:
+        model = create(name, **options)
+        made.append((name, next(model.parameters()).device.type))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", recorded)
+    refused(ModelError, ["rotary position embeddings"], "vit_7b_patch16_dinov3", SearchSpace(2, (16, 9)), depth=1)
+    refused(SpaceError, ["depth 2"], "vit_tiny_patch16_224", SearchSpace(2, (196, 49)))
+    assert made == [("vit_7b_patch16_dinov3", "meta"), ("vit_tiny_patch16_224", "meta")]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1024)  # a machine of 1 MB
+    refused(
+        ModelError,
+        ["GB of weights", "more than this machine's memory"],
+        "vit_tiny_patch16_224",
+        SearchSpace(12, (196, 49)),
+    )
+    assert {device for _, device in made} == {"meta"}
+
+
+def test_a_base_model_is_allocated_once():
+    made: list[str] = []
+    create = base.make_base
+
+    def recorded(*arguments: Any) -> Any:
+        model = create(*arguments)
+        made.append(next(model.parameters()).device.type)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (base, supernet_model):
+            patch.setattr(module, "make_base", recorded)
+        config = checked_config(data="digits", model="digits_vit", model_args={"depth": 2}, levels=(64, 16))
+        assert make_supernet(config, model_options(config)).space.levels == (64, 16)
+    assert made == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("dynamic size", (3, 70, 70)), ("cls", (3, 32, 32)), ("cls", (1, 64, 64))])
+def test_images_of_another_size_or_channels_are_refused(kind: str, shape: tuple[int, ...]):
+    net = make(kind)
+    for model in (net, Subnet.from_supernet(net, net.space[0])):
+        with pytest.raises(ModelError, match=r"images are \(2, .*and must be \(B, 3, "):
+            model(torch.zeros(2, *shape), *([[net.space[0]]] if model is net else []))
+    with pytest.raises(ModelError, match="belongs to one image size"):
+        net.set_input_size(img_size=128)
+
+
+def test_pixels_that_no_patch_covers_are_named():
+    def of(**options: Any) -> tuple[str, ...]:
+        return base.cropped(base.outline("vit_tiny_patch16_224", {**OPTIONS, **options}))
+
+    assert of() == of(img_size=64) == ()
+    (note,) = of(img_size=70)
+    assert "16 pixels do not divide images of 70: the last 6 rows and columns" in note
+    assert "64 or 80 would use all" in note
 
 
 @pytest.mark.parametrize(

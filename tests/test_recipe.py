@@ -1,5 +1,7 @@
 """What a recipe says is what training does: mixing, parts, averages, drop-path, smoothing, a teacher."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from poolshare.search.config import SearchConfig
+from poolshare.search.options import recipe_of
 from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
@@ -227,3 +230,23 @@ def test_defaults_follow_the_situation():
     assert (scratch.lr, scratch.layer_decay, scratch.epochs) == (2e-3, None, 30)
     assert (warm.lr, warm.layer_decay, warm.epochs) == (3e-4, 0.75, 10)
     assert checked_recipe({"mixup": 1}).mixup == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("clip_grad=None,ema=none", {"clip_grad": None, "ema": None}),
+        ("auto_augment=None", {"auto_augment": None}),
+        ("mixup=1,hflip=0", {"mixup": 1.0, "hflip": 0.0}),
+        ("accumulate=2.0", {"accumulate": 2}),
+    ],
+)
+def test_a_recipe_is_read_by_the_types_of_its_fields(text: str, found: dict[str, Any]):
+    assert recipe_of(text) == found
+    assert {name: type(value) for name, value in recipe_of(text).items()} == {k: type(v) for k, v in found.items()}
+
+
+@pytest.mark.parametrize("text", ["hflip=true", "accumulate=True", "mixup=false", "ema=yes", "auto_augment=true"])
+def test_what_no_field_of_a_recipe_can_be_is_refused_by_name(text: str):
+    with pytest.raises(ConfigError, match=f"--recipe {text.split('=')[0]}=.* cannot be read: "):
+        recipe_of(text)

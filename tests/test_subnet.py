@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import randomise
 from timm.layers import DropPath
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, Operator, SearchSpace, SpaceError
@@ -31,6 +32,8 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale norms": (BASE, {"scale_attn_norm": True}),
     "no bias in qkv": (BASE, {"qkv_bias": False}),
     "attention-pooled": ("vit_base_patch16_siglip_224", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "RMSNorm": (BASE, {"norm_layer": "rmsnorm", "dynamic_img_size": True}),
 }
 
 
@@ -401,7 +404,7 @@ def test_it_is_registered_with_timm():
         (SpaceError, {"base": BASE, "architecture": "16*2 8@max2d*2"}, ["level 8 cannot be reached", "not a square"]),
         (ModelError, {"base": "vit_tiny_patch16_22", "architecture": POOLED}, ["no model 'vit_tiny_patch16_22'"]),
         (ModelError, {"base": BASE, "architecture": POOLED, "shape": 3}, [BASE, "shape=3"]),
-        (ModelError, {"base": BASE, "architecture": POOLED, "dynamic_img_size": True}, ["dynamic_img_size"]),
+        (ModelError, {"base": BASE, "architecture": POOLED, "patch_drop_rate": 0.5}, ["patch_drop_rate=0"]),
     ],
 )
 def test_what_cannot_be_created_is_refused_clearly(error: type[Exception], arguments: Any, fragments: list[str]):
@@ -412,8 +415,10 @@ def test_what_cannot_be_created_is_refused_clearly(error: type[Exception], argum
 
 
 def test_an_unsupported_base_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"'deit_tiny_distilled_patch16_224' cannot be searched: .*Distilled"):
-        timm.create_model("poolshare_vit", base="deit_tiny_distilled_patch16_224", architecture=POOLED, **TINY)
+    with pytest.raises(
+        ModelError, match=r"'vit_relpos_small_patch16_224' cannot be searched: .*relative position biases"
+    ):
+        timm.create_model("poolshare_vit", base="vit_relpos_small_patch16_224", architecture=POOLED, num_classes=7)
     with pytest.raises(ModelError, match="'resnet18' cannot be searched: it is a ResNet"):
         timm.create_model("poolshare_vit", base="resnet18", architecture=POOLED, num_classes=7)
 
@@ -435,3 +440,44 @@ def test_what_pooling_forbids_is_refused():
     model.set_grad_checkpointing(False)
     with pytest.raises(ModelError, match=r"'16\*2 9@max2d 4@avg2d' belongs to one image size"):
         model.set_input_size(img_size=128)
+
+
+# Wrong uses
+
+
+FREE = "16*2 9@tome*2"  # tome gives up the grid
+
+
+def test_features_only_after_an_operator_without_a_grid_is_refused_when_the_model_is_made():
+    options = {"base": BASE, "architecture": FREE, "features_only": True, **TINY}
+    with pytest.raises(ModelError, match=r"after layer 2 \(tome\).*without features_only.*take out_indices before 2"):
+        timm.create_model("poolshare_vit", **options)
+    model = timm.create_model("poolshare_vit", **options, out_indices=(0, 1)).eval()
+    assert [found.shape[-1] for found in model(images_for())] == [4, 4]
+
+
+@pytest.mark.parametrize("operator", ["tome", "kmedoids", "kmeans", "mstm"])
+def test_a_forward_on_the_meta_device_gives_shapes(operator: str):
+    with torch.device("meta"):
+        model = Subnet.from_base(BASE, f"16*2 9@{operator}*2", **TINY).eval()
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_a_model_made_from_its_base_can_be_saved_as_timm_does_and_loaded(tmp_path):
+    model = Subnet.from_base(BASE, POOLED, **{**TINY, "qkv_bias": "False"}).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert type(again) is Subnet
+    assert str(again.architecture) == POOLED
+    assert torch.equal(again(images_for()), model(images_for()))
+
+
+def test_another_global_pool_at_loading_leaves_the_norm_where_it_was(tmp_path):
+    model = Subnet.from_base(BASE, POOLED, **TINY).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, global_pool="avg").eval()
+    model.reset_classifier(7, "avg")  # timm's own way to another pool
+    model.head.load_state_dict(again.head.state_dict())
+    assert torch.equal(again(images_for()), model(images_for()))
+    with pytest.raises(ModelError, match="global_pool='map' has weights of its own, which this export with 'token'"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, global_pool="map")
