@@ -27,6 +27,7 @@ from .options import (
     ImgSize,
     InChans,
     Json,
+    LatencyDtype,
     Levels,
     MaxRun,
     ModelArgs,
@@ -34,6 +35,7 @@ from .options import (
     Quiet,
     RecipeChanges,
     Seed,
+    Sharing,
     Storage,
     Workers,
     helping,
@@ -80,6 +82,7 @@ def space(
     levels: Levels = None,
     operators: Operators = None,
     max_run: MaxRun = None,
+    sharing: Sharing = "qk",
     budget: Budget = None,
     img_size: ImgSize = None,
     in_chans: InChans = None,
@@ -98,6 +101,7 @@ def space(
         levels=integers("--levels", levels),
         operators=words(operators),
         max_run=max_run,
+        sharing=sharing,
         budget=budget,
         img_size=img_size,
         in_chans=in_chans,
@@ -169,6 +173,7 @@ def search(
     levels: Levels = None,
     operators: Operators = None,
     max_run: MaxRun = None,
+    sharing: Sharing = "qk",
     sampler: Annotated[
         Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
         typer.Option(help="auto scores the whole space where affordable."),
@@ -180,6 +185,7 @@ def search(
         ),
     ] = None,
     latency_batch: Annotated[int, typer.Option(min=1, help="Images in the batch whose latency counts.")] = 1,
+    latency_dtype: LatencyDtype = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
     ] = None,
@@ -220,9 +226,10 @@ def search(
         model_args=settings_of(model_args),
         pretrained=pretrained, weights=weights and str(weights), img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
-        max_run=max_run, budget=budget, sampler=sampler, trials=trials,
-        objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
-        amp=amp, workers=workers, seed=seed, device=device,
+        max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
+        objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,
+        include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
+        workers=workers, seed=seed, device=device,
     )  # fmt: skip
     if helping():
         return None

@@ -196,7 +196,7 @@ def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
     space = space_for(
         config.model, len(base.blocks), base.patch_embed.num_patches, config.levels, config.operators, config.max_run
     )
-    return SuperNet.from_timm(config.model, space, config.pretrained, **options)
+    return SuperNet.from_timm(config.model, space, config.pretrained, sharing=config.sharing, **options)
 
 
 def input_config(model: str, options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

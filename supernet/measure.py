@@ -77,10 +77,10 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Fused attention: QKᵀ and the map times V, each B·heads·N·N·head_dim."""
+    """Fused attention: QKᵀ and the map times V, each B·heads·N·N·head_dim; values may have a width of their own."""
     *batch_and_heads, queries, width = inputs[0].type().sizes()
-    keys = inputs[1].type().sizes()[-2]
-    return 2 * torch.Size(batch_and_heads).numel() * queries * keys * width
+    keys, of_values = inputs[1].type().sizes()[-2], inputs[2].type().sizes()[-1]
+    return torch.Size(batch_and_heads).numel() * queries * keys * (width + of_values)
 
 
 class _Part(nn.Module):
@@ -102,7 +102,7 @@ Kind = tuple[Any, ...]  # ("source",), ("own", tokens), ("shared", tokens), ("po
 
 
 def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
-    """Each kind of edge as a module with inputs of zeros. An own map comes twice: "explicit", and "own" as timm has it."""
+    """Each kind of edge as a module with inputs of zeros."""
     space, prefix, block = supernet.space, supernet.num_prefix_tokens, supernet.blocks[0]
     reference = next(supernet.parameters())
     attention = block.attn
@@ -120,11 +120,19 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module
         return zeros(prefix + patches, supernet.embed_dim)
 
     def attended(patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        N = prefix + patches
-        return zeros(attention.num_heads, N, N), zeros(attention.num_heads, N, attention.head_dim)
+        queries_or_keys = zeros(attention.num_heads, prefix + patches, attention.head_dim)
+        return queries_or_keys, queries_or_keys
 
-    explicit = _Part(lambda x: run_block(block, x)[0], block_size, block)
-    shared = _Part(lambda x, *left: run_block(block, x, Attended(*left))[0], block_size - query_key_size, block)
+    def left(patches: int) -> tuple[torch.Tensor, ...]:
+        """What an owner hands to a follower."""
+        N = prefix + patches
+        return (*attended(patches), *([zeros(attention.num_heads, N, N)] if supernet.sharing == "map" else []))
+
+    def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
+        return run_block(block, x, Attended(queries, keys, None, *written))[0]
+
+    own = _Part(block, block_size, block)
+    shared = _Part(follow, block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
     classify = _Part(supernet.classify, head_size, supernet)
@@ -132,9 +140,8 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> dict[Kind, tuple[nn.Module
         ("source",): (_Part(supernet.embed, _size(supernet) - rest, supernet), (images,))
     }
     for level in space.levels:
-        found["own", level] = _Part(block, block_size, block), (tokens(level),)
-        found["explicit", level] = explicit, (tokens(level),)
-        found["shared", level] = shared, (tokens(level), *attended(level))
+        found["own", level] = own, (tokens(level),)
+        found["shared", level] = shared, (tokens(level), *left(level))
         found["sink", level] = classify, (tokens(level),)
     for operator, before, after in space.reductions:
         module = supernet.poolings[pooling_name(operator, before, after)]
@@ -151,14 +158,14 @@ def _measure(
 ) -> CostTable:
     """Measure each kind of edge of the supernet's space once."""
     with torch.no_grad():
-        costs = {kind: count(*part) for kind, part in parts(supernet).items() if kind[0] != "own"}
+        costs = {kind: count(*part) for kind, part in parts(supernet).items()}
     per_level = {name: {kind[1]: cost for kind, cost in costs.items() if kind[0] == name} for name in PER_LEVEL}
     pool = {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
     own, shared, sink = (per_level[name] for name in PER_LEVEL)
     return CostTable(quantity, costs["source",], own, shared, pool, sink)  # type: ignore[arg-type]  # three in each
 
 
-PER_LEVEL = ("explicit", "shared", "sink")
+PER_LEVEL = ("own", "shared", "sink")
 
 
 def _size(module: nn.Module) -> int:
