@@ -115,7 +115,7 @@ def test_the_most_accurate_that_keeps_the_budget_is_found_where_sums_are_too_low
     monkeypatch.setattr(
         latency,
         "measure_shares",
-        lambda supernet, models, batch, rng: (2e6, [Share(takes[str(one)], takes[str(one)]) for one in models]),
+        lambda supernet, models, batch, rng, dtype: (2e6, [Share(takes[str(one)], takes[str(one)]) for one in models]),
     )
     timed = time_frontier(net, rows, 1.0, budget, 1, lambda done, note: None)
     assert timed.dense_ms in (1.0, 2.0)
