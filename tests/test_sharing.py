@@ -39,18 +39,17 @@ def population() -> list[Architecture]:
     return [*map(Architecture.parse, TEXTS), *(SPACE.sample(random.Random(seed)) for seed in range(8))]
 
 
-class Kernels:
-    """Counts fused and spelled-out attentions by their number of keys."""
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """What PyTorch's fused attention is called with: number of keys, and rate of dropout on the map."""
+    calls, kernel = [], F.scaled_dot_product_attention
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.fused: list[int] = []
-        kernel = F.scaled_dot_product_attention
+    def counted(queries: torch.Tensor, keys: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append((keys.shape[-2], options.get("dropout_p", 0.0)))
+        return kernel(queries, keys, *rest, **options)
 
-        def counted(queries: torch.Tensor, keys: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-            self.fused.append(keys.shape[-2])
-            return kernel(queries, keys, *rest, **options)
-
-        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    return calls
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -86,13 +85,11 @@ def test_both_sharings_are_one_function_with_the_same_weights_and_gradients():
         ("16 16 9@tome 9", [17, 17, 10, 10], [17, 17, 10, 10]),  # it scores by keys: no map
     ],
 )
-def test_who_shares_queries_and_keys_stays_in_the_fused_kernel(monkeypatch, text, qk, written):
+def test_who_shares_queries_and_keys_stays_in_the_fused_kernel(fused, text, qk, written):
     for sharing, expected in (("qk", qk), ("map", written)):
-        model = Subnet.from_supernet(make(sharing), Architecture.parse(text))
-        kernels = Kernels(monkeypatch)
-        model(images_for())
-        assert kernels.fused == expected, sharing
-        monkeypatch.undo()
+        fused.clear()
+        Subnet.from_supernet(make(sharing), Architecture.parse(text))(images_for())
+        assert [keys for keys, _ in fused] == expected, sharing
 
 
 def test_a_block_that_neither_follows_nor_is_followed_is_timms_own_forward():
@@ -109,7 +106,7 @@ def test_another_kind_of_sharing_is_refused():
         lambda: SuperNet.from_timm(BASE, SPACE, sharing="maps", **TINY),
         lambda: timm.create_model("poolshare_vit", base=BASE, architecture=TEXTS[0], sharing="maps", **TINY),
     ):
-        with pytest.raises(ModelError, match="sharing='maps' is unknown; it must be 'qk' .* or 'map'"):
+        with pytest.raises(ModelError, match=r"sharing='maps' is unknown; it must be 'qk' .* or 'map'"):
             make_it()
 
 
@@ -163,7 +160,7 @@ def test_onnx_takes_what_shares(sharing, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install '.[onnx]'")
     from poolshare.supernet.onnx import write_onnx
 
-    model = Subnet.from_supernet(make(sharing), Architecture.parse("16*3 9@max2d"))
+    model = Subnet.from_supernet(make(sharing), Architecture.parse("16*3 4@max2d"))
     write_onnx(model, tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     [found] = session.run(None, {"images": images_for().numpy()})
@@ -174,25 +171,18 @@ def test_onnx_takes_what_shares(sharing, tmp_path):
 # Training
 
 
-def test_dropout_on_the_map_is_drawn_by_each_block_or_once_for_a_written_map(monkeypatch):
-    """All tokens are the same and values carry a constant, so what a block adds shows its own mask."""
-    rates = []
-    kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **o: rates.append(o.get("dropout_p", 0)) or kernel(*a, **o)
-    )
-    for sharing, fused in (("qk", [0.5, 0.5, 0.5, 0.5]), ("map", [0.5])):
-        model = Subnet.from_supernet(make(sharing, attn_drop_rate=0.5), Architecture.parse("16*3 16")).train()
-        calls = []
-        for block in model.blocks:
-            block.attn.attn_drop.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        rates.clear()
-        model(images_for())
-        assert rates == fused
-        assert len(calls) == (sharing == "map")  # the owner's map; its followers take it as it is
-        rates.clear()
-        model.eval()(images_for())
-        assert rates == [0] * len(fused)
+@pytest.mark.parametrize(("sharing", "drawn"), [("qk", 4), ("map", 1)])
+def test_dropout_on_the_map_is_drawn_by_each_block_or_once_for_a_written_map(fused, sharing, drawn):
+    model = Subnet.from_supernet(make(sharing, attn_drop_rate=0.5), Architecture.parse("16*3 16")).train()
+    on_maps = []
+    for block in model.blocks:
+        block.attn.attn_drop.register_forward_hook(lambda *_: on_maps.append(1))
+    model(images_for())
+    assert [rate for _, rate in fused] == [0.5] * drawn
+    assert len(on_maps) == (sharing == "map")  # the owner's; its followers take the map as it is
+    fused.clear()
+    model.eval()(images_for())
+    assert [rate for _, rate in fused] == [0.0] * drawn
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -220,7 +210,7 @@ def test_checkpointing_changes_no_gradient(sharing, space):
 def test_checkpointing_an_exported_model_runs_its_blocks_twice():
     model = Subnet.from_supernet(make(), Architecture.parse("16*2 9@topk*2")).train()
     runs = []
-    model.blocks[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     gradients = []
     for enable in (False, True):
         model.zero_grad()
