@@ -130,14 +130,15 @@ def test_models_are_timed_in_the_precision_asked_for(net, monkeypatch, sharing):
     seen = []
 
     def made_up(work, rounds, *rest):
-        seen.extend((inputs[0].dtype, next(model.parameters()).dtype) for model, inputs in work)
+        for model, inputs in work:
+            seen.extend(value.dtype for value in (*inputs, *model.parameters()))
         return np.ones((2, len(work)))
 
     monkeypatch.setattr(latency, "interleaved", made_up)
     monkeypatch.setattr(net, "sharing", sharing)
     found = measure_latency_table(net, 2, dtype="bf16", check=1)
     measure_shares(net, [net.space[1]], 2, random.Random(0), dtype="bf16")
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert set(seen) == {torch.bfloat16}
     assert found.dtype == "bf16"
     assert next(net.parameters()).dtype == torch.float32
     with pytest.raises(ModelError, match="latency in 'int8' cannot be measured; there are fp32, bf16, fp16"):
