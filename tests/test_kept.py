@@ -162,4 +162,4 @@ def test_space_counts_what_keeps_a_latency_budget(verb):
     status, _, err = verb(*words, "0.000001ms")
     assert (status, "reaches from" in err) == (2, True)
     status, printed, err = verb(*words[:-2], "--budget", "1000ms")
-    assert (status, "batch 1 on cpu" in printed) == (0, True), err
+    assert (status, "batch 1 in fp32 on cpu" in printed) == (0, True), err
