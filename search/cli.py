@@ -29,6 +29,7 @@ from .options import (
     ImgSize,
     InChans,
     Json,
+    LatencyDtype,
     Levels,
     MaxRun,
     ModelArgs,
@@ -36,6 +37,7 @@ from .options import (
     Quiet,
     RecipeChanges,
     Seed,
+    Sharing,
     Storage,
     Threads,
     Weights,
@@ -84,6 +86,7 @@ def space(
     levels: Levels = None,
     operators: Operators = None,
     max_run: MaxRun = None,
+    sharing: Sharing = "qk",
     budget: Budget = None,
     img_size: ImgSize = None,
     in_chans: InChans = None,
@@ -107,7 +110,8 @@ def space(
 
     given = {
         "model": model, "levels": integers("--levels", levels), "operators": words(operators), "max_run": max_run,
-        "budget": budget, "img_size": img_size, "in_chans": in_chans, "model_args": model_args_of(model, model_args),
+        "sharing": sharing, "budget": budget, "img_size": img_size, "in_chans": in_chans,
+        "model_args": model_args_of(model, model_args),
     }  # fmt: skip
     config = make_config(data="", **with_card(given))
     model = config.model
@@ -193,6 +197,7 @@ def search(
     levels: Levels = None,
     operators: Operators = None,
     max_run: MaxRun = None,
+    sharing: Sharing = "qk",
     sampler: Annotated[
         Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
         typer.Option(help="auto scores the whole space where affordable."),
@@ -204,6 +209,7 @@ def search(
         ),
     ] = None,
     latency_batch: Annotated[int, typer.Option(min=1, help="Images in the batch whose latency counts.")] = 1,
+    latency_dtype: LatencyDtype = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
     ] = None,
@@ -255,9 +261,10 @@ def search(
         scale_16bit=scale_16bit, model=model, model_args=model_args_of(model, model_args),
         pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
-        max_run=max_run, budget=budget, sampler=sampler, trials=trials,
-        objective=objective, latency_batch=latency_batch, include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr,
-        amp=amp, workers=workers, seed=seed, device=device, threads=threads,
+        max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
+        objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,
+        include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
+        workers=workers, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     if helping():
         return None

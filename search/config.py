@@ -20,7 +20,14 @@ from pydantic import (
 
 from poolshare.space import ConfigError, budget_quantity
 
-SEARCHING = ("budget", "sampler", "objective", "latency_batch", "include")  # what to look for; trains nothing
+SEARCHING = (
+    "budget",
+    "sampler",
+    "objective",
+    "latency_batch",
+    "latency_dtype",
+    "include",
+)  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
@@ -52,10 +59,12 @@ class SearchConfig(BaseModel):
     levels: tuple[int, ...] | None = None
     operators: tuple[str, ...] | None = None
     max_run: int | None = Field(None, ge=1)
+    sharing: Literal["qk", "map"] = "qk"  # what an owner hands to its followers, see `SuperNet.from_timm`
     budget: str | None = None
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = "auto"
     objective: Literal["macs", "latency"] = "macs"  # what is weighed against accuracy, and what a budget in % is of
     latency_batch: int = Field(1, ge=1)  # images of one forward whose latency counts
+    latency_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the models that are timed; None: see `deployed`
     include: tuple[str, ...] = ()  # architectures of the user's own
     trials: int = Field(1000, ge=1)
     epochs: int = Field(ge=0)
@@ -128,6 +137,11 @@ class SearchConfig(BaseModel):
     def warm(self) -> bool:
         """Whether the supernet begins with pretrained weights."""
         return self.pretrained or self.weights is not None
+
+    @property
+    def deployed(self) -> str:
+        """The precision of the models that are timed: the one asked for, else that of the training."""
+        return self.latency_dtype or ("bf16" if self.amp == "bf16" else "fp32")
 
     @property
     def finetune_lr(self) -> float:

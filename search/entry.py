@@ -62,10 +62,10 @@ def search(
         so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
         Its name is recorded. Default: the most probable class is the label.
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
-    options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict), levels,
-        operators (tuples), max_run, budget, sampler, objective, latency_batch, include, trials, epochs, batch_size, lr,
-        weight_decay, amp, recipe (a dict), workers, seed, device, threads; and data_dir, download, search_fraction, img_size,
-        in_chans, search_data, scale_16bit, which own data decide by themselves.
+    options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
+        levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
+        trials, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and data_dir,
+        download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
 
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """

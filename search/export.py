@@ -145,7 +145,7 @@ def save_export(
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "label_names": list(classes),
-        "model_args": {"base": base, "architecture": str(model.architecture), **options},
+        "model_args": {"base": base, "architecture": str(model.architecture), "sharing": model.sharing, **options},
         "pretrained_cfg": {
             **{key: _plain(value) for key, value in data_config.items()},
             "num_classes": model.num_classes,

@@ -109,16 +109,20 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
 
 def timed_job(job: Job, folder: RunFolder, console: Console) -> Job:
     """The job with the folder's latency table, or with a new one where latency is wanted and that is of another
-    device, batch size, number of threads or torch. Writes nothing."""
+    device, batch size, precision, number of threads or torch. Writes nothing."""
     latency, batch = folder.read_latency(), job.config.latency_batch
     if job.config.objective == "latency":
         device = next(job.supernet.parameters()).device
         threads = torch.get_num_threads() if device.type == "cpu" else 0
-        place = batch, device_name(device), threads, versions()["torch"]
-        if latency is None or (latency.batch_size, latency.device, latency.threads, folder.latency_torch()) != place:
+        place = batch, device_name(device), threads, job.config.deployed, versions()["torch"]
+        there = latency and (latency.batch_size, latency.device, latency.threads, latency.dtype, folder.latency_torch())
+        if there != place:
             with progress_bar(console, "measuring latency", 1, "forwards") as advance:
                 latency = measure_latency_table(
-                    job.supernet, batch, progress=lambda done, total: advance(done, total=total)
+                    job.supernet,
+                    batch,
+                    dtype=job.config.deployed,
+                    progress=lambda done, total: advance(done, total=total),
                 )
     return job.with_latency(latency) if latency else job
 
@@ -279,9 +283,9 @@ def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
     """What whole models take, where a latency budget is to be kept."""
     if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
         return None
-    dense, batch = job.latency.table.total(job.dense) / 1e6, job.latency.batch_size
+    dense, batch, dtype = job.latency.table.total(job.dense) / 1e6, job.latency.batch_size, job.latency.dtype
     with progress_bar(console, "timing whole models", MODELS, "models") as advance:
-        return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance)
+        return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance, dtype)
 
 
 def _cheapest(job: Job) -> dict[str, dict[str, Any]]:

@@ -81,7 +81,13 @@ class Timed:
 
 
 def time_frontier(
-    supernet: SuperNet, candidates: pd.DataFrame, dense_sum: float, budget: str, batch_size: int, advance: Advance
+    supernet: SuperNet,
+    candidates: pd.DataFrame,
+    dense_sum: float,
+    budget: str,
+    batch_size: int,
+    advance: Advance,
+    dtype: str = "fp32",
 ) -> Timed:
     """Time models of the latency frontier from its dear end on, until the most accurate that may keep the budget does.
 
@@ -108,7 +114,9 @@ def time_frontier(
             break
         wanted = [text for text in texts if not believed(text)][-TOGETHER:]
         rng = random.Random(f"frontier {session}")
-        took, shares = measure_shares(supernet, [Architecture.parse(text) for text in wanted], batch_size, rng)
+        took, shares = measure_shares(
+            supernet, [Architecture.parse(text) for text in wanted], batch_size, rng, dtype=dtype
+        )
         dense_times.append(took / 1e6)
         for text, share in zip(wanted, shares, strict=True):
             sessions.setdefault(text, []).append(share)

@@ -58,6 +58,16 @@ Operators = Annotated[
 MaxRun = Annotated[
     int | None, typer.Option(help="How many layers in a row may use one attention map, at most (1: no sharing).")
 ]
+Sharing = Annotated[
+    Literal["qk", "map"],
+    typer.Option(
+        help="How attention is shared: by queries and keys (fused kernels), or by a written map (fewer MACs)."
+    ),
+]
+LatencyDtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option(help="Precision of the models whose latency is measured. Default: bf16 with --amp bf16, else fp32."),
+]
 ModelArgs = Annotated[
     str | None,
     typer.Option(help="Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"),

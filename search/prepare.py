@@ -340,7 +340,8 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
 
 def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
     """The supernet of a configuration."""
-    return SuperNet.from_timm(config.model, partial(space_of, config), config.pretrained, **options)
+    space = partial(space_of, config)
+    return SuperNet.from_timm(config.model, space, config.pretrained, sharing=config.sharing, **options)
 
 
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:

@@ -19,45 +19,32 @@ _UNITS = {"macs": "MACs", "parameters": "parameters", "nanoseconds": "ms"}
 class CostTable:
     """What each kind of edge costs, in one quantity, per image. Kinds never name a layer index.
 
-    One multiply-add counts once in "macs": fvcore, the field's reference, calls that a flop. Nanoseconds depend on
-    whether a later layer wants a block's attention map, as then it cannot be computed by a fused kernel; `own` is the
-    fused block, and the edge that wants the map of an owner carries the difference, `leaving_fused`. That edge is its
-    first follower's, or a pooling's that scores by the map; so costs stay sums over edges. The difference may be
-    negative (few tokens), an edge may not.
+    One multiply-add counts once in "macs": fvcore, the field's reference, calls that a flop. `first_shared` is for
+    nanoseconds of networks that share written maps (sharing="map"): an owner leaves the fused kernel for its followers,
+    and the first of them costs what it takes itself and what its owner then takes more; so costs stay sums over edges.
     """
 
     quantity: str  # "macs", "parameters" or "nanoseconds"
     source: int  # patch and position embedding
-    own: Mapping[int, int]  # patch tokens -> a block that computes its own attention map
-    shared: Mapping[int, int]  # patch tokens -> a block that uses the previous block's map
+    own: Mapping[int, int]  # patch tokens -> a block that attends with queries and keys of its own
+    shared: Mapping[int, int]  # patch tokens -> a block that uses the previous block's
     pool: Mapping[tuple[str, int, int], int]  # (operator, tokens before, tokens after) -> the pooling alone
     sink: Mapping[int, int]  # patch tokens that reach it -> final norm, pooling and head
-    leaving_fused: Mapping[int, int] = field(default_factory=dict)  # patch tokens of an owner -> see above; absent: 0
+    first_shared: Mapping[int, int] = field(default_factory=dict)  # like `shared`, after an owner; absent: as `shared`
     _edges: dict[tuple[Layer | None, Layer], int] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        for tokens, more in self.leaving_fused.items():
-            followers = {f"a follower at {tokens}": self.shared.get(tokens, 0)} | {
-                f"{operator} from {before} to {after}": self.own[after] + cost
-                for (operator, before, after), cost in self.pool.items()
-                if before == tokens and after in self.own and OPERATORS[operator].needs_attention
-            }
-            for name, cost in followers.items():
-                if cost + more < 0:
-                    raise SpaceError(f"{name} tokens costs {cost} and {more} more as it needs a map; that is below 0")
-
     def __hash__(self) -> int:
-        parts = (self.own, self.shared, self.leaving_fused)
+        parts = (self.own, self.shared, self.first_shared)
         return hash((self.quantity, self.source, *(frozenset(part.items()) for part in parts)))
 
     def edge(self, previous: Layer | None, layer: Layer) -> int:
         """Cost of one layer with the pooling before it. Raises SpaceError for a kind that was not measured."""
         try:
             cost = (self.shared if layer.shared else self.own)[layer.tokens]
+            if self.first_shared and layer.shared and previous is not None and not previous.shared:
+                cost = self.first_shared[layer.tokens]
             if layer.operator is not None and previous is not None:
                 cost += self.pool[layer.operator, previous.tokens, layer.tokens]
-            if self.leaving_fused and previous is not None and not previous.shared and needs_attention(layer):
-                cost += self.leaving_fused.get(previous.tokens, 0)
         except KeyError as error:
             raise SpaceError(
                 f"the {self.quantity} table has no entry for {error.args[0]}; measure it on this space"
@@ -97,7 +84,7 @@ class CostTable:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""
-        carried = {str(tokens): cost for tokens, cost in self.leaving_fused.items()}
+        first = {str(tokens): cost for tokens, cost in self.first_shared.items()}
         return {
             "quantity": self.quantity,
             "source": self.source,
@@ -105,7 +92,7 @@ class CostTable:
             "shared": {str(tokens): cost for tokens, cost in self.shared.items()},
             "pool": {f"{name} {before} {after}": cost for (name, before, after), cost in self.pool.items()},
             "sink": {str(tokens): cost for tokens, cost in self.sink.items()},
-            **({"leaving_fused": carried} if carried else {}),
+            **({"first_shared": first} if first else {}),
         }
 
     @classmethod
@@ -120,10 +107,10 @@ class CostTable:
             for kind, cost in value["pool"].items():
                 operator, before, after = kind.split()
                 pool[operator, int(before), int(after)] = _count(cost)
-            leaving = {int(tokens): _whole(cost) for tokens, cost in value.get("leaving_fused", {}).items()}
+            first = {int(tokens): _count(cost) for tokens, cost in value.get("first_shared", {}).items()}
             if not isinstance(value["quantity"], str):
                 raise TypeError(f"quantity is {value['quantity']!r}, not a name such as 'macs'")
-            return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink, leaving)
+            return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink, first)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
 
@@ -133,16 +120,10 @@ def needs_attention(layer: Layer) -> bool:
     return layer.shared or (layer.operator is not None and OPERATORS[layer.operator].needs_attention)
 
 
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is no whole number")
-    return value
-
-
 def _count(value: Any) -> int:
-    if _whole(value) < 0:
+    if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
-    return int(value)
+    return value
 
 
 _SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ms": 10**6}

@@ -56,7 +56,7 @@ class Operator:
     can_reduce: Callable[[int, int], bool]  # (tokens before, tokens after) -> whether it can do exactly that
     needs_grid: bool = False  # works on the square grid of patches, so none but grid operators may come before it
     keeps_grid: bool = False  # its output is again a square grid
-    needs_attention: bool = False  # reads the attention map, or the keys, that the block before it used
+    needs_attention: bool = False  # reads the queries and keys that the block before it used
     changes_prefix: bool = False  # gives other CLS/register tokens than it got
     learned: bool = False  # has weights, one set per (operator, before, after)
 

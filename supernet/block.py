@@ -1,8 +1,9 @@
-"""A timm block run with an attention map of its own, or with the previous block's."""
+"""A timm block that attends with queries and keys of its own, or with those of an earlier block."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,71 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from poolshare.space import Layer
+from poolshare.space.cost import needs_attention
+
+from .tokens import at_least_float32, without_autocast
+
+Sharing = Literal["qk", "map"]  # what an owner hands to its followers: queries and keys, or a written map
+
+
+class Attended(NamedTuple):
+    """What a block's attention leaves for those after it: queries and keys, which say what the map is.
+
+    Followers attend with them (or read the map, where one was written), pooling operators score tokens by them. Queries
+    and keys may have other widths than values; `scale` None is timm's, one over the root of their width.
+    """
+
+    queries: torch.Tensor  # (B, heads, N, head_dim), after their norm, not detached
+    keys: torch.Tensor  # (B, heads, N, head_dim), likewise
+    scale: float | None = None  # of the scores
+    written: torch.Tensor | None = None  # (B, heads, N, N), post-softmax: the map, where sharing is "map"
+
+    def class_row(self) -> torch.Tensor:
+        """The map's first row, what the first token (CLS) attends to. (B, heads, N)"""
+        return _rows(self.queries[:, :, :1], self.keys, self.scale)[:, :, 0]
+
+    def received(self) -> torch.Tensor:
+        """The map's column sums: attention that each token receives over all heads and queries. (B, N)
+
+        Computed by blocks of queries, so that memory is linear in N (what a backward pass needs is not).
+        """
+        blocks = self.queries.split(QUERIES_AT_ONCE, dim=2)
+        total = _rows(blocks[0], self.keys, self.scale).sum(dim=(1, 2))
+        for queries in blocks[1:]:
+            total = total + _rows(queries, self.keys, self.scale).sum(dim=(1, 2))
+        return total
+
+    def detach(self) -> Attended:
+        """The same values without gradients."""
+        return self._replace(queries=self.queries.detach(), keys=self.keys.detach(), written=None)
+
+
+QUERIES_AT_ONCE = 64
+
+
+def _rows(queries: torch.Tensor, keys: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
+    queries, keys = at_least_float32(queries), at_least_float32(keys)
+    with without_autocast(queries):
+        scores = (queries * _factor(queries, scale)) @ keys.transpose(-2, -1)
+    return scores.softmax(dim=-1)
+
+
+def _factor(queries: torch.Tensor, scale: float | None) -> float:
+    return int(queries.shape[-1]) ** -0.5 if scale is None else scale
+
+
+def left_for(layers: Iterable[Layer], sharing: Sharing) -> Sharing | None:
+    """What a block must leave where one of these layers may come next."""
+    layers = list(layers)
+    if sharing == "map" and any(layer.shared for layer in layers):
+        return "map"
+    return "qk" if any(map(needs_attention, layers)) else None
+
 
 class SharedAttention(nn.Module):
-    """What is left of a timm `Attention` that uses another block's map: values and output projection.
+    """What is left of a timm `Attention` that uses another block's queries and keys: values and output projection.
 
     Differs from timm's: `qkv` has become `v` (its last third of rows), and there are no query and key norms.
     """
@@ -20,6 +83,7 @@ class SharedAttention(nn.Module):
     def __init__(self, attention: Attention):
         super().__init__()
         self.num_heads, self.head_dim, self.attn_dim = attention.num_heads, attention.head_dim, attention.attn_dim
+        self.fused_attn, self.attn_drop = attention.fused_attn, attention.attn_drop
         full = attention.qkv
         self.v = nn.Linear(
             full.in_features,
@@ -36,38 +100,36 @@ class SharedAttention(nn.Module):
         self.proj, self.proj_drop = attention.proj, attention.proj_drop
 
 
-class Attended(NamedTuple):
-    """What a block's attention leaves for those after it: followers use its map, some pooling operators its keys."""
+def run_block(
+    block: Block, tokens: torch.Tensor, shared: Attended | None = None, leave: Sharing | None = None
+) -> tuple[torch.Tensor, Attended | None]:
+    """One pre-norm transformer block as timm runs it, with its fused attention on or off.
 
-    attention: torch.Tensor  # (B, heads, N, N), post-softmax, not detached
-    keys: torch.Tensor  # (B, heads, N, head_dim)
+    tokens: (B, N, C). shared: what the owner of the queries and keys left, for a follower: only the V rows of `qkv` run.
+    leave: what those after an owner need; None: the block is timm's own forward and leaves nothing. Only an owner that
+    must write its map leaves the fused kernel. Returns the new tokens (B, N, C) and what the block attended with.
 
-
-def run_block(block: Block, tokens: torch.Tensor, shared: Attended | None = None) -> tuple[torch.Tensor, Attended]:
-    """One pre-norm transformer block on the explicit (unfused) attention path.
-
-    tokens: (B, N, C). shared: what the owner of the map left; None: compute a map. Returns the new tokens (B, N, C)
-    and the attention that was used. With a map of its own the block computes what timm does with fused attention off,
-    bit for bit; with a shared one only the V rows of `qkv` run.
+    With dropout on the map, each block draws a mask of its own under "qk"; a written map is dropped out once for all.
     """
-    attention = block.attn
-    normed = block.norm1(tokens)
+    if shared is None and leave is None:
+        return block(tokens), None
+    attention, normed = block.attn, block.norm1(tokens)
     if shared is None:
-        values, used = _own_attention(attention, normed)
+        used, values = _own(attention, normed)
+        if leave == "map":
+            used = used._replace(written=_write(attention, used))
     else:
-        values, used = _values(attention, normed), shared
-    tokens = tokens + block.drop_path1(block.ls1(_mix(attention, normed, used.attention, values)))
+        used, values = shared, _values(attention, normed)
+    tokens = tokens + block.drop_path1(block.ls1(_project(attention, normed, _attend(attention, used, values))))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), used
 
 
-def _own_attention(attention: Attention, normed: torch.Tensor) -> tuple[torch.Tensor, Attended]:
-    """Values (B, heads, N, head_dim), and map and keys."""
+def _own(attention: Attention, normed: torch.Tensor) -> tuple[Attended, torch.Tensor]:
+    """Queries and keys, and values (B, heads, N, head_dim)."""
     B, N, _ = normed.shape
     qkv = attention.qkv(normed).reshape(B, N, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     queries, keys, values = qkv.unbind(0)
-    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    scores = (queries * attention.scale) @ keys.transpose(-2, -1)
-    return values, Attended(attention.attn_drop(scores.softmax(dim=-1)), keys)
+    return Attended(attention.q_norm(queries), attention.k_norm(keys)), values
 
 
 def _values(attention: Attention | SharedAttention, normed: torch.Tensor) -> torch.Tensor:
@@ -81,12 +143,26 @@ def _values(attention: Attention | SharedAttention, normed: torch.Tensor) -> tor
     return values.reshape(B, N, attention.num_heads, attention.head_dim).transpose(1, 2)
 
 
-def _mix(
-    attention: Attention | SharedAttention, normed: torch.Tensor, used_map: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    """Map times values, then the output projection as timm does it. (B, N, C)"""
+def _attend(attention: Attention | SharedAttention, used: Attended, values: torch.Tensor) -> torch.Tensor:
+    """Map times values, by the kernel that timm would take. (B, heads, N, head_dim)"""
+    if used.written is not None:
+        return used.written @ values
+    if attention.fused_attn:
+        dropped = attention.attn_drop.p if attention.training else 0.0
+        return F.scaled_dot_product_attention(used.queries, used.keys, values, dropout_p=dropped, scale=used.scale)
+    return _write(attention, used) @ values
+
+
+def _write(attention: Attention | SharedAttention, used: Attended) -> torch.Tensor:
+    """The map itself, (B, heads, N, N), as timm computes it with fused attention off."""
+    scores = (used.queries * _factor(used.queries, used.scale)) @ used.keys.transpose(-2, -1)
+    return attention.attn_drop(scores.softmax(dim=-1))
+
+
+def _project(attention: Attention | SharedAttention, normed: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """What timm does with mixed values (B, heads, N, head_dim): norm, gate and output projection. (B, N, C)"""
     B, N, _ = normed.shape
-    mixed = attention.norm((used_map @ values).transpose(1, 2).reshape(B, N, attention.attn_dim))
+    mixed = attention.norm(mixed.transpose(1, 2).reshape(B, N, attention.attn_dim))
     if attention.gate is not None:
         mixed = mixed * attention.gate(normed).sigmoid()
     return attention.proj_drop(attention.proj(mixed))

@@ -7,6 +7,7 @@ pooling near it). Parts timed alone only decide what the sums leave open.
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import random
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from poolshare.space import Architecture, CostTable, Layer, ModelError, SearchSpace
-from poolshare.space.cost import needs_attention
+from poolshare.space import Architecture, CostTable, ModelError, SearchSpace
 
+from .block import Sharing
 from .measure import Kind, evaluating, parts, wait_for
 from .model import SuperNet
 from .subnet import Subnet, checkpoint_filter_fn
@@ -30,6 +31,7 @@ TIMING = 0.002  # seconds of work in one timing, at least
 WARM = 0.05  # seconds; a forward that takes less is run once before it is timed, so that caches are its own
 ROUNDS, SPEND = (5, 40), 60.0  # as many rounds as fit into so many seconds, within these limits
 NOISE, DOUBT = 0.01, 0.5  # relative doubt of a timed whole model, and of a part that was timed alone
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights and images
 LEAST = 0.25  # of what a pooling took alone: no less in a table, or a search would take it for free
 
 
@@ -40,6 +42,7 @@ class Latency(NamedTuple):
     batch_size: int
     device: str  # its name
     threads: int  # of torch, on a CPU
+    dtype: str  # a key of DTYPES
     checked: tuple[tuple[str, int, int], ...]  # architecture, nanoseconds per image timed, and summed
 
     @property
@@ -51,7 +54,7 @@ class Latency(NamedTuple):
     def conditions(self) -> str:
         """Where the table holds, in words."""
         threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else ""
-        return f"batch {self.batch_size} on {self.device}{threads}"
+        return f"batch {self.batch_size} in {self.dtype} on {self.device}{threads}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""
@@ -61,7 +64,7 @@ class Latency(NamedTuple):
     def from_json(cls, value: dict[str, Any]) -> Latency:
         """Read what `to_json` gave. Raises KeyError, TypeError or a ValueError where it is anything else."""
         checked = tuple((str(text), int(timed), int(summed)) for text, timed, summed in value["checked"])
-        place = int(value["batch_size"]), str(value["device"]), int(value["threads"])
+        place = int(value["batch_size"]), str(value["device"]), int(value["threads"]), str(value["dtype"])
         return cls(CostTable.from_json(value["table"]), *place, checked)
 
 
@@ -76,6 +79,7 @@ def measure_latency_table(
     supernet: SuperNet,
     batch_size: int = 1,
     *,
+    dtype: str = "fp32",
     rounds: int | None = None,
     check: int = 8,
     seed: int = 0,
@@ -87,12 +91,14 @@ def measure_latency_table(
     exported, and timed in turn, in another order each round; `check` others are timed among them and not fitted. What
     other programs do at the same time cancels in the ratios of a round; on a CPU with one thread it is not even
     counted, for there the clock is the thread's own. rounds: None for as many as fit into a minute, 5 to 40.
-    progress: called with timings done, and all of them. Raises ModelError for a batch without images.
+    progress: called with timings done, and all of them. dtype: in which the exported models run, "fp32", "bf16" or
+    "fp16". Raises ModelError for a batch without images and for another dtype.
     """
     if batch_size < 1:
         raise ModelError(f"batch size {batch_size} is not possible; latency is measured with at least one image")
+    supernet = deployed(supernet, dtype)
     space, rng = supernet.space, random.Random(f"latency {seed}")
-    kinds = kinds_of(space)
+    kinds = kinds_of(space, supernet.sharing)
     alone = time_parts(supernet, batch_size, kinds)
     others = list(dict.fromkeys(space.sample(rng) for _ in range(50 * check)))[: min(check, space.size // 4)]
     chosen = design(space, kinds, 2 * len(kinds), rng, set(others))
@@ -104,7 +110,15 @@ def measure_latency_table(
     )
     device = next(supernet.parameters()).device
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return Latency(table, batch_size, device_name(device), threads, checked)
+    return Latency(table, batch_size, device_name(device), threads, dtype, checked)
+
+
+def deployed(supernet: SuperNet, dtype: str) -> SuperNet:
+    """The supernet itself, or a copy in another precision. Raises ModelError for one that is not among DTYPES."""
+    if dtype not in DTYPES:
+        raise ModelError(f"latency in {dtype!r:.80} cannot be measured; there are {', '.join(DTYPES)}")
+    same = next(supernet.parameters()).dtype == DTYPES[dtype]
+    return supernet if same else copy.deepcopy(supernet).to(DTYPES[dtype])
 
 
 class Share(NamedTuple):
@@ -120,8 +134,10 @@ def measure_shares(
     batch_size: int,
     rng: random.Random,
     progress: Callable[[int, int], None] | None = None,
+    dtype: str = "fp32",
 ) -> tuple[float, list[Share]]:
     """Nanoseconds per image of the dense exported model, and what part of that each architecture's takes."""
+    supernet = deployed(supernet, dtype)
     seconds = time_models(supernet, [supernet.space[0], *architectures], batch_size, None, rng, progress)
     shares = np.sort(seconds[:, 1:] / seconds[:, :1], axis=0)  # (rounds, architectures)
     rounds = len(shares)
@@ -133,15 +149,16 @@ def measure_shares(
 # Kinds of edges
 
 
-def kinds_of(space: SearchSpace) -> list[Kind]:
-    """What the time of any exported model of the space is made of."""
+def kinds_of(space: SearchSpace, sharing: Sharing = "qk") -> list[Kind]:
+    """What the time of any exported model of the space is made of.
+
+    An owner that must write its map leaves the fused kernel: its first follower then costs other than the next.
+    """
     levels = space.levels
     kinds: list[Kind] = [("source",)]
     kinds += [("own", level) for level in levels]
     kinds += [("shared", level) for level in levels if space.max_run > 1]
-    needed = {level for level in levels if space.max_run > 1}
-    needed |= {before for name, before, after in space.reductions if _scored(name, after)}
-    kinds += [("explicit", level) for level in levels if level in needed]
+    kinds += [("first_shared", level) for level in levels if space.max_run > 1 and sharing == "map"]
     kinds += [("pool", *reduction) for reduction in space.reductions]
     return kinds + [("sink", level) for level in levels]
 
@@ -151,12 +168,12 @@ def counts(architecture: Architecture, kinds: Sequence[Kind]) -> np.ndarray:
     index = {kind: position for position, kind in enumerate(kinds)}
     row, layers = np.zeros(len(kinds)), architecture.layers
     row[index["source",]] = row[index["sink", layers[-1].tokens]] = 1
-    for position, layer in enumerate(layers):
-        needed = any(map(needs_attention, layers[position + 1 : position + 2]))
-        kind = "shared" if layer.shared else "explicit" if needed else "own"
-        row[index[kind, layer.tokens]] += 1
+    for before, layer in zip((layers[0], *layers), layers, strict=False):
+        first = ("first_shared", layer.tokens)
+        kind = first if not before.shared and first in index else ("shared", layer.tokens)
+        row[index[kind if layer.shared else ("own", layer.tokens)]] += 1
         if layer.operator is not None:
-            row[index["pool", layer.operator, layers[position - 1].tokens, layer.tokens]] += 1
+            row[index["pool", layer.operator, before.tokens, layer.tokens]] += 1
     return row
 
 
@@ -212,17 +229,8 @@ def table_of(space: SearchSpace, costs: Mapping[Kind, int]) -> CostTable:
     own, sink = ({level: costs[name, level] for level in space.levels} for name in ("own", "sink"))
     shared = {level: costs.get(("shared", level), own[level]) for level in space.levels}
     pool = {reduction: costs["pool", *reduction] for reduction in space.reductions}
-    leaving = {}
-    for level in space.levels:
-        if ("explicit", level) in costs:
-            carriers = [shared[level]] if space.max_run > 1 else []
-            carriers += [own[a] + cost for (name, b, a), cost in pool.items() if b == level and _scored(name, a)]
-            leaving[level] = max(costs["explicit", level] - own[level], -min(carriers))
-    return CostTable("nanoseconds", costs["source",], own, shared, pool, sink, leaving)
-
-
-def _scored(operator: str, after: int) -> bool:
-    return needs_attention(Layer(after, operator))
+    first = {level: costs["first_shared", level] for level in space.levels if ("first_shared", level) in costs}
+    return CostTable("nanoseconds", costs["source",], own, shared, pool, sink, first)
 
 
 # Timing
@@ -301,6 +309,6 @@ def _seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...], repeats: int) -
 def time_parts(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np.ndarray:
     """(kinds,) nanoseconds per image of each part by itself."""
     part = parts(supernet, batch_size)
-    work = [part(kind) for kind in kinds]
+    work = [part(("shared", *kind[1:]) if kind[0] == "first_shared" else kind) for kind in kinds]
     with evaluating(supernet):
         return typical(interleaved(work, 3, random.Random(0))) * 1e9 / batch_size

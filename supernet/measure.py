@@ -106,10 +106,10 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Fused attention: QKᵀ and the map times V, each B·heads·N·N·head_dim."""
+    """Fused attention: QKᵀ and the map times V, each B·heads·N·N·head_dim; values may have a width of their own."""
     *batch_and_heads, queries, width = inputs[0].type().sizes()
-    keys = inputs[1].type().sizes()[-2]
-    return 2 * torch.Size(batch_and_heads).numel() * queries * keys * width
+    keys, of_values = inputs[1].type().sizes()[-2], inputs[2].type().sizes()[-1]
+    return torch.Size(batch_and_heads).numel() * queries * keys * (width + of_values)
 
 
 def _rms_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
@@ -161,7 +161,7 @@ Kind = tuple[Any, ...]  # ("source",), ("own", tokens), ("shared", tokens), ("po
 
 
 def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Part, tuple[torch.Tensor, ...]]]:
-    """Of each kind of edge, a module with inputs of zeros. An own map comes twice: "explicit", and "own" as timm has it."""
+    """Of each kind of edge, a module with inputs of zeros."""
     prefix, block = supernet.num_prefix_tokens, supernet.blocks[0]
     reference = next(supernet.parameters())
     attention = block.attn
@@ -179,16 +179,23 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
         return zeros(prefix + patches, supernet.embed_dim)
 
     def attended(patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        N = prefix + patches
-        return zeros(attention.num_heads, N, N), zeros(attention.num_heads, N, attention.head_dim)
+        queries_or_keys = zeros(attention.num_heads, prefix + patches, attention.head_dim)
+        return queries_or_keys, queries_or_keys
 
-    explicit = _Part(lambda x: run_block(block, x)[0], block_size, block)
-    shared = _Part(lambda x, *left: run_block(block, x, Attended(*left))[0], block_size - query_key_size, block)
+    def left(patches: int) -> tuple[torch.Tensor, ...]:
+        """What an owner hands to a follower."""
+        N = prefix + patches
+        return (*attended(patches), *([zeros(attention.num_heads, N, N)] if supernet.sharing == "map" else []))
+
+    def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
+        return run_block(block, x, Attended(queries, keys, None, *written))[0]
+
+    own = _Part(block, block_size, block)
+    shared = _Part(follow, block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
     embed = _Part(supernet.embed, _size(supernet) - rest, supernet)
     classify = _Part(supernet.classify, head_size, supernet)
-    own = _Part(block, block_size, block)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
         match kind:
@@ -196,10 +203,8 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
                 return embed, (images,)
             case ("own", level):
                 return own, (tokens(level),)
-            case ("explicit", level):
-                return explicit, (tokens(level),)
             case ("shared", level):
-                return shared, (tokens(level), *attended(level))
+                return shared, (tokens(level), *left(level))
             case ("sink", level):
                 return classify, (tokens(level),)
             case ("pool", operator, before, after):
@@ -235,7 +240,7 @@ def _heads(supernet: SuperNet) -> tuple[nn.Module, ...]:
     return heads if isinstance(heads, tuple) else (heads,)
 
 
-PER_LEVEL = ("explicit", "shared", "sink")
+PER_LEVEL = ("own", "shared", "sink")
 
 
 def _size(module: nn.Module) -> int:

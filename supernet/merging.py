@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .block import Attended
 from .tokens import add_at, at_least_float32, best_and_rest, take, without_autocast
 
 
-def importance(attention: torch.Tensor, num_prefix_tokens: int, has_cls: bool) -> torch.Tensor:
+def importance(attended: Attended, num_prefix_tokens: int, has_cls: bool) -> torch.Tensor:
     """How much each patch token matters: head-mean attention from CLS, or what it receives where there is no CLS.
 
-    attention: (B, heads, N, N), post-softmax, CLS first. Returns (B, P), at least float32.
+    Returns (B, P), at least float32. From CLS takes N·d MACs, received attention N²·d.
     """
     if not has_cls:
-        return received(attention, num_prefix_tokens)
-    return at_least_float32(attention[:, :, 0, num_prefix_tokens:]).mean(dim=1)
+        return received(attended, num_prefix_tokens)
+    return attended.class_row()[:, :, num_prefix_tokens:].mean(dim=1)
 
 
-def received(attention: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Attention that each patch token receives, over all heads and queries, prefix tokens' included.
+def received(attended: Attended, num_prefix_tokens: int) -> torch.Tensor:
+    """Attention that each patch token receives, over all heads and queries, prefix tokens' included: (B, P).
 
-    (B, heads, N, N) → (B, P), at least float32: Token Pooling's weights.
+    Token Pooling's weights; at least float32.
     """
-    dtype = torch.promote_types(attention.dtype, torch.float32)
-    return attention[:, :, :, num_prefix_tokens:].sum(dim=(1, 2), dtype=dtype)
+    return attended.received()[:, num_prefix_tokens:]
 
 
 def topk(patches: torch.Tensor, scores: torch.Tensor, after: int) -> torch.Tensor:

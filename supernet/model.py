@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
-from poolshare.space.cost import needs_attention
 
 from .base import embed, make_base, outline
-from .block import Attended, run_block
+from .block import Attended, Sharing, left_for, run_block
 from .options import read_options
 from .pooling import make_poolings, pooling_name
 
@@ -23,12 +23,13 @@ class SuperNet(VisionTransformer):
     """A timm VisionTransformer that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
-    prefixes, always on the explicit attention path. Weights and their names are the base model's (plus `poolings.…`
-    of operators that learn), so any of its checkpoints is a warm start, and the architecture "all tokens, no sharing"
-    computes what timm computes with fused attention off, bit for bit.
+    prefixes. Weights and their names are the base model's (plus `poolings.…` of operators that learn), so any of its
+    checkpoints is a warm start, and the architecture "all tokens, no sharing" is timm's own forward, bit for bit. So is
+    every block that neither follows nor is followed; the others run the same kernels.
     """
 
     space: SearchSpace
+    sharing: Sharing
     base: tuple[str, dict[str, Any]]  # timm name and options from which the base model can be made again
 
     @classmethod
@@ -37,15 +38,20 @@ class SuperNet(VisionTransformer):
         name: str,
         space: SearchSpace | Callable[[VisionTransformer], SearchSpace],
         pretrained: bool = False,
+        *,
+        sharing: Sharing = "qk",
         **options: Any,
     ) -> SuperNet:
         """Build the supernet of `space` over timm's model `name`.
 
-        space: or a function that gives it for the base model, which is on the meta device. options: passed to
-        `timm.create_model` (num_classes, img_size, in_chans, …).
+        space: or a function that gives it for the base model, which is on the meta device.
+        sharing: what an owner hands to its followers. "qk": queries and keys, and all stay in the fused kernel; "map":
+        the attention map, written out as in the PSViT paper. One function with the same weights, at other costs.
+        options: passed to `timm.create_model` (num_classes, img_size, in_chans, …).
         Raises ModelError for a model that is unknown or unsupported, SpaceError where the space does not fit it; both
         before any weight is allocated.
         """
+        check_sharing(sharing)
         options = read_options(name, options)
         base = outline(name, options)
         space = space if isinstance(space, SearchSpace) else space(base)
@@ -53,7 +59,7 @@ class SuperNet(VisionTransformer):
         model = make_base(name, options, pretrained)
         # An own class over timm's own module: no weight is renamed, no method is lost.
         model.__class__ = DistilledSuperNet if isinstance(model, VisionTransformerDistilled) else cls
-        model.space, model.base = space, (name, options)
+        model.space, model.sharing, model.base = space, sharing, (name, options)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -112,21 +118,52 @@ class SuperNet(VisionTransformer):
         if tree.ends:
             yield tree.ends, self.classify(tokens)
         for layer, child in tree.children.items():
-            after, used = self.run_layer(index, layer, tokens, attended)
-            needed = any(needs_attention(later) for later in child.children)
-            yield from self._walk(child, index + 1, after, used if needed else None)
+            for branch in self._branches(layer, child):
+                leave = left_for(branch.children, self.sharing)
+                after, used = self.run_layer(index, layer, tokens, attended, leave)
+                yield from self._walk(branch, index + 1, after, used if leave else None)
+
+    def _branches(self, layer: Layer, tree: PrefixTree) -> list[PrefixTree]:
+        """The tree after a layer, in two where some follow its written map: it leaves the fused kernel for them alone."""
+        following = {after: child for after, child in tree.children.items() if after.shared}
+        others = {after: child for after, child in tree.children.items() if not after.shared}
+        if self.sharing == "qk" or layer.shared or not following or not (others or tree.ends):
+            return [tree]
+        return [PrefixTree(following), PrefixTree(others, tree.ends)]
 
     def run_layer(
-        self, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None
-    ) -> tuple[torch.Tensor, Attended]:
+        self, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None = "qk"
+    ) -> tuple[torch.Tensor, Attended | None]:
         """One edge of the graph: pooling where there is any, then block `index`.
 
-        attended: what the block before left. Returns the tokens after the block, and what it leaves itself.
+        attended: what the block before left; leave: what this one must, see `left_for`. Returns the tokens after the
+        block, and what it attended with. With `set_grad_checkpointing` the backward pass computes the edge once more.
         """
+        return run_edge(self, index, layer, tokens, attended, leave)
+
+
+def run_edge(
+    model: Any, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None
+) -> tuple[torch.Tensor, Attended | None]:
+    """`SuperNet.run_layer`, for whatever has `blocks` and `poolings`."""
+
+    def run(tokens: torch.Tensor, attended: Attended | None) -> tuple[torch.Tensor, Attended | None]:
         if layer.operator is not None:
-            before = tokens.shape[1] - self.num_prefix_tokens
-            tokens = self.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
-        return run_block(self.blocks[index], tokens, attended if layer.shared else None)
+            before = tokens.shape[1] - model.num_prefix_tokens
+            tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
+        return run_block(model.blocks[index], tokens, attended if layer.shared else None, leave)
+
+    if model.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(run, tokens, attended, use_reentrant=False)
+    return run(tokens, attended)
+
+
+def check_sharing(sharing: Any) -> None:
+    """Raise ModelError for what is no kind of sharing."""
+    if sharing not in get_args(Sharing):
+        raise ModelError(
+            f"sharing={sharing!r:.80} is unknown; it must be 'qk' (queries and keys) or 'map' (a written map)"
+        )
 
 
 class DistilledSuperNet(SuperNet, VisionTransformerDistilled):

@@ -101,11 +101,13 @@ class Pooling(nn.Module):
                 return random_tokens(patches, after)
         if attended is None:
             raise RuntimeError(f"{self.operator} needs the attention of the block before it")
-        if self.operator == "wkmedoids":
-            return kmedoids(patches, after, received(attended.attention, self.num_prefix_tokens))
         if self.operator == "tome":
             return tome(patches, attended.keys[:, :, self.num_prefix_tokens :].mean(dim=1), after)
-        scores = importance(attended.attention, self.num_prefix_tokens, self.has_cls)
+        if self.operator != "evit":  # the others' scores only choose
+            attended = attended.detach()
+        if self.operator == "wkmedoids":
+            return kmedoids(patches, after, received(attended, self.num_prefix_tokens))
+        scores = importance(attended, self.num_prefix_tokens, self.has_cls)
         match self.operator:
             case "mstm":
                 if hasattr(self, "multi_scale"):

@@ -16,53 +16,56 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
-from poolshare.space.cost import needs_attention
 
 from .base import embed, make_base, outline
-from .block import Attended, SharedAttention, run_block
-from .model import SuperNet, check_fit
+from .block import Attended, SharedAttention, Sharing, left_for
+from .model import SuperNet, check_fit, check_sharing, run_edge
 from .options import read_options
-from .pooling import make_poolings, pooling_name
+from .pooling import make_poolings
 
+OURS = ("base", "architecture", "sharing")  # arguments of the entry point that are not the base model's
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
 class Subnet(VisionTransformer):
     """A timm VisionTransformer with the pooling and sharing of one architecture.
 
-    Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, tokens are pooled between blocks, and
-    a block runs timm's own (fused) attention wherever no later block needs its map. Made by `from_supernet`, or by
-    `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported folder.
+    Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, and tokens are pooled between blocks.
+    Made by `from_supernet`, or by `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported
+    folder; sharing="map" there gives the same function with the same weights by a written map, see `SuperNet`.
     """
 
     architecture: Architecture
+    sharing: Sharing
     base: tuple[str, dict[str, Any]]  # timm name and options of the ViT it was made from
 
     @classmethod
     def from_supernet(cls, supernet: SuperNet, architecture: Architecture) -> Subnet:
         """The architecture with the supernet's weights, on its device, in its precision and its mode.
 
-        Gives the logits of `supernet(images, [architecture])[0]`: bit for bit in float32 on CPU with fused attention
-        off, to float tolerance with it on. Raises ArchitectureError for an architecture outside the space.
+        Gives the logits of `supernet(images, [architecture])[0]`, bit for bit in float32 on a CPU.
+        Raises ArchitectureError for an architecture outside the space.
         """
         supernet.space.check(architecture)
         base, options = supernet.base
-        model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+        ours = {"base": base, "architecture": str(architecture), "sharing": supernet.sharing}
+        model: Any = timm.create_model("poolshare_vit", **ours, **options)
         reference = next(supernet.parameters())
         model.to(reference.device, reference.dtype)
         model.load_state_dict(checkpoint_filter_fn(supernet.state_dict(), model))
         return model.train(supernet.training)
 
     @classmethod
-    def from_base(cls, base: str, architecture: str, **options: Any) -> Subnet:
+    def from_base(cls, base: str, architecture: str, sharing: Sharing = "qk", **options: Any) -> Subnet:
         """The architecture over timm's model `base`, freshly initialised.
 
         Raises ArchitectureError, ModelError or SpaceError where text, base model and options do not go together.
         """
-        return timm.create_model("poolshare_vit", base=base, architecture=architecture, **options)  # type: ignore[return-value]
+        return timm.create_model("poolshare_vit", base=base, architecture=architecture, sharing=sharing, **options)  # type: ignore[return-value]
 
     @classmethod
-    def _build(cls, base: str, architecture: str, **options: Any) -> Subnet:
+    def _build(cls, base: str, architecture: str, sharing: Sharing, **options: Any) -> Subnet:
+        check_sharing(sharing)
         parsed, options = Architecture.parse(architecture), read_options(base, options)
         check_fit(base, outline(base, options), _smallest_space(parsed))
         model = make_base(base, options)
@@ -70,7 +73,7 @@ class Subnet(VisionTransformer):
             if layer.shared:
                 block.attn = SharedAttention(block.attn)
         model.__class__ = DistilledSubnet if isinstance(model, VisionTransformerDistilled) else cls
-        model.architecture, model.base = parsed, (base, options)
+        model.architecture, model.sharing, model.base = parsed, sharing, (base, options)
         pairs = pairwise(parsed.layers)
         reductions = [(now.operator, before.tokens, now.tokens) for before, now in pairs if now.operator is not None]
         model.poolings = make_poolings(model, reductions)
@@ -90,19 +93,11 @@ class Subnet(VisionTransformer):
         """Tokens after each of the first `count` blocks, each (B, prefix + P of that block, C)."""
         tokens = embed(self, images)
         outputs = []
-        layers = self.architecture.layers[:count]
+        layers = self.architecture.layers
         attended: Attended | None = None
-        block: Any
-        for index, (block, layer) in enumerate(zip(self.blocks[:count], layers, strict=True)):
-            if layer.operator is not None:
-                name = pooling_name(layer.operator, layers[index - 1].tokens, layer.tokens)
-                tokens = self.poolings[name](tokens, attended)
-            if layer.shared:
-                tokens, _ = run_block(block, tokens, attended)
-            elif any(map(needs_attention, layers[index + 1 : index + 2])):
-                tokens, attended = run_block(block, tokens)
-            else:
-                tokens = block(tokens)  # nobody needs its attention: timm's own forward, fused where timm fuses
+        for index, layer in enumerate(layers[:count]):
+            leave = left_for(layers[index + 1 : index + 2], self.sharing)
+            tokens, attended = run_edge(self, index, layer, tokens, attended, leave)
             outputs.append(tokens)
         return outputs
 
@@ -153,11 +148,6 @@ class Subnet(VisionTransformer):
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.architecture = Architecture(self.architecture.layers[: len(self.blocks)])
         return taken
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Not supported: raises ModelError when enabled."""
-        if enable:
-            raise ModelError("gradient checkpointing is not supported: shared maps cross block borders")
 
     def set_input_size(self, *args: Any, **options: Any) -> None:
         """Not supported: raises ModelError, as the architecture's token counts belong to one image size."""
@@ -231,7 +221,9 @@ def _without_source(base: str) -> dict[str, Any]:
 
 
 @register_model
-def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = "", **options: Any) -> Subnet:
+def poolshare_vit(
+    pretrained: bool = False, base: str = "", architecture: str = "", sharing: Sharing = "qk", **options: Any
+) -> Subnet:
     """A searched architecture over a timm ViT: base="deit_tiny_patch16_224", architecture="196*2 196 100@max2d*9"."""
     if not base or not architecture:
         raise SpaceError(
@@ -239,7 +231,7 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
             'an exported folder holds both: timm.create_model("local-dir:FOLDER", pretrained=True)'
         )
     from_file = dict(options.get("pretrained_model_args") or {})  # model_args of an exported folder's config.json
-    from_file = read_options(base, {k: v for k, v in from_file.items() if k not in ("base", "architecture")})
+    from_file = read_options(base, {name: value for name, value in from_file.items() if name not in OURS})
     if from_file.get("global_pool") != options.get("global_pool") and options.get("pretrained_model_args"):
         options |= _with_other_pool(base, from_file, options["global_pool"], options.get("fc_norm"))
     if options.get("features_only"):
@@ -253,7 +245,7 @@ def poolshare_vit(pretrained: bool = False, base: str = "", architecture: str = 
         options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}
     place = {name: options.pop(name, None) for name in ("device", "dtype")}  # where the caller wants it, as in timm
     model = build_model_with_cfg(
-        lambda **settings: Subnet._build(base, architecture, **settings),
+        lambda **settings: Subnet._build(base, architecture, sharing, **settings),
         "poolshare_vit",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

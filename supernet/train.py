@@ -177,7 +177,8 @@ def fit(
     model.train()
     if progress and first:
         progress(first, None)
-    with attention_of(recipe, model, device), kept_signals(state is not None or distributed.world_size() > 1) as stop:
+    catching = state is not None or distributed.world_size() > 1
+    with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
         for step, images, labels in _batches(data, recipe, full, first, steps, workers):
             # Dropout and drop-path of a resumed run are those of an undisturbed one.
             torch.manual_seed(_key(seed, step, distributed.rank()))
@@ -252,6 +253,19 @@ def _backward(
 def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
     """In what a training's forwards run: bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
+
+
+@contextmanager
+def memory_of(recipe: Recipe, model: Any) -> Iterator[None]:
+    """Blocks that compute their activations once more in the backward pass, where the recipe says so."""
+    before = getattr(model, "grad_checkpointing", False)
+    if recipe.checkpoint:
+        model.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        if recipe.checkpoint:
+            model.set_grad_checkpointing(before)
 
 
 @contextmanager

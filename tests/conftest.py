@@ -1,4 +1,4 @@
-"""What several test files need: no GPU, timm without fused attention, weights that leave nothing trivial, a browser."""
+"""What several test files need: no GPU, timm with and without fused attention, weights that leave nothing trivial, a browser."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -41,12 +41,12 @@ def browser() -> Iterator:
         yield found
 
 
-@pytest.fixture
-def unfused() -> Iterator[None]:
-    """Models made in this test take timm's explicit attention path; afterwards the setting is as before."""
+@pytest.fixture(params=["fused", "unfused"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Models made in this test attend by PyTorch's fused kernel, or by timm's spelled-out one; then as before."""
     before = bool(timm.layers.use_fused_attn())
-    timm.layers.set_fused_attn(False)
-    yield
+    timm.layers.set_fused_attn(request.param == "fused")
+    yield request.param
     timm.layers.set_fused_attn(before)
 
 

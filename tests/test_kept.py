@@ -115,7 +115,7 @@ def test_the_most_accurate_that_keeps_the_budget_is_found_where_sums_are_too_low
     monkeypatch.setattr(
         latency,
         "measure_shares",
-        lambda supernet, models, batch, rng: (2e6, [Share(takes[str(one)], takes[str(one)]) for one in models]),
+        lambda supernet, models, batch, rng, dtype: (2e6, [Share(takes[str(one)], takes[str(one)]) for one in models]),
     )
     timed = time_frontier(net, rows, 1.0, budget, 1, lambda done, note: None)
     assert timed.dense_ms in (1.0, 2.0)
@@ -162,4 +162,4 @@ def test_space_counts_what_keeps_a_latency_budget(verb):
     status, _, err = verb(*words, "0.000001ms")
     assert (status, "reaches from" in err) == (2, True)
     status, printed, err = verb(*words[:-2], "--budget", "1000ms")
-    assert (status, "batch 1 on cpu" in printed) == (0, True), err
+    assert (status, "batch 1 in fp32 on cpu" in printed) == (0, True), err

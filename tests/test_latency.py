@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace
+from poolshare.space import Architecture, ModelError, SearchSpace
 from poolshare.supernet import Latency, SuperNet, latency, measure_latency_table
-from poolshare.supernet.latency import counts, design, fit, kinds_of, table_of, time_models, typical
+from poolshare.supernet.latency import counts, design, fit, kinds_of, measure_shares, table_of, time_models, typical
 from poolshare.supernet.measure import parts
 
 SPACES = [
@@ -21,42 +21,40 @@ SPACES = [
 
 
 def by_hand(architecture: Architecture, costs: dict) -> int:
-    """Nanoseconds of the exported model, block by block, from what `Subnet` runs: fused where nobody needs the map."""
+    """Nanoseconds of the exported model, block by block; who writes a map for followers takes longer."""
     layers = architecture.layers
     total = costs["source",] + costs["sink", layers[-1].tokens]
-    for index, layer in enumerate(layers):
-        after = layers[index + 1] if index + 1 < len(layers) else None
-        needed = after is not None and (
-            after.shared or (after.operator is not None and OPERATORS[after.operator].needs_attention)
-        )
-        name = "shared" if layer.shared else "explicit" if needed else "own"
-        total += costs[name, layer.tokens]
+    for before, layer in zip((layers[0], *layers), layers, strict=False):
+        first = "first_shared" if layer.shared and not before.shared else "shared" if layer.shared else "own"
+        total += costs.get((first, layer.tokens), costs["shared" if layer.shared else "own", layer.tokens])
         if layer.operator:
-            total += costs["pool", layer.operator, layers[index - 1].tokens, layer.tokens]
+            total += costs["pool", layer.operator, before.tokens, layer.tokens]
     return total
 
 
-def made_up(space: SearchSpace, seed: int) -> dict:
-    """Costs of kinds: explicit attention is sometimes faster than fused, sometimes slower."""
+def made_up(space: SearchSpace, seed: int, sharing="qk") -> dict:
     rng = random.Random(seed)
-    return {kind: rng.randint(5_000, 9_000) for kind in kinds_of(space)}
+    return {kind: rng.randint(5_000, 9_000) for kind in kinds_of(space, sharing)}
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("seed", range(4))
-def test_a_table_sums_to_the_exported_model_on_every_path(space, seed):
-    costs = made_up(space, seed)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+def test_a_table_sums_to_the_exported_model_on_every_path(space, seed, sharing):
+    costs = made_up(space, seed, sharing)
     table = table_of(space, costs)
     whole = {architecture: by_hand(architecture, costs) for architecture in space}
     assert {architecture: table.total(architecture) for architecture in space} == whole
-    kinds = kinds_of(space)
+    assert bool(table.first_shared) == (sharing == "map" and space.max_run > 1)
+    kinds = kinds_of(space, sharing)
     values = np.array([costs[kind] for kind in kinds])
     assert all(counts(architecture, kinds) @ values == total for architecture, total in whole.items())
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_timings_without_noise_give_back_every_sum_though_the_parts_alone_were_wrong(space):
-    costs, kinds, rng = made_up(space, 7), kinds_of(space), random.Random(3)
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+def test_timings_without_noise_give_back_every_sum_though_the_parts_alone_were_wrong(space, sharing):
+    costs, kinds, rng = made_up(space, 7, sharing), kinds_of(space, sharing), random.Random(3)
     truth = np.array([costs[kind] for kind in kinds])
     chosen = design(space, kinds, 3 * len(kinds), rng)
     timed = np.array([counts(architecture, kinds) @ truth for architecture in chosen])
@@ -101,6 +99,7 @@ def test_a_measured_table_holds_every_architecture_and_comes_back_from_json(net)
         summed for _, _, summed in found.checked
     ]
     assert len(found.errors) == 2
+    assert found.conditions.startswith("batch 2 in fp32 on ")
     assert calls[-1][0] == calls[-1][1] == len(calls)
     again = Latency.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found
@@ -125,6 +124,26 @@ def test_models_are_timed_with_the_supernets_own_tensors(net, monkeypatch):
 def test_the_parts_that_are_timed_alone_are_all_kinds(net):
     part = parts(net)
     assert all(part(kind)[0].parameter_total >= 0 for kind in kinds_of(net.space))
+
+
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+def test_models_are_timed_in_the_precision_asked_for(net, monkeypatch, sharing):
+    seen = []
+
+    def made_up(work, rounds, *rest):
+        for model, inputs in work:
+            seen.extend(value.dtype for value in (*inputs, *model.parameters()))
+        return np.ones((2, len(work)))
+
+    monkeypatch.setattr(latency, "interleaved", made_up)
+    monkeypatch.setattr(net, "sharing", sharing)
+    found = measure_latency_table(net, 2, dtype="bf16", check=1)
+    measure_shares(net, [net.space[1]], 2, random.Random(0), dtype="bf16")
+    assert set(seen) == {torch.bfloat16}
+    assert found.dtype == "bf16"
+    assert next(net.parameters()).dtype == torch.float32
+    with pytest.raises(ModelError, match="latency in 'int8' cannot be measured; there are fp32, bf16, fp16"):
+        measure_latency_table(net, dtype="int8")
 
 
 def test_no_images_are_refused(net):

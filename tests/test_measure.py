@@ -53,9 +53,9 @@ CASES: dict[str, tuple[str, SearchSpace, dict[str, Any]]] = {
 }
 
 
-def make(case: str) -> SuperNet:
+def make(case: str, sharing: str = "qk") -> SuperNet:
     name, space, options = CASES[case]
-    return SuperNet.from_timm(name, space, **options)
+    return SuperNet.from_timm(name, space, sharing=sharing, **options)
 
 
 def image_for(net: SuperNet) -> torch.Tensor:
@@ -101,13 +101,14 @@ def test_the_table_is_fvcore_on_the_exported_model_to_the_integer(case: str):
 
 
 @pytest.mark.parametrize("case", ["cls", "attention-pooled", "digits"])
-@pytest.mark.usefixtures("unfused")
-def test_the_table_is_the_same_without_fused_attention(case: str, monkeypatch: pytest.MonkeyPatch):
-    net = make(case)
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+def test_the_table_is_fvcore_in_both_sharings_with_fused_attention_and_without(case: str, sharing: str, kernel: str):
+    net = make(case, sharing)
     table = measure_macs(net)
     for architecture in some_architectures(net.space):
         model = Subnet.from_supernet(net, architecture)
-        assert not any(getattr(module, "fused_attn", False) for module in model.modules())
+        fused = [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+        assert set(fused) == {kernel == "fused"}
         assert table.total(architecture) == raw_fvcore(model, image_for(net)), str(architecture)
 
 
@@ -132,8 +133,13 @@ def test_parameters_are_those_of_the_exported_model(case: str):
     assert table.quantity == "parameters"
 
 
-def by_hand(width: int, prefix: int, levels: tuple[int, ...], patch: int, channels: int, classes: int) -> CostTable:
-    """ALGORITHMS section 6, r = 4, a head on CLS after a norm over all tokens."""
+def by_hand(
+    width: int, prefix: int, levels: tuple[int, ...], patch: int, channels: int, classes: int, of_follower: int = 2
+) -> CostTable:
+    """ALGORITHMS section 6, r = 4, a head on CLS after a norm over all tokens.
+
+    of_follower: N²d products of a block that shares: QKᵀ and the map times V, or the latter alone.
+    """
 
     def block(tokens: int, products: int, inputs: int) -> int:
         return (inputs + 1 + 8) * tokens * width**2 + products * tokens**2 * width + 10 * tokens * width
@@ -143,7 +149,7 @@ def by_hand(width: int, prefix: int, levels: tuple[int, ...], patch: int, channe
         "macs",
         source=patch**2 * channels * width * levels[0],
         own={level: block(n[level], 2, 3) for level in levels},
-        shared={level: block(n[level], 1, 1) for level in levels},
+        shared={level: block(n[level], of_follower, 1) for level in levels},
         pool={
             (operator, before, after): 0 if operator == "max2d" else width * before
             for before in levels
@@ -155,8 +161,9 @@ def by_hand(width: int, prefix: int, levels: tuple[int, ...], patch: int, channe
     )
 
 
-def test_every_edge_costs_what_the_hand_formulas_say():
-    assert measure_macs(make("cls")) == by_hand(32, 1, (16, 9, 4), 16, 3, 7)
+@pytest.mark.parametrize(("sharing", "of_follower"), [("qk", 2), ("map", 1)])
+def test_every_edge_costs_what_the_hand_formulas_say(sharing: str, of_follower: int):
+    assert measure_macs(make("cls", sharing)) == by_hand(32, 1, (16, 9, 4), 16, 3, 7, of_follower)
 
 
 def test_deit_tiny_has_the_published_numbers():
@@ -165,7 +172,7 @@ def test_deit_tiny_has_the_published_numbers():
     macs, parameters = measure_macs(net), measure_parameters(net)
     assert macs == by_hand(192, 1, (196, 100, 49), 16, 3, 1000)
     assert macs.own[196] == 102_427_392
-    assert macs.shared[196] == 80_451_648
+    assert macs.shared[196] == 87_902_976  # 2Nd² less; a follower that reads a written map takes N²d less again
     assert macs.total(space[0]) == 1_258_411_200
     assert parameters.total(space[0]) == sum(p.numel() for p in net.parameters()) == 5_717_416
     assert parameters.own[196] - parameters.shared[196] == 2 * 192**2 + 2 * 192
@@ -173,6 +180,8 @@ def test_deit_tiny_has_the_published_numbers():
     model = Subnet.from_supernet(net, architecture)
     assert macs.total(architecture) == raw_fvcore(model, torch.zeros(1, 3, 224, 224))
     assert parameters.total(architecture) == sum(p.numel() for p in model.parameters())
+    net.sharing = "map"
+    assert measure_macs(net).shared[196] == 80_451_648
 
 
 # Many sizes from few traces
@@ -365,6 +374,19 @@ class Moves(nn.Module):
 
 def test_choices_padding_and_reshaping_cost_nothing():
     assert count_macs(nn.Sequential(Moves(), nn.Linear(4, 4)), (torch.zeros(1, 2, 7, 7),)) == 2 * 4 * 4 * 4
+
+
+# What scores by attention
+
+
+def test_a_score_by_attention_counts_its_products_as_the_poolings_own():
+    operators = ("topk", "evit", "wkmedoids", "tome")
+    space = SearchSpace(2, (16, 8), operators)
+    cls = measure_macs(SuperNet.from_timm("vit_tiny_patch16_224", space, **TINY | {"depth": 2})).pool
+    no_cls = measure_macs(SuperNet.from_timm("vit_base_patch16_gap_224", space, **TINY | {"depth": 2})).pool
+    clustering, matching = 16 * 16 * 32, 8 * 8 * 16  # distances of all pairs; half of the keys with the other half
+    assert [cls[name, 16, 8] for name in operators] == [17 * 32, 17 * 32, clustering + 17 * 17 * 32, matching]
+    assert [no_cls[name, 16, 8] for name in operators] == [16 * 16 * 32] * 2 + [clustering + 16 * 16 * 32, matching]
 
 
 # Measuring leaves everything as it was

@@ -9,24 +9,59 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from poolshare.supernet.block import QUERIES_AT_ONCE, Attended
 from poolshare.supernet.merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
+
+
+def attended_by(attention: torch.Tensor) -> Attended:
+    """Queries and keys whose map is this one: the logarithms as queries, and unit vectors as keys."""
+    keys = torch.eye(attention.shape[-1], dtype=attention.dtype).expand_as(attention)
+    return Attended(attention.log(), keys, scale=1.0)
 
 
 def test_importance_is_the_mean_over_heads_from_cls_or_what_a_token_receives():
     attention = torch.tensor([[[[0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [0.6, 0.4, 0.0]]] * 2], dtype=torch.float64)
-    attention[0, 1, 0] = torch.tensor([0.0, 0.9, 0.1])
-    assert importance(attention, 1, has_cls=True)[0].tolist() == pytest.approx([0.7, 0.2])
+    attention[0, 1, 0] = torch.tensor([1e-9, 0.9, 0.1])
+    attended = attended_by(attention.clamp_min(1e-9))
+    assert importance(attended, 1, has_cls=True)[0].tolist() == pytest.approx([0.7, 0.2])
     # Over both heads: 0.5 + 0.1 + 0.4 and 0.9 + 0.1 + 0.4; 0.3 + 0.8 + 0.0 and 0.1 + 0.8 + 0.0.
-    assert received(attention, 1)[0].tolist() == pytest.approx([2.4, 2.0])
-    assert importance(attention, 1, has_cls=False)[0].tolist() == pytest.approx([2.4, 2.0])
-    assert importance(attention, 0, has_cls=False)[0].tolist() == pytest.approx([1.6, 2.4, 2.0])
+    assert received(attended, 1)[0].tolist() == pytest.approx([2.4, 2.0])
+    assert importance(attended, 1, has_cls=False)[0].tolist() == pytest.approx([2.4, 2.0])
+    assert importance(attended, 0, has_cls=False)[0].tolist() == pytest.approx([1.6, 2.4, 2.0])
 
 
-def test_scores_of_a_bfloat16_map_are_not_rounded_to_bfloat16():
-    attention = torch.rand(2, 3, 51, 51, generator=torch.Generator().manual_seed(0)).softmax(-1).bfloat16()
+@pytest.mark.parametrize("N", [1, 64, 65, 197])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_scores_are_rows_and_columns_of_the_whole_map(N, scale):
+    generator = torch.Generator().manual_seed(N)
+    queries, keys = (torch.randn(2, 3, N, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    attention = (queries @ keys.transpose(2, 3) * (scale or 8**-0.5)).softmax(-1)  # (B, heads, N, N)
+    attended = Attended(queries, keys, scale)
+    torch.testing.assert_close(attended.class_row(), attention[:, :, 0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(attended.received(), attention.sum(dim=(1, 2)), rtol=1e-12, atol=1e-15)
+
+
+def test_attention_received_never_holds_more_rows_of_the_map_than_a_block(monkeypatch):
+    largest = []
+
+    def seen(scores, *arguments, **options):
+        largest.append(scores.shape[2])
+        return softmax(scores, *arguments, **options)
+
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", seen)
+    Attended(torch.randn(1, 2, 500, 4), torch.randn(1, 2, 500, 4)).received()
+    assert max(largest) == QUERIES_AT_ONCE
+    assert sum(largest) == 500
+
+
+def test_scores_of_bfloat16_queries_and_keys_are_not_rounded_to_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(2, 3, 51, 8, generator=generator).bfloat16() for _ in range(2))
     for has_cls in (True, False):
-        expected = importance(attention.double(), 1, has_cls)
-        torch.testing.assert_close(importance(attention, 1, has_cls).double(), expected, rtol=1e-6, atol=0)
+        expected = importance(Attended(queries.double(), keys.double()), 1, has_cls)
+        found = importance(Attended(queries, keys), 1, has_cls)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_equal_scores_go_to_the_lower_index():

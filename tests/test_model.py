@@ -89,11 +89,10 @@ def dense(space: SearchSpace) -> Architecture:
 
 
 @pytest.mark.parametrize("kind", VITS)
-@pytest.mark.usefixtures("unfused")
-def test_all_tokens_and_no_sharing_is_timm_bit_for_bit(kind: str):
+def test_all_tokens_and_no_sharing_is_timm_bit_for_bit(kind: str, kernel: str):
     net = make(kind)
     base, images = base_of(kind, net), images_for(net)
-    assert not base.blocks[0].attn.fused_attn
+    assert base.blocks[0].attn.fused_attn == (kernel == "fused")
     with torch.no_grad():
         expected = base(images)
         assert expected.std(0).min() > 1e-3  # the images matter
@@ -101,16 +100,6 @@ def test_all_tokens_and_no_sharing_is_timm_bit_for_bit(kind: str):
         assert torch.equal(net(images), expected)
 
 
-@pytest.mark.parametrize("kind", VITS)
-def test_all_tokens_and_no_sharing_is_fused_timm_to_float_tolerance(kind: str):
-    net = make(kind)
-    base, images = base_of(kind, net), images_for(net)
-    assert base.blocks[0].attn.fused_attn
-    with torch.no_grad():
-        torch.testing.assert_close(net(images, [dense(net.space)])[0], base(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("unfused")
 def test_deit_tiny_at_full_size_is_timm_bit_for_bit():
     space = SearchSpace(12, (196, 100, 49), ("max2d",), 3)
     net = SuperNet.from_timm("deit_tiny_patch16_224", space).eval()
@@ -121,7 +110,7 @@ def test_deit_tiny_at_full_size_is_timm_bit_for_bit():
         assert torch.equal(net(images, [space[0]])[0], base(images))
 
 
-@pytest.mark.usefixtures("unfused")
+@pytest.mark.usefixtures("kernel")
 def test_in_training_dropout_and_drop_path_are_timms():
     options = {"drop_path_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_rate": 0.2, "img_size": 64}
     net = SuperNet.from_timm("vit_tiny_patch16_224", space_of("cls"), **TINY, **options)
@@ -264,10 +253,12 @@ def test_pooling_and_sharing_are_those_of_the_reference(kind: str):
     assert torch.unique(found[:, 0, 0]).numel() == len(set(population))  # each architecture is another function
 
 
-@pytest.mark.parametrize("text", ["16*3 16", "16 9@max2d*3", "16*2 4@avg2d*2"])
-@pytest.mark.parametrize("kind", ["cls", "query-key norm", "layer scale"])
-def test_gradients_of_pooling_and_sharing_are_those_of_the_reference(kind: str, text: str):
-    net = make(kind).double()
+@pytest.mark.parametrize("text", ["16*3 16", "16*2 4@avg2d*2"])
+@pytest.mark.parametrize("kind", ["cls", "query-key norm"])
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+@pytest.mark.usefixtures("kernel")
+def test_gradients_of_pooling_and_sharing_are_those_of_the_reference(kind: str, text: str, sharing: str):
+    net = make(kind, sharing=sharing).double()
     images, architecture = images_for(net, batch=2).double(), Architecture.parse(text)
     weight = torch.randn(2, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (net(images, [architecture])[0] * weight).sum().backward()
@@ -622,7 +613,7 @@ def test_registers_are_no_cls():
 
 
 @pytest.mark.parametrize("name", ["psvit_1d_tiny", "psvit_2d_tiny"])
-def test_psvit_style_bases_run_their_preset_and_the_dense_path_is_timms(name, unfused):
+def test_psvit_style_bases_run_their_preset_and_the_dense_path_is_timms(name):
     net = SuperNet.from_timm(name, PRESETS[name], num_classes=10).eval()
     randomise(net)
     images = torch.randn(1, 3, 224, 224)

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from timm.layers import set_fused_attn
 
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import grid_stride
@@ -24,10 +23,11 @@ KINDS = {
 LEVELS = (64, 32, 16, 4)  # squares, and what max1d makes
 
 
-def make(kind, operators, levels=LEVELS, depth=4):
+def make(kind, operators, levels=LEVELS, depth=4, sharing="qk"):
     torch.manual_seed(0)
     name, options = KINDS[kind]
-    net = SuperNet.from_timm(name, SearchSpace(depth, levels, operators), **options, depth=depth).eval()
+    space = SearchSpace(depth, levels, operators)
+    net = SuperNet.from_timm(name, space, sharing=sharing, **options, depth=depth).eval()
     with torch.no_grad():  # away from identities and zeros, so that equalities mean something
         for parameter in net.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -39,17 +39,9 @@ def images_for(net, count=3):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def unfused():
-    set_fused_attn(False)
-    yield
-    set_fused_attn(True)
-
-
-@pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_operators_in_one_supernet_keep_all_equalities(kind):
-    net = make(kind, tuple(OPERATORS))
+@pytest.mark.parametrize(("kind", "sharing"), [("cls", "qk"), ("cls", "map"), ("no cls", "qk"), ("registers", "map")])
+def test_mixed_operators_in_one_supernet_keep_all_equalities(kind, sharing):
+    net = make(kind, tuple(OPERATORS), sharing=sharing)
     macs, parameters = measure_macs(net), measure_parameters(net)
     population = [net.space.sample(random.Random(seed)) for seed in range(16)]
     used = {layer.operator for architecture in population for layer in architecture.layers}
@@ -158,15 +150,17 @@ def test_what_an_operator_cannot_reach_is_no_edge():
     assert SearchSpace(12, (196, 138, 97, 68), ("tome",)).size > 1000
 
 
-def test_the_map_a_pooling_needs_keeps_its_block_off_the_fused_kernel():
-    """Fused attention has no map: an exported model must compute it wherever an operator reads it."""
-    net = make("cls", ("wkmedoids", "max2d"), levels=(64, 16))
-    images = images_for(net)
-    for text in ("64*2 16@wkmedoids 16", "64 64 16@wkmedoids 16", "64 64 16@max2d 16"):
-        architecture = Architecture.parse(text)
-        with torch.no_grad():
-            logits = net(images, [architecture])[0]
-            torch.testing.assert_close(Subnet.from_supernet(net, architecture)(images), logits, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if OPERATORS[name].needs_attention])
+@pytest.mark.parametrize("sharing", ["qk", "map"])
+@pytest.mark.usefixtures("kernel")
+def test_what_scores_by_attention_is_the_same_after_a_follower_and_an_owner_and_exported(operator, sharing):
+    net = make("no cls", (operator,), levels=(64, 16), sharing=sharing)
+    images, texts = images_for(net), (f"64*2 16@{operator} 16", f"64 64 16@{operator}*2", f"64 16@{operator}*3")
+    population = [Architecture.parse(text) for text in texts]
+    with torch.no_grad():
+        for architecture, logits in zip(population, net(images, population), strict=True):
+            assert torch.equal(net(images, [architecture])[0], logits)
+            assert torch.equal(Subnet.from_supernet(net, architecture)(images), logits)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -56,7 +56,7 @@ def images_for(batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", VITS)
-@pytest.mark.usefixtures("unfused")
+@pytest.mark.usefixtures("kernel")
 def test_logits_are_the_supernets_bit_for_bit(kind: str):
     net, images = supernet(kind), images_for()
     population = [Architecture.parse(text) for text in TEXTS] + [SPACE.sample(random.Random(seed)) for seed in (1, 2)]
@@ -66,29 +66,6 @@ def test_logits_are_the_supernets_bit_for_bit(kind: str):
             model = Subnet.from_supernet(net, architecture)
             assert not model.training
             assert torch.equal(model(images), logits), str(architecture)
-
-
-@pytest.mark.parametrize("kind", VITS)
-def test_logits_are_the_supernets_to_float_tolerance_where_attention_is_fused(kind: str):
-    net, images = supernet(kind), images_for()
-    with torch.no_grad():
-        for text in TEXTS:
-            architecture = Architecture.parse(text)
-            model = Subnet.from_supernet(net, architecture)
-            torch.testing.assert_close(model(images), net(images, [architecture])[0], rtol=1e-4, atol=1e-4)
-
-
-def test_the_fused_kernel_runs_wherever_no_later_block_needs_the_map(monkeypatch: pytest.MonkeyPatch):
-    model, images, runs = exported("16*2 9@max2d 4@avg2d"), images_for(), []
-    fused = torch.nn.functional.scaled_dot_product_attention
-
-    def counted(queries: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        runs.append(queries.shape[-2])
-        return fused(queries, *arguments, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    model(images)
-    assert runs == [1 + 9, 1 + 4]
 
 
 def test_the_weights_are_a_copy_in_the_supernets_precision_and_mode():
@@ -169,7 +146,6 @@ def test_followers_hold_values_and_no_queries_or_keys(text: str):
 
 
 @pytest.mark.parametrize("kind", VITS)
-@pytest.mark.usefixtures("unfused")
 def test_the_base_models_own_state_dict_fits(kind: str):
     name, options = VITS[kind]
     base = randomise(timm.create_model(name, **{**TINY, **options}), seed=6)
@@ -221,7 +197,6 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("options", INTERMEDIATES, ids=str)
 @pytest.mark.parametrize("kind", ["cls", "registers, no cls", "layer scale"])
-@pytest.mark.usefixtures("unfused")
 def test_intermediates_of_the_dense_architecture_are_timms(kind: str, options: dict[str, Any]):
     name, more = VITS[kind]
     model = exported(DENSE, kind)
@@ -240,7 +215,6 @@ def test_intermediates_take_every_argument_of_timms():
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.usefixtures("unfused")
 def test_intermediates_of_a_pooled_architecture_are_its_tokens_on_shrinking_maps(norm: bool):
     net = supernet("registers, no cls")
     architecture = Architecture.parse("16*2 9@max2d 4@avg2d")
@@ -435,9 +409,6 @@ def test_what_pooling_forbids_is_refused():
         for options in ({"attn_mask": mask}, {"is_causal": True}):
             with pytest.raises(ModelError, match="takes no attention mask"):
                 refuse(images, **options)
-    with pytest.raises(ModelError, match="gradient checkpointing is not supported"):
-        model.set_grad_checkpointing()
-    model.set_grad_checkpointing(False)
     with pytest.raises(ModelError, match=r"'16\*2 9@max2d 4@avg2d' belongs to one image size"):
         model.set_input_size(img_size=128)
 

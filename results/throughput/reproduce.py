@@ -1,12 +1,13 @@
-"""Do fewer MACs mean less time? Exported models beside the dense one, at batch 1, 64 and more.
+"""Do fewer MACs mean less time? Exported models beside the dense one, at batch 1, 16, 64 and more.
 
-    python results/throughput/reproduce.py                                     # some 12 minutes on one core
-    python results/throughput/reproduce.py --device cuda --batches 1,64,512 --name gpu
+    python results/throughput/reproduce.py                                     # some 20 minutes on one core
+    python results/throughput/reproduce.py --device cuda --sizes 224 --batches 1,64,512 --rounds 9 --name gpu    # some 3
 
-ViT-Tiny at 224 pixels (196 tokens) and at 112 (49). Each model runs at its best: timm's fused attention wherever no map is
-shared, float32 or bfloat16 (weights and images), and on a GPU also replayed as a CUDA graph, whichever is fastest for it.
-All models of a size take turns in one process; the figures are ratios of medians. Weights are random: they do not change
-the time. Writes <name>.csv.
+ViT-Tiny at 224 pixels (196 tokens) and at 112 (49). Models that share do so by queries and keys ("qk", all in the fused
+kernel) and by written maps ("map"), side by side. Each runs in float32 and bfloat16 (weights and images; the latter where
+the CPU has units for it), and on a GPU also replayed as a CUDA graph; `kind` is what was fastest for it. All models of a
+size take turns in one process; the figures are ratios of medians. Weights are random: they do not change the time.
+Writes <name>.csv.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from rich.console import Console
 from poolshare.search.progress import progress_bar
 from poolshare.search.run import write_csv
 from poolshare.supernet import Subnet, count_macs
+from poolshare.supernet.block import Sharing
 from poolshare.supernet.measure import wait_for
 
 HERE = Path(__file__).parent
 MODEL = "vit_tiny_patch16_224"
+SHARINGS: tuple[Sharing, ...] = ("qk", "map")
 # The last two of 112 pixels are what results/eurosat searched.
 MODELS = {
     224: {
@@ -78,6 +81,11 @@ def forward_of(model: torch.nn.Module, images: torch.Tensor, kind: str) -> Calla
     return graph.replay
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether there are units for it: emulated, it says nothing."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def main() -> None:
     """Time everything in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", default="224,112")
-    parser.add_argument("--batches", default="1,64")
+    parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--name", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
@@ -93,14 +101,17 @@ def main() -> None:
     console, rows = Console(stderr=True), []
     for size in map(int, given.sizes.split(",")):
         models = {"dense": timm.create_model(MODEL, img_size=size, num_classes=10)}
-        models |= {
-            name: Subnet.from_base(MODEL, text, img_size=size, num_classes=10) for name, text in MODELS[size].items()
-        }
+        for name, text in MODELS[size].items():
+            for sharing in SHARINGS if "sharing" in name else ("qk",):
+                model = Subnet.from_base(MODEL, text, sharing, img_size=size, num_classes=10)
+                models[f"{name} ({sharing})" if "sharing" in name else name] = model
         macs = {name: count_macs(model.eval(), (torch.zeros(1, 3, size, size),)) for name, model in models.items()}
         for batch in map(int, given.batches.split(",")):
             images = torch.randn(batch, 3, size, size, device=given.device)
             times: dict[tuple[str, str], list[float]] = {}
-            kinds = ["float32", "bfloat16"] + ["bfloat16 graph"] * (given.device != "cpu")
+            kinds = (
+                ["float32"] + ["bfloat16"] * has_bfloat16(given.device) + ["bfloat16 graph"] * (given.device != "cpu")
+            )
             ready = {(name, kind): forward_of(model, images, kind) for name, model in models.items() for kind in kinds}
             rounds = given.rounds * (10 if batch == 1 else 1)
             with progress_bar(console, f"{size} pixels, batch {batch}", rounds, "rounds") as advance:
