@@ -72,8 +72,8 @@ class DamageModel:
         }
         self._singles: dict[tuple[str, int, int], float] = {}
         self._terms: dict[tuple, int] = {}
-        self._mean = np.zeros(0)
-        self._root = np.zeros((0, 0))
+        self._mean: np.ndarray = np.zeros(0)
+        self._root: np.ndarray = np.zeros((0, 0))
 
     def single(self, operator: str, index: int, tokens: int) -> float:
         """D: damage of going from all tokens to so many before layer `index`, and staying there."""
@@ -118,9 +118,9 @@ class DamageModel:
                 guesses[row] += self.guess(*step)
                 for name, nats in self._corrections(*step).items():
                     design[row, self._terms[name]] += nats
-        damages = np.asarray(damages, float)
-        noise = np.hypot(errors, _MISFIT * np.maximum(damages, guesses)) + LEAST
-        rows, wanted = design / noise[:, None], (damages - guesses) / noise
+        found = np.asarray(damages, float)
+        noise = np.hypot(errors, _MISFIT * np.maximum(found, guesses)) + LEAST
+        rows, wanted = design / noise[:, None], (found - guesses) / noise
         strength = min(_STRENGTHS, key=lambda strength: _left_out(rows * strength, wanted))
         precision = rows.T @ rows + np.eye(rows.shape[1]) / strength**2
         self._mean = cho_solve(cho_factor(precision), rows.T @ wanted)

@@ -20,7 +20,7 @@ from .damage import DamageModel, single_reductions
 from .racing import Race, ScoreImages
 
 OPERATORS = ("tome", "kmeans", "mstm")  # that work on a model which was not trained with them
-LEVELS = 10
+LEVELS = 10  # token counts below the model's own
 BUDGET = "70%"
 FIRST = 0.25  # of the images: what everything is scored on before the race
 FEWEST = 64  # images before the race, where there are so many
@@ -49,6 +49,12 @@ class Found:
         """The whole search's cost, in dense models scored on all images."""
         dense = Architecture((self.finalists[0].layers[0],) * self.finalists[0].depth)
         return self.race.spent / (self.race.costs.total(dense) * self.race.images)
+
+
+def even_levels(patches: int, count: int = LEVELS) -> tuple[int, ...]:
+    """Token counts from all down to a twelfth, evenly spaced; at most `count` below the first."""
+    least = max(1, round(patches / 12))
+    return tuple(sorted({round(float(level)) for level in np.linspace(least, patches, count + 1)}, reverse=True))
 
 
 def search_untrained(
@@ -133,7 +139,7 @@ def _proposals(allowed: Band, model: DamageModel, count: int, rng: np.random.Gen
     costs = allowed.costs
     low = max(allowed.low, allowed.high // 2)
     limits = np.linspace(low, allowed.high, max(2, count - count // 2))
-    found = dict.fromkeys(_best(allowed, model, limits))
+    found = dict.fromkeys(_best(allowed, model, limits.tolist()))
     for index in range(count // 2):
         limit = allowed.high if index % 2 else rng.uniform(low, allowed.high)
         found |= dict.fromkeys(_best(allowed, model.drawn(rng), [limit]))

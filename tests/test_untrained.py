@@ -10,7 +10,7 @@ from poolshare.search.cheapest import CheapestPaths
 from poolshare.search.damage import single_reductions, steps
 from poolshare.search.losses import MICRONATS, ImageLosses
 from poolshare.search.racing import Race
-from poolshare.search.untrained import Effort, search_untrained
+from poolshare.search.untrained import Effort, even_levels, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 80, 70, 60, 50, 40, 30, 20), operators=("kmeans", "tome"), max_run=1)
@@ -123,6 +123,30 @@ COSTS_OF_TWO = CostTable("macs", 5, {100: 100, 50: 50}, {}, {("kmeans", 100, 50)
 def two_scores(architectures, start, stop):
     loss = np.array([[1000 * (100 - a.layers[-1].tokens)] * (stop - start) for a in architectures], np.int64)
     return ImageLosses(loss, loss < 1)
+
+
+@pytest.mark.parametrize(
+    ("patches", "count", "levels"),
+    [
+        (196, 10, (196, 178, 160, 142, 124, 106, 88, 70, 52, 34, 16)),
+        (49, 9, (49, 44, 39, 34, 29, 24, 19, 14, 9, 4)),
+        (4, 10, (4, 3, 2, 1)),
+        (1, 10, (1,)),
+    ],
+)
+def test_levels_are_evenly_spaced_and_none_comes_twice(patches, count, levels):
+    assert even_levels(patches, count) == levels
+
+
+def test_gradual_schedules_lose_as_many_tokens_at_every_layer(allowed):
+    schedules = gradual(allowed)
+    assert {step[2].operator for schedule in schedules for step in steps(schedule)} == set(SPACE.operators)
+    for schedule in schedules:
+        assert schedule in allowed
+        lost = [before.tokens - layer.tokens for _, before, layer in steps(schedule)]
+        assert max(lost) - min(lost) <= 10  # one level: counts between levels are rounded
+    dearest = {max(COSTS.total(s) for s in schedules if operator in str(s)) for operator in SPACE.operators}
+    assert min(dearest) > 0.9 * allowed.high
 
 
 # Racing
