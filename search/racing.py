@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from poolshare.space import Architecture, CostTable
-from poolshare.space.prefix_tree import forecast
+from poolshare.space import Architecture, CostTable, forecast
 
 from .losses import MICRONATS, ImageLosses, paired
 
@@ -22,8 +21,9 @@ ScoreImages = Callable[[Sequence[Architecture], int, int], ImageLosses]
 
 @dataclass
 class Race:
-    """What was scored so far: each architecture on the first so many of `images`."""
+    """What was scored so far: each architecture on the first so many of `images`, the dense one on as many as any."""
 
+    dense: Architecture
     costs: CostTable
     images: int
     score: ScoreImages
@@ -31,9 +31,9 @@ class Race:
     spent: int = 0  # in units of cost: what all walks took
 
     def run(self, architectures: Sequence[Architecture], images: int) -> None:
-        """Score all of them on the first so many images, by one walk for each range of images they lack."""
+        """Score all of them, and the dense one, on the first so many images, by one walk for each range they lack."""
         lacking: dict[int, list[Architecture]] = {}
-        for architecture in dict.fromkeys(architectures):
+        for architecture in dict.fromkeys([self.dense, *architectures]):
             start = self.losses[architecture].images if architecture in self.losses else 0
             if start < images:
                 lacking.setdefault(start, []).append(architecture)
@@ -43,17 +43,18 @@ class Race:
                 new = ImageLosses(found.loss[index : index + 1], found.right[index : index + 1])
                 known = self.losses.get(architecture)
                 self.losses[architecture] = known.followed_by(new) if known else new
-            dense = (members[0].layers[0],) * members[0].depth  # walked with them, for the answers that are wanted
-            self.spent += (images - start) * forecast([Architecture(dense), *members], self.costs).cost
+            walked = [self.dense, *members]  # the dense model is always walked, for the answers that are wanted
+            self.spent += (images - start) * forecast(dict.fromkeys(walked), self.costs).cost
 
-    def mean(self, architecture: Architecture, images: int | None = None) -> float:
+    def loss(self, architecture: Architecture, images: int | None = None) -> float:
         """Mean loss in nats, on all of its images or the first so many."""
         return float(self.losses[architecture].loss[0, :images].mean()) / MICRONATS
 
-    def error(self, architecture: Architecture, images: int | None = None) -> float:
-        """Standard error of `mean`."""
-        loss = self.losses[architecture].loss[0, :images] / MICRONATS
-        return float(loss.std(ddof=1) / np.sqrt(len(loss))) if len(loss) > 1 else float("inf")
+    def damage(self, architecture: Architecture, images: int) -> tuple[float, float]:
+        """How much more than the dense model's the loss is on the first so many images, and its standard error; nats."""
+        more = self.losses[architecture].loss[0, :images] - self.losses[self.dense].loss[0, :images]
+        error = more.std(ddof=1) / np.sqrt(len(more)) if len(more) > 1 else np.inf
+        return float(more.mean()) / MICRONATS, float(error) / MICRONATS
 
     def beaten(self, architecture: Architecture, others: Sequence[Architecture]) -> bool:
         """Whether one of the others costs no more and has a lower loss, with 95 % confidence, on the common images."""
@@ -72,11 +73,11 @@ class Race:
         """Those that none of them beats; of more than `most`, those that lack least to the frontier at their cost."""
         left = [architecture for architecture in architectures if not self.beaten(architecture, architectures)]
         images = min(self.losses[architecture].images for architecture in architectures)
-        left.sort(key=lambda a: (self.costs.total(a), self.mean(a, images)))
+        left.sort(key=lambda a: (self.costs.total(a), self.loss(a, images)))
         lacks: dict[Architecture, float] = {}
         least = np.inf
         for architecture in left:
-            loss = self.mean(architecture, images)
+            loss = self.loss(architecture, images)
             least = min(least, loss)
             lacks[architecture] = loss - least
         return sorted(left, key=lambda a: lacks[a])[:most]

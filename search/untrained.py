@@ -47,8 +47,7 @@ class Found:
     @property
     def passes(self) -> float:
         """The whole search's cost, in dense models scored on all images."""
-        dense = Architecture((self.finalists[0].layers[0],) * self.finalists[0].depth)
-        return self.race.spent / (self.race.costs.total(dense) * self.race.images)
+        return self.race.spent / (self.race.costs.total(self.race.dense) * self.race.images)
 
 
 def even_levels(patches: int, count: int = LEVELS) -> tuple[int, ...]:
@@ -69,26 +68,27 @@ def search_untrained(
     score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens.
     """
     space, costs = allowed.space, allowed.costs
-    race = Race(costs, images, score)
+    race = Race(space[0], costs, images, score)
     first = min(images, max(FEWEST, round(FIRST * images)))
     singles = single_reductions(space)
     note(f"{len(singles)} single reductions on {first} of {images} images")
     race.run(singles, first)
-    model = DamageModel(space, {single: race.mean(single) for single in singles})
+    model = DamageModel(space, {single: race.damage(single, first)[0] for single in singles})
     candidates: dict[Architecture, None] = {single: None for single in singles if single in allowed}
+    measured = {space[0], *singles}
     rng = np.random.default_rng(effort.seed)
     rounds = 0
     while rounds < effort.rounds:
         proposals = _proposals(allowed, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
+        candidates |= dict.fromkeys(proposals)
         new = [proposal for proposal in proposals if proposal not in race.losses]
         if not new:
             break
         rounds += 1
         note(f"round {rounds}: {len(new)} new architectures on {first} images")
         race.run(new, first)
-        candidates |= dict.fromkeys(proposals)
-        scored = [candidate for candidate in candidates if candidate not in singles]
-        model.fit(scored, [race.mean(c, first) for c in scored], [race.error(c, first) for c in scored])
+        scored = [candidate for candidate in candidates if candidate not in measured]
+        model.fit(scored, *zip(*(race.damage(candidate, first) for candidate in scored), strict=True))
     left = list(candidates)
     for seen in _stages(first, images):
         most = effort.finalists * images // seen
@@ -124,10 +124,9 @@ def gradual(allowed: Band) -> list[Architecture]:
 
 def _stages(first: int, images: int) -> list[int]:
     """How many images are seen from stage to stage: each time twice as many, in the end all."""
-    stages = []
-    while first < images:
-        first = min(2 * first, images)
-        stages.append(first)
+    stages = [min(2 * first, images)]
+    while stages[-1] < images:
+        stages.append(min(2 * stages[-1], images))
     return stages
 
 

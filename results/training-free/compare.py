@@ -68,10 +68,10 @@ def area(costs: Sequence[float], losses: Sequence[float], low: float, high: floa
     return float(np.mean(least))
 
 
-def compare(scorer: Scorer, allowed: Band, split: int, searched: int, multiples: Sequence[float]) -> Iterator[dict]:
+def compare(scorer: Scorer, allowed: Band, split: int, options: argparse.Namespace) -> Iterator[dict]:
     """One row for each way to search on one split of the images."""
     order = np.random.default_rng(split).permutation(len(scorer.images[1]))
-    search, test = order[:searched], order[searched:]
+    search, test = order[: options.searched], order[SEARCHED:][: options.tested]
 
     def row(way: str, finalists: list[Architecture], passes: float, seconds: float) -> dict:
         tested = scorer(finalists, test)
@@ -94,10 +94,10 @@ def compare(scorer: Scorer, allowed: Band, split: int, searched: int, multiples:
     found = search_untrained(allowed, lambda a, begin, end: scorer(a, search[begin:end]), len(search), effort)
     seconds, frontier = time.monotonic() - start, []
     for architecture in found.finalists:
-        if not frontier or found.race.mean(architecture) < found.race.mean(frontier[-1]):
+        if not frontier or found.race.loss(architecture) < found.race.loss(frontier[-1]):
             frontier.append(architecture)
     yield row("shortest paths", frontier, found.passes, seconds)
-    for multiple in multiples:
+    for multiple in options.multiples:
         for by, worth in (("evolution", "loss"), ("evolution", "top1"), ("random", "loss")):
             start = time.monotonic()
             most = multiple * found.passes
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "compare.csv")
     parser.add_argument("--multiples", type=float, nargs="+", default=[1, 3])
     parser.add_argument("--searched", type=int, default=SEARCHED)
+    parser.add_argument("--tested", type=int, help="of the other images; default: all of them")
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=25)
@@ -125,7 +126,7 @@ def main() -> None:
     allowed = space.within(scorer.costs, None, options.budget * scorer.costs.total(space[0]))
     rows = []
     for split in options.splits:
-        for row in compare(scorer, allowed, split, options.searched, options.multiples):
+        for row in compare(scorer, allowed, split, options):
             rows.append(row)
             print(row, flush=True)
             pd.DataFrame(rows).to_csv(options.out, index=False)

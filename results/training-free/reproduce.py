@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--loss", default="divergence")
     parser.add_argument("--searched", type=int, default=SEARCHED)
+    parser.add_argument("--tested", type=int, help="of the other images; default: all of them")
     parser.add_argument("--rounds", type=int, default=Effort.rounds)
     parser.add_argument("--proposals", type=int, default=Effort.proposals)
     parser.add_argument("--finalists", type=int, default=Effort.finalists)
@@ -118,7 +119,7 @@ def main() -> None:
     options.out.mkdir(exist_ok=True, parents=True)
     images = load_images(options.folder, options.cache)
     order = np.random.default_rng(options.split).permutation(len(images[1]))
-    search, test = order[: options.searched], order[SEARCHED:]
+    search, test = order[: options.searched], order[SEARCHED:][: options.tested]
 
     space = SearchSpace(DEPTH, tuple(options.levels), tuple(options.operators), max_run=1, has_cls=True)
     scorer = Scorer(space, images, options)
@@ -146,8 +147,7 @@ def main() -> None:
         "passes": round(found.passes, 1),
         "rounds": found.rounds,
         "scored": [
-            {"architecture": str(a), "images": race.losses[a].images, "loss": race.mean(a), "error": race.error(a)}
-            for a in race.losses
+            {"architecture": str(a), "images": race.losses[a].images, "loss": race.loss(a)} for a in race.losses
         ],
     }
     note(f"searched: {found.passes:.1f} dense passes, {found.rounds} rounds")
@@ -161,7 +161,7 @@ def main() -> None:
     tested = scorer(found.finalists, test)
     for place, architecture in enumerate(found.finalists):
         one = ImageLosses(tested.loss[place : place + 1], tested.right[place : place + 1])
-        rows.append(row("searched", architecture, scorer.costs, one, reference) | {"searched": race.mean(architecture)})
+        rows.append(row("searched", architecture, scorer.costs, one, reference) | {"searched": race.loss(architecture)})
         note(str(rows[-1]))
     save(rows)
     for share in sorted(SHARES, key=lambda share: abs(share - options.budget)):
