@@ -1,0 +1,136 @@
+"""Ways to search without training at equal cost: shortest paths, the Gaussian process on losses and on top-1, draws.
+
+    python results/training-free/compare.py IMAGES WEIGHTS --splits 0 1 2 --out results/training-free/compare.csv
+
+Every way may spend as many dense passes over the 300 search images as the shortest paths took, or the given multiples
+of it. What it holds best by its own score is tested on the other 700 images: the area below the frontier of mean
+divergence over cost, from half of the budget to the budget, and the best within the budget. Lower is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from reproduce import DEPTH, LEVELS, SEARCHED, Scorer, load_images
+
+from poolshare.search.losses import MICRONATS, ImageLosses
+from poolshare.search.propose import PROPOSERS, Scored
+from poolshare.search.study import GENERATION
+from poolshare.search.untrained import OPERATORS, Effort, search_untrained
+from poolshare.space import Architecture, Band, SearchSpace, forecast
+
+FINALISTS = 16  # of every way, tested on the other images
+
+# What a way makes of an architecture's losses: higher is better, in points of 100.
+WORTH: dict[str, Callable[[ImageLosses], float]] = {
+    "loss": lambda losses: 100 * float(np.exp(-losses.loss.mean() / MICRONATS)),
+    "top1": lambda losses: 100 * float(losses.right.mean()),
+}
+
+
+def proposed(
+    allowed: Band, score: Callable[[Sequence[Architecture]], ImageLosses], by: str, worth: str, passes: float, seed: int
+) -> tuple[list[Architecture], float]:
+    """The frontier that a proposer finds for so many dense passes, at most FINALISTS of it, and what it spent."""
+    costs, dense = allowed.costs, allowed.costs.total(allowed.space[0])
+    record: list[Scored] = []
+    spent, generation = 0.0, 0
+    while spent < passes:
+        proposals = PROPOSERS[by](allowed, costs, record, f"{by} {seed} {generation}", GENERATION)
+        proposals = [p for p in dict.fromkeys(proposals) if p not in {r.architecture for r in record}]
+        if not proposals:
+            break
+        while len(proposals) > 1 and spent + forecast(proposals, costs).cost / dense > passes:
+            proposals.pop()
+        found = score(proposals)
+        for place, architecture in enumerate(proposals):
+            one = ImageLosses(found.loss[place : place + 1], found.right[place : place + 1])
+            record.append(Scored(architecture, WORTH[worth](one), costs.total(architecture)))
+        spent += forecast([allowed.space[0], *proposals], costs).cost / dense
+        generation += 1
+    frontier: list[Scored] = []
+    for scored in sorted(record, key=lambda s: (s.cost, -s.top1)):
+        if not frontier or scored.top1 > frontier[-1].top1:
+            frontier.append(scored)
+    return [scored.architecture for scored in frontier[-FINALISTS:]], spent
+
+
+def area(costs: Sequence[float], losses: Sequence[float], low: float, high: float) -> float:
+    """Mean over all limits between low and high of the least loss that is to be had below the limit; 1 nat at most."""
+    limits = np.linspace(low, high, 200)
+    least = [min([loss for c, loss in zip(costs, losses, strict=True) if c <= limit] + [1.0]) for limit in limits]
+    return float(np.mean(least))
+
+
+def compare(scorer: Scorer, allowed: Band, split: int, options: argparse.Namespace) -> Iterator[dict]:
+    """One row for each way to search on one split of the images."""
+    order = np.random.default_rng(split).permutation(len(scorer.images[1]))
+    search, test = order[: options.searched], order[SEARCHED:][: options.tested]
+
+    def row(way: str, finalists: list[Architecture], passes: float, seconds: float) -> dict:
+        tested = scorer(finalists, test)
+        costs = [scorer.costs.total(architecture) for architecture in finalists]
+        losses = tested.loss.mean(1) / MICRONATS
+        chosen = int(np.argmax(costs))  # a frontier's most expensive is its best
+        return {
+            "way": way,
+            "split": split,
+            "passes": round(passes, 1),
+            "seconds": round(seconds),
+            "area": round(area(costs, losses, allowed.high / 2, allowed.high), 4),
+            "loss": round(float(losses[chosen]), 4),
+            "top1": round(100 * float(tested.right[chosen].mean()), 2),
+            "architecture": str(finalists[chosen]),
+        }
+
+    start = time.monotonic()
+    effort = Effort(finalists=FINALISTS, seed=split)
+    found = search_untrained(allowed, lambda a, begin, end: scorer(a, search[begin:end]), len(search), effort)
+    seconds, frontier = time.monotonic() - start, []
+    for architecture in found.finalists:
+        if not frontier or found.race.loss(architecture) < found.race.loss(frontier[-1]):
+            frontier.append(architecture)
+    yield row("shortest paths", frontier, found.passes, seconds)
+    for multiple in options.multiples:
+        for by, worth in (("evolution", "loss"), ("evolution", "top1"), ("random", "loss")):
+            start = time.monotonic()
+            most = multiple * found.passes
+            finalists, passes = proposed(allowed, lambda a: scorer(a, search), by, worth, most, split)
+            yield row(f"{by} on {worth}, {multiple:g} x", finalists, passes, time.monotonic() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="IMAGES")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS")
+    parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("images.pt"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "compare.csv")
+    parser.add_argument("--multiples", type=float, nargs="+", default=[1, 3])
+    parser.add_argument("--searched", type=int, default=SEARCHED)
+    parser.add_argument("--tested", type=int, help="of the other images; default: all of them")
+    parser.add_argument("--budget", type=float, default=0.7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=25)
+    options = parser.parse_args()
+    options.loss = "divergence"
+    torch.set_num_threads(1)
+    space = SearchSpace(DEPTH, LEVELS, OPERATORS, max_run=1, has_cls=True)
+    scorer = Scorer(space, load_images(options.folder, options.cache), options)
+    allowed = space.within(scorer.costs, None, options.budget * scorer.costs.total(space[0]))
+    rows = []
+    for split in options.splits:
+        for row in compare(scorer, allowed, split, options):
+            rows.append(row)
+            print(row, flush=True)
+            pd.DataFrame(rows).to_csv(options.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Racing: candidates see more images only as long as they may still be the best at their cost.
+
+All see the same images in the same order, so two are compared image by image; F. Yang et al. and O. Maron's "Hoeffding
+races" compare means instead, which takes many times as many images where losses are correlated, as they are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from poolshare.space import Architecture, CostTable, forecast
+
+from .losses import MICRONATS, ImageLosses, paired
+
+# Architectures and the range of images, start and stop → their losses on these. Images have a fixed order.
+ScoreImages = Callable[[Sequence[Architecture], int, int], ImageLosses]
+
+
+@dataclass
+class Race:
+    """What was scored so far: each architecture on the first so many of `images`, the dense one on as many as any."""
+
+    dense: Architecture
+    costs: CostTable
+    images: int
+    score: ScoreImages
+    losses: dict[Architecture, ImageLosses] = field(default_factory=dict)
+    spent: int = 0  # in units of cost: what all walks took
+
+    def run(self, architectures: Sequence[Architecture], images: int) -> None:
+        """Score all of them, and the dense one, on the first so many images, by one walk for each range they lack."""
+        lacking: dict[int, list[Architecture]] = {}
+        for architecture in dict.fromkeys([self.dense, *architectures]):
+            start = self.losses[architecture].images if architecture in self.losses else 0
+            if start < images:
+                lacking.setdefault(start, []).append(architecture)
+        for start, members in sorted(lacking.items()):
+            found = self.score(members, start, images)
+            for index, architecture in enumerate(members):
+                new = ImageLosses(found.loss[index : index + 1], found.right[index : index + 1])
+                known = self.losses.get(architecture)
+                self.losses[architecture] = known.followed_by(new) if known else new
+            walked = [self.dense, *members]  # the dense model is always walked, for the answers that are wanted
+            self.spent += (images - start) * forecast(dict.fromkeys(walked), self.costs).cost
+
+    def loss(self, architecture: Architecture, images: int | None = None) -> float:
+        """Mean loss in nats, on all of its images or the first so many."""
+        return float(self.losses[architecture].loss[0, :images].mean()) / MICRONATS
+
+    def damage(self, architecture: Architecture, images: int) -> tuple[float, float]:
+        """How much more than the dense model's the loss is on the first so many images, and its standard error; nats."""
+        more = self.losses[architecture].loss[0, :images] - self.losses[self.dense].loss[0, :images]
+        error = more.std(ddof=1) / np.sqrt(len(more)) if len(more) > 1 else np.inf
+        return float(more.mean()) / MICRONATS, float(error) / MICRONATS
+
+    def beaten(self, architecture: Architecture, others: Sequence[Architecture]) -> bool:
+        """Whether one of the others costs no more and has a lower loss, with 95 % confidence, on the common images."""
+        mine, cost = self.losses[architecture], self.costs.total(architecture)
+        for other in others:
+            if other == architecture or self.costs.total(other) > cost:
+                continue
+            theirs = self.losses[other]
+            common = min(mine.images, theirs.images)
+            more = mine.loss[0, :common] - theirs.loss[0, :common]
+            if more.sum() > 0 and paired(mine.loss[0, :common], theirs.loss[0, :common]).low > 0:
+                return True
+        return False
+
+    def survivors(self, architectures: Sequence[Architecture], most: int) -> list[Architecture]:
+        """Those that none of them beats; of more than `most`, those that lack least to the frontier at their cost."""
+        left = [architecture for architecture in architectures if not self.beaten(architecture, architectures)]
+        images = min(self.losses[architecture].images for architecture in architectures)
+        left.sort(key=lambda a: (self.costs.total(a), self.loss(a, images)))
+        lacks: dict[Architecture, float] = {}
+        least = np.inf
+        for architecture in left:
+            loss = self.loss(architecture, images)
+            least = min(least, loss)
+            lacks[architecture] = loss - least
+        return sorted(left, key=lambda a: lacks[a])[:most]

@@ -1,0 +1,152 @@
+"""Search without training: what reductions do to a model as it is, in a handful of walks over the prefix tree.
+
+The cost of an architecture is a sum over the edges of its path, and so, nearly, is the damage to a model that is not
+trained for it. One walk measures single reductions; the least damaging path at every cost is then a shortest path,
+computed exactly; what such paths score corrects the model of damage, until it proposes nothing new. Everything until
+here sees few images. A race shows more of them to those that may still be the best, and all of them to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from poolshare.space import Architecture, Band, Layer
+
+from .cheapest import CheapestPaths, EdgeDamage
+from .damage import DamageModel, single_reductions
+from .racing import Race, ScoreImages
+
+OPERATORS = ("tome", "kmeans", "mstm")  # that work on a model which was not trained with them
+LEVELS = 10  # token counts below the model's own
+BUDGET = "70%"
+FIRST = 0.25  # of the images: what everything is scored on before the race
+FEWEST = 64  # images before the race, where there are so many
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is scored. The defaults take about as long as scoring 100 architectures one by one."""
+
+    rounds: int = 5  # of proposing and correcting, at most
+    proposals: int = 24  # in each round
+    finalists: int = 16  # scored on all images
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The finalists, scored on all images, by rising cost, and what it took."""
+
+    finalists: list[Architecture]
+    race: Race
+    rounds: int
+
+    @property
+    def passes(self) -> float:
+        """The whole search's cost, in dense models scored on all images."""
+        return self.race.spent / (self.race.costs.total(self.race.dense) * self.race.images)
+
+
+def even_levels(patches: int, count: int = LEVELS) -> tuple[int, ...]:
+    """Token counts from all down to a twelfth, evenly spaced; at most `count` below the first."""
+    least = max(1, round(patches / 12))
+    return tuple(sorted({round(float(level)) for level in np.linspace(least, patches, count + 1)}, reverse=True))
+
+
+def search_untrained(
+    allowed: Band,
+    score: ScoreImages,
+    images: int,
+    effort: Effort = Effort(),
+    note: Callable[[str], None] = lambda _: None,
+) -> Found:
+    """The least damaging architectures within `allowed`, down to half of its highest cost.
+
+    score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens.
+    """
+    space, costs = allowed.space, allowed.costs
+    race = Race(space[0], costs, images, score)
+    first = min(images, max(FEWEST, round(FIRST * images)))
+    singles = single_reductions(space)
+    note(f"{len(singles)} single reductions on {first} of {images} images")
+    race.run(singles, first)
+    model = DamageModel(space, {single: race.damage(single, first)[0] for single in singles})
+    candidates: dict[Architecture, None] = {single: None for single in singles if single in allowed}
+    measured = {space[0], *singles}
+    rng = np.random.default_rng(effort.seed)
+    rounds = 0
+    while rounds < effort.rounds:
+        proposals = _proposals(allowed, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
+        candidates |= dict.fromkeys(proposals)
+        new = [proposal for proposal in proposals if proposal not in race.losses]
+        if not new:
+            break
+        rounds += 1
+        note(f"round {rounds}: {len(new)} new architectures on {first} images")
+        race.run(new, first)
+        scored = [candidate for candidate in candidates if candidate not in measured]
+        model.fit(scored, *zip(*(race.damage(candidate, first) for candidate in scored), strict=True))
+    left = list(candidates)
+    for seen in _stages(first, images):
+        most = effort.finalists * images // seen
+        left = race.survivors(left, most)
+        note(f"race: {len(left)} of {len(candidates)} architectures on {seen} of {images} images")
+        race.run(left, seen)
+    return Found(sorted(left, key=costs.total), race, rounds)
+
+
+def gradual(allowed: Band) -> list[Architecture]:
+    """For each operator schedules that lose about as many tokens at every layer, as costly as is allowed, and cheaper.
+
+    Single reductions do not say what many small ones do, and operators differ most in that.
+    """
+    space, costs = allowed.space, allowed.costs
+    found: dict[Architecture, None] = {}
+    for operator in space.operators:
+        schedules = []
+        for end in space.levels[1:]:
+            wanted = np.linspace(space.levels[0], end, space.depth)
+            layers, node = [Layer(space.levels[0])], space.follow(None, (Layer(space.levels[0]),))
+            for count in wanted[1:]:
+                options = [x for x in space.edges[node] if x.operator in (operator, None) and not x.shared]
+                layers.append(min(options, key=lambda x: abs(x.tokens - count)))
+                node = space.follow(node, (layers[-1],))
+            schedules.append(Architecture(tuple(layers)))
+        for limit in (allowed.high, 0.8 * allowed.high):
+            affordable = [schedule for schedule in schedules if schedule in allowed and costs.total(schedule) <= limit]
+            if affordable:
+                found[max(affordable, key=costs.total)] = None
+    return list(found)
+
+
+def _stages(first: int, images: int) -> list[int]:
+    """How many images are seen from stage to stage: each time twice as many, in the end all."""
+    stages = [min(2 * first, images)]
+    while stages[-1] < images:
+        stages.append(min(2 * stages[-1], images))
+    return stages
+
+
+def _proposals(allowed: Band, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
+    """Half of them the best paths at costs evenly spread; the others best where the damage is as it may also be.
+
+    Of these every second has the highest cost that is allowed: it is what the user asked for.
+    """
+    costs = allowed.costs
+    low = max(allowed.low, allowed.high // 2)
+    limits = np.linspace(low, allowed.high, max(2, count - count // 2))
+    found = dict.fromkeys(_best(allowed, model, limits.tolist()))
+    for index in range(count // 2):
+        limit = allowed.high if index % 2 else rng.uniform(low, allowed.high)
+        found |= dict.fromkeys(_best(allowed, model.drawn(rng), [limit]))
+    return [architecture for architecture in found if costs.total(architecture) >= allowed.low]
+
+
+def _best(allowed: Band, damage: EdgeDamage, limits: Sequence[float]) -> list[Architecture]:
+    """The best path below each limit."""
+    frontier = CheapestPaths(allowed.space, allowed.costs, damage).frontier(allowed.high)
+    affordable = ([path for path in frontier if path.cost <= limit] for limit in limits)
+    return [min(paths, key=lambda path: path.damage).architecture for paths in affordable if paths]
