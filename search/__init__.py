@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .entry import SearchResult as SearchResult
-    from .entry import search as search
-    from .entry import work as work
+    from .api import SearchResult as SearchResult
+    from .api import search as search
+    from .api import work as work
 
 __all__ = ["SearchResult", "search", "work"]
 
@@ -13,7 +13,7 @@ __all__ = ["SearchResult", "search", "work"]
 def __getattr__(name: str) -> Any:
     """What is imported only when it is asked for, so that `poolshare --help` loads no torch."""
     if name in __all__:
-        from . import entry
+        from . import api
 
-        return getattr(entry, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

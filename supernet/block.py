@@ -14,7 +14,7 @@ from torch import nn
 from poolshare.space import Layer
 from poolshare.space.cost import needs_attention
 
-from .tokens import at_least_float32, without_autocast
+from .operators.indexing import at_least_float32, without_autocast
 
 Sharing = Literal["qk", "map"]  # what an owner hands to its followers: queries and keys, or a written map
 

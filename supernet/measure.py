@@ -23,7 +23,7 @@ from poolshare.space import CostTable, ModelError
 from .block import Attended, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
 from .model import SuperNet
-from .pooling import pooling_name
+from .operators.pooling import pooling_name
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(

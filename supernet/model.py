@@ -15,8 +15,8 @@ from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchS
 
 from .base import embed, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
+from .operators.pooling import make_poolings, pooling_name
 from .options import read_options
-from .pooling import make_poolings, pooling_name
 
 
 class SuperNet(VisionTransformer):

@@ -20,8 +20,8 @@ from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, Sp
 from .base import embed, make_base, outline
 from .block import Attended, SharedAttention, Sharing, left_for
 from .model import SuperNet, check_fit, check_sharing, run_edge
+from .operators.pooling import make_poolings
 from .options import read_options
-from .pooling import make_poolings
 
 OURS = ("base", "architecture", "sharing")  # arguments of the entry point that are not the base model's
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})

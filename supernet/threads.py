@@ -18,8 +18,8 @@ from torch import nn
 
 from .measure import evaluating
 from .model import SuperNet
-from .recipe import Recipe
-from .train import attention_of, precision_of
+from .training.loop import attention_of, precision_of
+from .training.recipe import Recipe
 
 MOST_IMAGES, SECONDS = 32, 0.3  # of one timed step: no more of either, so that choosing takes seconds
 ROUNDS = 3  # steps of each number that are compared, in turn

@@ -8,7 +8,7 @@ import timm.layers
 import torch
 from torch import nn
 
-from poolshare.search import cli
+from poolshare.search.cli import app as cli
 
 
 @pytest.fixture(scope="session", autouse=True)

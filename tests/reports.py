@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pandas as pd
 
-from poolshare.search.report import Report
+from poolshare.search.report.report import Report
 from poolshare.space import SearchSpace
 
 SPACE = SearchSpace(depth=8, levels=(64, 16, 4), operators=("max2d", "kmedoids"), max_run=3)

@@ -9,13 +9,13 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from poolshare.search.benchmark import Benchmark
+from poolshare.search.analysis.pareto import frontier
 from poolshare.search.config import SearchConfig
-from poolshare.search.pareto import frontier
+from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder
-from poolshare.search.study import run_study
-from poolshare.search.surrogate import _RATES, _RATIOS, Surrogate, expected_gain
+from poolshare.search.samplers.benchmark import Benchmark
+from poolshare.search.samplers.surrogate import _RATES, _RATIOS, Surrogate, expected_gain
+from poolshare.search.study.loop import run_study
 from poolshare.space import CostTable, RunError, SearchSpace
 
 SPACE = SearchSpace(depth=5, levels=(64, 16, 4), max_run=2)

@@ -7,7 +7,7 @@ import pytest
 from browser import LAPTOP, PHONE, Opened
 from reports import ATTACK, SPACE, candidates, make_report
 
-from poolshare.search.page import write_html
+from poolshare.search.report.page import write_html
 from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, SearchSpace
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from poolshare.search.cheapest import CheapestPaths
+from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.space import BudgetError, CostTable, SearchSpace
 
 SPACES = [

@@ -20,12 +20,13 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from poolshare.search.config import SearchConfig, checked_config
-from poolshare.search.prepare import matched_classes, prepare
-from poolshare.search.run import RunFolder, read_json, write_json
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.prepare import matched_classes, prepare
+from poolshare.search.job.records import read_json, write_json
 from poolshare.space import Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
-from poolshare.supernet.checkpoint import load_tensors
-from poolshare.supernet.data import open_data
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training.checkpoint import load_tensors
 
 SMALL = [
     "--data",

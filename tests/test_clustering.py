@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from poolshare.supernet import clustering
-from poolshare.supernet.clustering import kmeans, kmedoids
+from poolshare.supernet.operators import clustering
+from poolshare.supernet.operators.clustering import kmeans, kmedoids
 
 
 def row_by_row(tokens: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from poolshare.search.damage import DamageModel, single_reductions, steps
+from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
 from poolshare.space import Architecture, SearchSpace
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 81, 70, 60, 49, 36), operators=("kmeans", "max2d"), max_run=1)

@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from test_search import MACS, SPACE, Counter, make_folder, make_task
 
 from poolshare.search.progress import no_progress
-from poolshare.search.study import run_study
+from poolshare.search.study.loop import run_study
 from poolshare.space import Architecture
 
 BUDGET = 400

@@ -17,8 +17,8 @@ from timm.data import ImageDataset, create_transform
 import poolshare.supernet.data as module
 import poolshare.supernet.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
-from poolshare.supernet.data import open_data
-from poolshare.supernet.transforms import Augmentation, keyed_generators
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data.transforms import Augmentation, keyed_generators
 
 DIGITS: dict[str, Any] = {"img_size": 8, "in_chans": 1, "mean": (0.3,), "std": (0.4,)}
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poolshare.space import SearchSpace
-from poolshare.supernet import SuperNet, distributed, measure_macs
-from poolshare.supernet.checkpoint import load_tensors
-from poolshare.supernet.data import open_data
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import train_model, train_supernet
+from poolshare.supernet import SuperNet, measure_macs
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.checkpoint import load_tensors
+from poolshare.supernet.training.loop import train_model, train_supernet
+from poolshare.supernet.training.recipe import Recipe
 
 SPACE = SearchSpace(depth=3, levels=(64, 16, 4), operators=("max2d_conv",))  # one that learns
 RECIPES = {

@@ -19,9 +19,9 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 
-from poolshare.search import cli
-from poolshare.search.export import save_export
-from poolshare.search.predict import predict
+from poolshare.search.cli import app as cli
+from poolshare.search.exported.export import save_export
+from poolshare.search.exported.predict import predict
 from poolshare.space import OPERATORS, DataError
 from poolshare.supernet import Subnet
 from poolshare.supernet.onnx import write_onnx

@@ -19,10 +19,10 @@ from timm.models import save_for_hf
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from poolshare.search import SearchResult, search, work
-from poolshare.search.export import load_export
-from poolshare.search.prepare import supernet_recipe
-from poolshare.search.retrain import evaluate
-from poolshare.search.run import read_csv
+from poolshare.search.exported.export import load_export
+from poolshare.search.exported.retrain import evaluate
+from poolshare.search.job.prepare import supernet_recipe
+from poolshare.search.job.records import read_csv
 from poolshare.space import (
     Architecture,
     ArchitectureError,
@@ -32,11 +32,11 @@ from poolshare.space import (
     PoolshareError,
     RunError,
 )
-from poolshare.supernet.checkpoint import load_state_facts, load_tensors
-from poolshare.supernet.data import open_data
-from poolshare.supernet.own_data import open_own
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import check_batches, train_model
+from poolshare.supernet.data.given import open_own
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training.checkpoint import load_state_facts, load_tensors
+from poolshare.supernet.training.loop import check_batches, train_model
+from poolshare.supernet.training.recipe import Recipe
 
 SMALL = {
     "model": "digits_vit",
@@ -627,7 +627,7 @@ def test_importing_the_package_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False ['SearchResult', 'search', 'work']\n"
     with pytest.raises(ImportError):
-        from poolshare.search import find  # noqa: F401
+        pass
 
 
 def test_images_of_any_number_of_channels_are_searched_exported_and_loaded(digits, tmp_path):

@@ -8,10 +8,10 @@ import time
 import pandas as pd
 import pytest
 
-from poolshare.search.exhaustive import WALK, WALKS, piece_cost, score_everything, subtrees
 from poolshare.search.progress import no_progress
-from poolshare.search.storage import open_store
-from poolshare.search.study import Task
+from poolshare.search.samplers.exhaustive import WALK, WALKS, piece_cost, score_everything, subtrees
+from poolshare.search.study.loop import Task
+from poolshare.search.study.open import open_store
 from poolshare.space import CostTable, RunError, SearchSpace, forecast, forecast_space
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)
@@ -46,8 +46,8 @@ def score(folder, by, advance=no_progress, record=None):
 @pytest.fixture
 def small_walks(monkeypatch):
     """The space is cut as finely as a large one."""
-    monkeypatch.setattr("poolshare.search.exhaustive.SUBTREE", 1)
-    monkeypatch.setattr("poolshare.search.exhaustive.WALK", 1)
+    monkeypatch.setattr("poolshare.search.samplers.exhaustive.SUBTREE", 1)
+    monkeypatch.setattr("poolshare.search.samplers.exhaustive.WALK", 1)
 
 
 @pytest.mark.parametrize("target", [1, 300, 2000, 10**9])

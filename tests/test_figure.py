@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from reports import candidates, make_report
 
-from poolshare.search.figure import BUDGET, DENSE, FRONTIER, INCLUDED, OTHER_RUNS, figure_numbers, figure_png
+from poolshare.search.report.figure import BUDGET, DENSE, FRONTIER, INCLUDED, OTHER_RUNS, figure_numbers, figure_png
 
 
 def pixels(picture: np.ndarray, colour: str) -> int:

@@ -8,12 +8,13 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from poolshare.search.analysis.finalists import choose, train_finalists
+from poolshare.search.analysis.pareto import compared, ranked
 from poolshare.search.config import SearchConfig
-from poolshare.search.finalists import choose, train_finalists
-from poolshare.search.job import run_job
-from poolshare.search.pareto import compared, ranked
-from poolshare.search.report import load_report
-from poolshare.search.run import FINALISTS, RunFolder, read_json, write_csv, write_json
+from poolshare.search.job.folder import FINALISTS, RunFolder
+from poolshare.search.job.job import run_job
+from poolshare.search.job.records import read_json, write_csv, write_json
+from poolshare.search.report.report import load_report
 from poolshare.space import BudgetError, ConfigError, RunError
 
 SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}

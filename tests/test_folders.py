@@ -14,19 +14,19 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from test_sources import write_digits
 
-from poolshare.search import retrain as retraining
 from poolshare.search.config import checked_config
-from poolshare.search.export import save_export
-from poolshare.search.prepare import prepare
-from poolshare.search.retrain import evaluate
-from poolshare.search.run import RunFolder
+from poolshare.search.exported import retrain as retraining
+from poolshare.search.exported.export import save_export
+from poolshare.search.exported.retrain import evaluate
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.prepare import prepare
 from poolshare.space.errors import BrokenDataError, DataError, RunError
 from poolshare.supernet import Subnet
-from poolshare.supernet.data import open_data
-from poolshare.supernet.listing import list_folder, natural_key
-from poolshare.supernet.own_data import open_own
-from poolshare.supernet.pictures import PIXELS_VARIABLE, Images
-from poolshare.supernet.sources import open_source
+from poolshare.supernet.data.given import open_own
+from poolshare.supernet.data.listing import list_folder, natural_key
+from poolshare.supernet.data.pictures import PIXELS_VARIABLE, Images
+from poolshare.supernet.data.sources import open_source
+from poolshare.supernet.data.splits import open_data
 
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
 

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from poolshare.search.analysis.pareto import frontier
+from poolshare.search.cli.options import integers, settings_of, words
 from poolshare.search.config import SearchConfig, checked_config
-from poolshare.search.journal import Journal, JournalStore
-from poolshare.search.options import integers, settings_of, words
-from poolshare.search.pareto import frontier
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import read_json, write_json
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder, read_json, write_json
-from poolshare.search.study import Task, run_study
+from poolshare.search.study.journal import Journal, JournalStore
+from poolshare.search.study.loop import Task, run_study
 from poolshare.space import Architecture, CostTable, PoolshareError, RunError, SearchSpace, parse_budget
 
 SPACE = SearchSpace(depth=4, levels=(64, 16), operators=("max2d",), max_run=2)

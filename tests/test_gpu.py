@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from poolshare.space import OPERATORS, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, measure_latency_table, measure_macs
-from poolshare.supernet.data import open_data
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import train_supernet
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training.loop import train_supernet
+from poolshare.supernet.training.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

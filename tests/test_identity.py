@@ -16,14 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from poolshare.search import SearchResult, cli, search
+from poolshare.search import SearchResult, search
+from poolshare.search.cli import app as cli
 from poolshare.search.config import SearchConfig
-from poolshare.search.export import check_new, load_supernet
-from poolshare.search.retrain import retrain
-from poolshare.search.run import RunFolder, read_json, write_json
+from poolshare.search.exported.export import check_new, load_supernet
+from poolshare.search.exported.retrain import retrain
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import read_json, write_json
 from poolshare.space import ConfigError, DamagedError, DataError, RunError, presets
 from poolshare.space.files import write_whole
-from poolshare.supernet.checkpoint import load_state, save_state, state_before
+from poolshare.supernet.training.checkpoint import load_state, save_state, state_before
 
 SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
 OPTIONS = {"model": "vit_tiny_patch16_224", "model_args": SMALL, "img_size": 16, "epochs": 1, "batch_size": 8}
@@ -218,7 +220,7 @@ def test_a_stopped_retraining_is_begun_anew_by_an_option_that_says_what_is_lost(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("poolshare.search.retrain.accuracy", stop)  # all is trained, nothing is written
+        patch.setattr("poolshare.search.exported.retrain.accuracy", stop)  # all is trained, nothing is written
         with pytest.raises(MemoryError):
             verb(*words)
     status, _, err = verb(*words, "--lr", "0.01")

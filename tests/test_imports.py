@@ -15,46 +15,87 @@ FORBIDDEN = {"space": {"torch", "optuna", "timm", "numpy"}, "supernet": {"optuna
 FILES = sorted(path for folder in ORDER for path in (ROOT / folder).glob("**/*.py"))
 
 
-def imported(source: str, folder: str) -> set[str]:
-    """Full names of all modules that a file of `folder` imports, anywhere in it."""
+def imported(source: str, package: str, types_too: bool = True) -> set[str]:
+    """Full names of all that a module of `package` ("search.job") imports, anywhere in it.
+
+    types_too: also what is imported for annotations alone.
+    """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    if not types_too:
+        tree.body = [
+            one for one in tree.body if not (isinstance(one, ast.If) and "TYPE_CHECKING" in ast.unparse(one.test))
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = ["poolshare", folder][: 3 - node.level] if node.level else []
-            assert node.level <= 2, "imports stay inside poolshare"
-            parts = [*package, *(node.module.split(".") if node.module else [])]
+            here = ["poolshare", *package.split(".")]
+            assert node.level <= len(here), "imports stay inside poolshare"
+            start = here[: len(here) + 1 - node.level] if node.level else []
+            parts = [*start, *(node.module.split(".") if node.module else [])]
             found |= {".".join([*parts, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             found |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     return found
 
 
-def violations(source: str, folder: str) -> set[str]:
+def package_of(path: Path) -> str:
+    """ "search.job" for search/job/folder.py, and for search/job/__init__.py."""
+    return ".".join(path.relative_to(ROOT).parent.parts)
+
+
+def violations(source: str, package: str) -> set[str]:
+    folder = package.split(".")[0]
     later = ORDER[ORDER.index(folder) + 1 :]
     return {
         name
-        for name in imported(source, folder)
+        for name in imported(source, package)
         if (name.startswith("poolshare.") and name.split(".")[1] in later)
         or name == "poolshare"
         or name.split(".")[0] in FORBIDDEN[folder] | set(ORDER)
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_imports_backwards(path: Path):
-    assert violations(path.read_text(encoding="utf-8"), path.parent.name) == set()
+    assert violations(path.read_text(encoding="utf-8"), package_of(path)) == set()
 
 
 def test_the_files_of_all_three_folders_are_looked_at():
-    assert {path.parent.name for path in FILES} == set(ORDER)
-    assert {"search_space.py", "model.py", "cli.py"} <= {path.name for path in FILES}
+    assert {package_of(path).split(".")[0] for path in FILES} == set(ORDER)
+    assert {"search_space.py", "model.py", "folder.py"} <= {path.name for path in FILES}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    names = {path: ".".join(["poolshare", package_of(path), path.stem]).removesuffix(".__init__") for path in FILES}
+    return {name: path for path, name in names.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = modules()
+    graph = {}
+    for name, path in known.items():
+        if path.name == "__init__.py":  # they hand on what their modules hold
+            continue
+        wanted = imported(path.read_text(encoding="utf-8"), package_of(path), types_too=False)
+        found = {one if one in known else one.rpartition(".")[0] for one in wanted} & set(known)
+        graph[name] = {one for one in found if known[one].name != "__init__.py"}
+    for _ in known:  # what imports nothing that is left cannot be part of a cycle
+        graph = {name: left for name, wanted in graph.items() if (left := wanted & set(graph))}
+    assert graph == {}
+
+
+def test_no_folder_holds_more_modules_than_one_keeps_in_mind():
+    folders = {path.parent for path in FILES}
+    sizes = {str(one.relative_to(ROOT)): len([*one.glob("*.py")]) for one in folders}
+    assert {name: size for name, size in sizes.items() if size > 15} == {}  # 14 and __init__.py
 
 
 def test_space_imports_the_standard_library_alone():
     for path in (ROOT / "space").glob("*.py"):
-        for name in imported(path.read_text(encoding="utf-8"), "space"):
+        for name in imported(path.read_text(encoding="utf-8"), package_of(path)):
             top = name.split(".")[0]
             assert top in sys.stdlib_module_names or name.startswith("poolshare.space."), f"{path.name} imports {name}"
 

@@ -9,10 +9,10 @@ import torch
 from test_cli import SMALL
 
 from poolshare.search import SearchResult
-from poolshare.search.kept import AGAIN, Timed, time_frontier
-from poolshare.search.page import page_data
-from poolshare.search.pareto import frontier
-from poolshare.search.report import Report
+from poolshare.search.analysis.latency_budget import AGAIN, Timed, time_frontier
+from poolshare.search.analysis.pareto import frontier
+from poolshare.search.report.page import page_data
+from poolshare.search.report.report import Report
 from poolshare.space import Architecture, BudgetError, SearchSpace
 from poolshare.supernet import SuperNet, latency
 from poolshare.supernet.latency import Share

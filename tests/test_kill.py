@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import pytest
 
-from poolshare.supernet.checkpoint import load_tensors
+from poolshare.supernet.training.checkpoint import load_tensors
 
 NURSERY = """
 import json, os, sys

@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from test_cli import SMALL
 
 from poolshare.search.config import SearchConfig
-from poolshare.search.run import RunFolder
+from poolshare.search.job.folder import RunFolder
 from poolshare.space import Architecture
 
 MINE = "64*2 16@max2d"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from poolshare.supernet.block import QUERIES_AT_ONCE, Attended
-from poolshare.supernet.merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
+from poolshare.supernet.operators.merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
 
 
 def attended_by(attention: torch.Tensor) -> Attended:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
+from poolshare.search.cli.options import model_args_of
 from poolshare.search.config import checked_config
-from poolshare.search.options import model_args_of
-from poolshare.search.prepare import make_supernet, model_options
+from poolshare.search.job.prepare import make_supernet, model_options
 from poolshare.space import (
     Architecture,
     ArchitectureError,
@@ -31,8 +31,8 @@ from poolshare.space import (
 from poolshare.space.presets import PRESETS
 from poolshare.supernet import Subnet, SuperNet, base, measure_macs
 from poolshare.supernet import model as supernet_model
+from poolshare.supernet.operators.pooling import Pooling, avg2d, max2d
 from poolshare.supernet.options import model_option_types, read_value
-from poolshare.supernet.pooling import Pooling, avg2d, max2d
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
 VITS: dict[str, tuple[str, dict[str, Any]]] = {

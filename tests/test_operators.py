@@ -10,7 +10,7 @@ import torch
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import grid_stride
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs, measure_parameters
-from poolshare.supernet.sandwich import sandwich_loss
+from poolshare.supernet.training.sandwich import sandwich_loss
 
 KINDS = {
     "cls": ("vit_tiny_patch16_224", {"img_size": 128, "embed_dim": 32, "num_heads": 2, "num_classes": 5}),

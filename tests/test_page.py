@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from reports import ATTACK, SPACE, candidates, make_report
 
-from poolshare.search.page import SCRIPTS, page_data, write_html
-from poolshare.search.report import Report
+from poolshare.search.report.page import SCRIPTS, page_data, write_html
+from poolshare.search.report.report import Report
 from poolshare.space import RunError
 
 

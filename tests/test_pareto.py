@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from poolshare.search.pareto import binomial_interval, frontier, hypervolume, pick
+from poolshare.search.analysis.pareto import binomial_interval, frontier, hypervolume, pick
 from poolshare.space.errors import BudgetError, ConfigError, RunError
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from poolshare.space import OPERATORS
 from poolshare.supernet import count_macs
 from poolshare.supernet.block import Attended
-from poolshare.supernet.clustering import kmeans, kmedoids
-from poolshare.supernet.merging import evit, mstm, random_tokens, tome, topk
-from poolshare.supernet.pooling import Pooling, avg2d, max1d, max2d
+from poolshare.supernet.operators.clustering import kmeans, kmedoids
+from poolshare.supernet.operators.merging import evit, mstm, random_tokens, tome, topk
+from poolshare.supernet.operators.pooling import Pooling, avg2d, max1d, max2d
 
 CHANNELS, HEADS, HEAD_DIM = 8, 2, 4
 # What they make of a set of patches depends on the set alone; where a patch stands matters to all others: to those of

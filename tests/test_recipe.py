@@ -12,15 +12,15 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from poolshare.search.cli.options import recipe_of
 from poolshare.search.config import SearchConfig
-from poolshare.search.options import recipe_of
-from poolshare.search.prepare import checked_recipe, input_config, supernet_recipe
+from poolshare.search.job.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.data import open_data
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import _MIX, _Mixer, check_batches, set_drop_path, train_model
-from poolshare.supernet.transforms import keyed_generators
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data.transforms import keyed_generators
+from poolshare.supernet.training.loop import _MIX, _Mixer, check_batches, set_drop_path, train_model
+from poolshare.supernet.training.recipe import Recipe
 
 SPACE = SearchSpace(depth=3, levels=(64, 16))
 PLAIN = {"epochs": 1, "batch_size": 1000, "clip_grad": None, "warmup": 0.0}  # one batch is the whole training split

@@ -11,12 +11,15 @@ import pandas as pd
 import pytest
 from reports import SPACE, candidates, make_report
 
-from poolshare.search import SearchResult, entry
+from poolshare.search import SearchResult
+from poolshare.search import api as entry
+from poolshare.search.analysis.layers import in_words, layer_shares, ranges
+from poolshare.search.analysis.pareto import PICKS, frontier, hypervolume, pick, progress
 from poolshare.search.config import checked_config
-from poolshare.search.layers import in_words, layer_shares, ranges
-from poolshare.search.pareto import PICKS, frontier, hypervolume, pick, progress
-from poolshare.search.report import load_report, write_report
-from poolshare.search.run import FORMAT, RunFolder, write_json
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import FORMAT, write_json
+from poolshare.search.report.report import load_report
+from poolshare.search.report.write import write_report
 from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 

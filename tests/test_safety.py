@@ -16,13 +16,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from poolshare.search.export import load_export
-from poolshare.search.run import RunFolder, read_json, write_json
+from poolshare.search.exported.export import load_export
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import read_json, write_json
 from poolshare.space import CostTable, PoolshareError, RunError, SearchSpace
 from poolshare.space.files import held
 from poolshare.supernet import SuperNet
-from poolshare.supernet.checkpoint import load_tensors
 from poolshare.supernet.latency import Latency
+from poolshare.supernet.training.checkpoint import load_tensors
 
 MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
@@ -134,7 +135,9 @@ def test_a_retraining_killed_before_it_removed_its_state_leaves_nothing_after_th
     out, hidden = tmp_path / "out", tmp_path / ".out.retraining"
     words = ("retrain", made / "export", "--epochs", "1", "--device", "cpu", "-q", "--out", out)
     with monkeypatch.context() as patch:
-        patch.setattr("poolshare.search.retrain.shutil.rmtree", lambda *a, **k: None)  # as if killed right there
+        patch.setattr(
+            "poolshare.search.exported.retrain.shutil.rmtree", lambda *a, **k: None
+        )  # as if killed right there
         status, _, err = verb(*words)
     assert (status, hidden.exists()) == (0, True), err
     kept = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poolshare.search.analysis.pareto import frontier
 from poolshare.search.config import SearchConfig
-from poolshare.search.journal import JournalStore
-from poolshare.search.pareto import frontier
+from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
-from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
-from poolshare.search.run import RunFolder
-from poolshare.search.study import GENERATION, Task, run_study
+from poolshare.search.samplers.propose import PROPOSERS, Scored, decode, distributions, encode
+from poolshare.search.study.journal import JournalStore
+from poolshare.search.study.loop import GENERATION, Task, run_study
 from poolshare.space import CostTable, SearchSpace
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from conftest import randomise
 from safetensors.torch import load_file
 
-from poolshare.search.export import load_export, save_export
+from poolshare.search.exported.export import load_export, save_export
 from poolshare.space import Architecture, ModelError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.sandwich import sandwich_loss
-from poolshare.supernet.train import memory_of
+from poolshare.supernet.training.loop import memory_of
+from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.sandwich import sandwich_loss
 
 BASE = "vit_tiny_patch16_224"
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7, "img_size": 64}

@@ -14,8 +14,8 @@ from timm.data import ImageDataset
 
 import poolshare.supernet.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
-from poolshare.supernet.data import open_data
-from poolshare.supernet.sources import open_source, stratified
+from poolshare.supernet.data.sources import open_source, stratified
+from poolshare.supernet.data.splits import open_data
 
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
 

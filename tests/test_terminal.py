@@ -8,9 +8,9 @@ import pytest
 from reports import candidates, make_report
 from rich.console import Console
 
+from poolshare.search.analysis.pareto import binomial_interval
 from poolshare.search.console import PlainConsole, printable
-from poolshare.search.pareto import binomial_interval
-from poolshare.search.terminal import (
+from poolshare.search.report.terminal import (
     comparison,
     comparison_table,
     draw_architecture,

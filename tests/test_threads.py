@@ -5,16 +5,18 @@ import shutil
 import pytest
 import torch
 
-from poolshare.search import SearchResult, announce, work
-from poolshare.search import job as job_module
+from poolshare.search import SearchResult, work
 from poolshare.search.config import SearchConfig
-from poolshare.search.job import run_job
-from poolshare.search.prepare import prepare
-from poolshare.search.run import RunFolder
+from poolshare.search.job import forecast as announce
+from poolshare.search.job import job as job_module
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.job import run_job
+from poolshare.search.job.prepare import prepare
 from poolshare.space import TrainingError
-from poolshare.supernet import SuperNet, distributed, threads
-from poolshare.supernet.recipe import Recipe
+from poolshare.supernet import SuperNet, threads
 from poolshare.supernet.threads import choose_threads, computing_with, fastest, step_of
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.recipe import Recipe
 
 SMALL = {
     "data": "digits",

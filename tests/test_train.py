@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.checkpoint import load_tensors, save_tensors, state_before
-from poolshare.supernet.data import open_data
+from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.model import create_base
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.sandwich import Sandwich, sandwich_loss
-from poolshare.supernet.train import steps_per_epoch, train_model, train_supernet
+from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
+from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
+from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.sandwich import Sandwich, sandwich_loss
 
 SPACE = SearchSpace(depth=3, levels=(64, 16, 4))
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from poolshare.search.evaluate import class_report
-from poolshare.search.trained_head import head_notes
+from poolshare.search.job.trained_head import head_notes
+from poolshare.search.scoring import class_report
 
 CLASSES = [f"kind {index}" for index in range(10)]
 

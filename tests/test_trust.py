@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from poolshare.search import cli, trust
-from poolshare.search import job as job_module
+from poolshare.search.analysis import trust
+from poolshare.search.analysis.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
+from poolshare.search.cli import app as cli
 from poolshare.search.config import SearchConfig
-from poolshare.search.job import run_job
-from poolshare.search.prepare import prepare
-from poolshare.search.report import load_report
-from poolshare.search.run import RunFolder, read_json, write_csv, write_json
-from poolshare.search.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
+from poolshare.search.job import job as job_module
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.job import run_job
+from poolshare.search.job.prepare import prepare
+from poolshare.search.job.records import read_json, write_csv, write_json
+from poolshare.search.report.report import load_report
 from poolshare.space import Architecture, ConfigError, RunError
 
 SMALL = {"data": "digits", "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128}

@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from poolshare.search.cheapest import CheapestPaths
-from poolshare.search.damage import single_reductions, steps
-from poolshare.search.losses import MICRONATS, ImageLosses
-from poolshare.search.racing import Race
-from poolshare.search.untrained import Effort, even_levels, gradual, search_untrained
+from poolshare.search.untrained.cheapest import CheapestPaths
+from poolshare.search.untrained.damage import single_reductions, steps
+from poolshare.search.untrained.losses import MICRONATS, ImageLosses
+from poolshare.search.untrained.racing import Race
+from poolshare.search.untrained.search import Effort, even_levels, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 80, 70, 60, 50, 40, 30, 20), operators=("kmeans", "tome"), max_run=1)

@@ -18,17 +18,18 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from poolshare.search import postgres as database
-from poolshare.search.exhaustive import score_everything
-from poolshare.search.job import make_task, study_name
-from poolshare.search.journal import JournalStore
-from poolshare.search.postgres import PostgresStore
-from poolshare.search.prepare import load_weights, prepare
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.job import make_task, study_name
+from poolshare.search.job.prepare import load_weights, prepare
+from poolshare.search.job.records import read_json, write_json
 from poolshare.search.progress import no_progress
-from poolshare.search.propose import PROPOSERS
-from poolshare.search.run import RunFolder, read_json, write_json
-from poolshare.search.storage import open_store
-from poolshare.search.study import run_study
+from poolshare.search.samplers.exhaustive import score_everything
+from poolshare.search.samplers.propose import PROPOSERS
+from poolshare.search.study import postgres as database
+from poolshare.search.study.journal import JournalStore
+from poolshare.search.study.loop import run_study
+from poolshare.search.study.open import open_store
+from poolshare.search.study.postgres import PostgresStore
 from poolshare.space import ConfigError, RunError
 
 PASSWORD = "se{c}ret%20p@ss:w/ord"
@@ -176,8 +177,8 @@ def whole_space(job, place):
 
 
 def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, job, monkeypatch):
-    monkeypatch.setattr("poolshare.search.exhaustive.SUBTREE", 1)  # cut as finely as a large space
-    monkeypatch.setattr("poolshare.search.exhaustive.WALK", 4)
+    monkeypatch.setattr("poolshare.search.samplers.exhaustive.SUBTREE", 1)  # cut as finely as a large space
+    monkeypatch.setattr("poolshare.search.samplers.exhaustive.WALK", 4)
     killed = crew_killed_at_random(3, 4, whole_space, job, place)
     found = trials_of(place)
     assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.FAIL}

@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
 
-from poolshare.search.run import versions
+from poolshare.search.job.records import versions
 from poolshare.space import forecast
 from poolshare.space.presets import PRESETS
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.data import open_data
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.sandwich import Sandwich, sandwich_loss
-from poolshare.supernet.train import steps_per_epoch, train_model, train_supernet
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
+from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.sandwich import Sandwich, sandwich_loss
 
 MODEL = "vit_tiny_patch16_224"
 

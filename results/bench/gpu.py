@@ -20,7 +20,7 @@ from triton.testing import do_bench
 
 from poolshare.space import SearchSpace, forecast
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.sandwich import Sandwich
+from poolshare.supernet.training.sandwich import Sandwich
 
 IMAGES, HEADS, CHANNELS = 512, 3, 64
 

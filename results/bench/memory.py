@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from poolshare.search.config import SearchConfig
-from poolshare.search.evaluate import count_correct
-from poolshare.search.exhaustive import score_everything
+from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder
-from poolshare.search.storage import open_store
-from poolshare.search.study import Task
+from poolshare.search.samplers.exhaustive import score_everything
+from poolshare.search.scoring import count_correct
+from poolshare.search.study.loop import Task
+from poolshare.search.study.open import open_store
 from poolshare.space import Architecture, SearchSpace
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from poolshare.search.run import versions
+from poolshare.search.job.records import versions
 from poolshare.space.presets import PRESETS
 from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.measure import wait_for
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.sandwich import Sandwich
-from poolshare.supernet.train import attention_of, memory_of, precision_of
+from poolshare.supernet.training.loop import attention_of, memory_of, precision_of
+from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.sandwich import Sandwich
 
 MODEL = "vit_tiny_patch16_224"
 # sharing, precision, checkpointing

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from poolshare.search.evaluate import count_correct
-from poolshare.search.exhaustive import subtrees
-from poolshare.search.run import versions
+from poolshare.search.job.records import versions
+from poolshare.search.samplers.exhaustive import subtrees
+from poolshare.search.scoring import count_correct
 from poolshare.space import SearchSpace, forecast
 from poolshare.supernet import SuperNet, measure_macs
 

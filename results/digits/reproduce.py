@@ -23,15 +23,16 @@ import pandas as pd
 from rich.console import Console
 from scipy.stats import t as student_t
 
-from poolshare.search.export import export_architecture
-from poolshare.search.pareto import pick
-from poolshare.search.prepare import prepare
-from poolshare.search.retrain import accuracy, retrain
-from poolshare.search.run import RunFolder, write_csv, write_json
+from poolshare.search.analysis.pareto import pick
+from poolshare.search.exported.export import export_architecture
+from poolshare.search.exported.retrain import accuracy, retrain
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.prepare import prepare
+from poolshare.search.job.records import write_csv, write_json
 from poolshare.space import Architecture
 from poolshare.supernet import SuperNet
-from poolshare.supernet.checkpoint import load_tensors
-from poolshare.supernet.train import train_model
+from poolshare.supernet.training.checkpoint import load_tensors
+from poolshare.supernet.training.loop import train_model
 
 HERE = Path(__file__).parent
 SEEDS = range(5)

@@ -48,17 +48,18 @@ import torch
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from poolshare.search.export import load_supernet
-from poolshare.search.pareto import pick
+from poolshare.search.analysis.pareto import pick
+from poolshare.search.exported.export import load_supernet
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import read_json, versions, write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
-from poolshare.search.report import load_report
-from poolshare.search.run import RunFolder, read_json, versions, write_csv, write_json
+from poolshare.search.report.report import load_report
 from poolshare.space import Architecture, CostTable, PoolshareError
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.data import Data, open_data
-from poolshare.supernet.recipe import Recipe
+from poolshare.supernet.data.splits import Data, open_data
 from poolshare.supernet.subnet import checkpoint_filter_fn
-from poolshare.supernet.train import steps_per_epoch, train_model
+from poolshare.supernet.training.loop import steps_per_epoch, train_model
+from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import load_base_weights
 
 HERE = Path(__file__).parent

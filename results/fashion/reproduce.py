@@ -28,14 +28,15 @@ import torch
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
+from poolshare.search.exported.retrain import accuracy
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
-from poolshare.search.retrain import accuracy
-from poolshare.search.run import RunFolder, versions, write_csv, write_json
 from poolshare.space import Architecture
 from poolshare.supernet import Subnet, count_macs
-from poolshare.supernet.data import open_data
-from poolshare.supernet.recipe import Recipe
-from poolshare.supernet.train import steps_per_epoch, train_model
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.training.loop import steps_per_epoch, train_model
+from poolshare.supernet.training.recipe import Recipe
 
 HERE = Path(__file__).parent
 MODEL, DEPTH, SHARING = "vit_tiny_patch16_224", 6, 3

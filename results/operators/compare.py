@@ -25,17 +25,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from poolshare.search.pareto import binomial_interval
+from poolshare.search.analysis.pareto import binomial_interval
+from poolshare.search.exported.retrain import accuracy
+from poolshare.search.job.records import write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
-from poolshare.search.retrain import accuracy
-from poolshare.search.run import write_csv, write_json
 from poolshare.space import OPERATORS, Architecture
 from poolshare.supernet import count_macs
-from poolshare.supernet.checkpoint import load_tensors, save_tensors
-from poolshare.supernet.data import open_data
+from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data.transforms import Augmentation
 from poolshare.supernet.subnet import checkpoint_filter_fn
-from poolshare.supernet.train import Recipe, steps_per_epoch, train_model
-from poolshare.supernet.transforms import Augmentation
+from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
+from poolshare.supernet.training.loop import Recipe, steps_per_epoch, train_model
 
 HERE = Path(__file__).parent
 # Runs of (patch tokens, layers) by the base model's own patch tokens.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 
-from poolshare.supernet.clustering import kmedoids
+from poolshare.supernet.operators.clustering import kmedoids
 
 
 def ratio(batch: int, repeats: int = 15) -> float:

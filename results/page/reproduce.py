@@ -26,9 +26,11 @@ import pandas as pd
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from poolshare.search.page import write_html
-from poolshare.search.report import Report, write_report
-from poolshare.search.run import RunFolder, versions, write_json
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.records import versions, write_json
+from poolshare.search.report.page import write_html
+from poolshare.search.report.report import Report
+from poolshare.search.report.write import write_report
 from poolshare.space import SearchSpace
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 

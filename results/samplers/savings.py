@@ -20,10 +20,10 @@ from statistics import NormalDist
 import numpy as np
 from study import EVALUATIONS, ours
 
-from poolshare.search.benchmark import Benchmark
-from poolshare.search.pareto import frontier
-from poolshare.search.propose import Scored
-from poolshare.search.study import GENERATION
+from poolshare.search.analysis.pareto import frontier
+from poolshare.search.samplers.benchmark import Benchmark
+from poolshare.search.samplers.propose import Scored
+from poolshare.search.study.loop import GENERATION
 from poolshare.space import Architecture, forecast
 
 STAGES = (0.125, 0.25, 0.5)

@@ -24,10 +24,10 @@ import optuna
 import pandas as pd
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
-from poolshare.search.benchmark import Benchmark
-from poolshare.search.pareto import frontier, hypervolume
-from poolshare.search.propose import PROPOSERS, Scored, decode, distributions, encode
-from poolshare.search.study import GENERATION
+from poolshare.search.analysis.pareto import frontier, hypervolume
+from poolshare.search.samplers.benchmark import Benchmark
+from poolshare.search.samplers.propose import PROPOSERS, Scored, decode, distributions, encode
+from poolshare.search.study.loop import GENERATION
 from poolshare.space import Architecture
 
 CHECKPOINTS = (50, 100, 200, 400)

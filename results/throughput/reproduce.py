@@ -25,8 +25,8 @@ import timm
 import torch
 from rich.console import Console
 
+from poolshare.search.job.records import write_csv
 from poolshare.search.progress import progress_bar
-from poolshare.search.run import write_csv
 from poolshare.supernet import Subnet, count_macs
 from poolshare.supernet.block import Sharing
 from poolshare.supernet.measure import wait_for

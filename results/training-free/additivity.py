@@ -23,9 +23,9 @@ import torch
 from reproduce import DEPTH, LEVELS, PATCHES, SEARCHED, Scorer, load_images
 from scipy.stats import kendalltau
 
-from poolshare.search.damage import DamageModel, single_reductions, steps
-from poolshare.search.losses import MICRONATS
-from poolshare.search.surrogate import Surrogate
+from poolshare.search.samplers.surrogate import Surrogate
+from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
+from poolshare.search.untrained.losses import MICRONATS
 from poolshare.space import Architecture, SearchSpace
 
 FOLDS = 10

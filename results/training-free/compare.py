@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from reproduce import DEPTH, LEVELS, SEARCHED, Scorer, load_images
 
-from poolshare.search.losses import MICRONATS, ImageLosses
-from poolshare.search.propose import PROPOSERS, Scored
-from poolshare.search.study import GENERATION
-from poolshare.search.untrained import OPERATORS, Effort, search_untrained
+from poolshare.search.samplers.propose import PROPOSERS, Scored
+from poolshare.search.study.loop import GENERATION
+from poolshare.search.untrained.losses import MICRONATS, ImageLosses
+from poolshare.search.untrained.search import OPERATORS, Effort, search_untrained
 from poolshare.space import Architecture, Band, SearchSpace, forecast
 
 FINALISTS = 16  # of every way, tested on the other images

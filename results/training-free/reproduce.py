@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
-from poolshare.search.losses import MICRONATS, ImageLosses, image_losses
-from poolshare.search.untrained import OPERATORS, Effort, search_untrained
+from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
+from poolshare.search.untrained.search import OPERATORS, Effort, search_untrained
 from poolshare.space import Architecture, CostTable, Layer, SearchSpace
 from poolshare.supernet import SuperNet, measure_macs
 

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from poolshare.search.analysis.trust import Plan, draw, kendall_tau, summarise
 from poolshare.search.config import SearchConfig
-from poolshare.search.evaluate import count_correct, count_right
-from poolshare.search.prepare import Job, make_supernet, model_options, prepare
-from poolshare.search.run import versions, write_csv, write_json
-from poolshare.search.trust import Plan, draw, kendall_tau, summarise
+from poolshare.search.job.prepare import Job, make_supernet, model_options, prepare
+from poolshare.search.job.records import versions, write_csv, write_json
+from poolshare.search.scoring import count_correct, count_right
 from poolshare.space import Architecture, Layer, forecast
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.sandwich import Sandwich
-from poolshare.supernet.train import fit, train_model
+from poolshare.supernet.training.loop import fit, train_model
+from poolshare.supernet.training.sandwich import Sandwich
 
 HERE = Path(__file__).parent
 PLAN = Plan(architectures=24, twice=24, bands=4)

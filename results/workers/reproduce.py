@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from poolshare.search.config import checked_config
-from poolshare.search.exhaustive import score_everything
-from poolshare.search.job import make_task
-from poolshare.search.prepare import Job, prepare
+from poolshare.search.job.folder import RunFolder
+from poolshare.search.job.job import make_task
+from poolshare.search.job.prepare import Job, prepare
 from poolshare.search.progress import no_progress
-from poolshare.search.run import RunFolder
-from poolshare.search.storage import open_store
-from poolshare.search.study import run_study
+from poolshare.search.samplers.exhaustive import score_everything
+from poolshare.search.study.loop import run_study
+from poolshare.search.study.open import open_store
 
 HERE = Path(__file__).parent
 TRIALS = 600

@@ -1,0 +1,1 @@
+"""What scores say: the frontier, layers, trust in the scores, finalists, latency budgets."""

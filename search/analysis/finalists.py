@@ -1,0 +1,136 @@
+"""The last choice: the best of a search are trained a little further, each alone, and compared once more.
+
+A supernet's scores tell what harms from what does not, but among good architectures they hardly rank, and the best of
+hundreds of scores is in part the luckiest. Finalists are judged by what they become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from poolshare.space import Architecture, ConfigError
+from poolshare.space.files import held
+from poolshare.supernet import Subnet
+from poolshare.supernet.data.splits import Data
+from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
+from poolshare.supernet.training.recipe import Recipe
+
+from ..job.folder import FINALISTS, RunFolder
+from ..job.job import SCORING_BATCH
+from ..job.prepare import Job, checked_recipe, load_weights, prepare, supernet_recipe
+from ..job.records import write_csv
+from ..progress import advance_step, progress_bar
+from ..report.report import load_report
+from ..report.write import write_report
+from ..scoring import Metric, count_right, top1
+from .pareto import TRAINED, ranked
+
+
+def train_finalists(
+    folder: RunFolder,
+    count: int = 8,
+    *,
+    epochs: int = 2,
+    budget: str | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    amp: str | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+    data: Data | str | None = None,
+    data_dir: str | None = None,
+    metric: Metric = top1,
+) -> pd.DataFrame:
+    """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
+
+    Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
+    in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
+    the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
+    both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
+    batch_size, lr, amp: None: as said. data, data_dir: where the search's images lie now, if elsewhere.
+    data, metric: those given in Python, see `prepare`.
+
+    Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
+    finalists.csv after each training and continues from it; the report then has the pick "finalist", the winner of the
+    largest group within the search's budget that was trained alike.
+    Raises RunError for a run that has not finished, that another process holds, or whose finalists.csv is damaged.
+    """
+    if count < 1 or epochs < 1:
+        raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
+    console = console or Console(quiet=True)
+    usual = {"epochs": epochs, "lr": folder.config.finetune_lr}
+    wished = {"batch_size": batch_size, "lr": lr, "amp": amp}
+    recipe = checked_recipe(supernet_recipe(folder.config).model_dump() | usual, wished)
+    with held(folder.path):
+        report = load_report(folder, budget)
+        chosen = choose(report.allowed, count, report.cost, report.included)
+        rows = folder.read_finalists()
+        done = set(rows["architecture"][_alike(rows, recipe)])
+        missing = [row for row in chosen.to_dict("records") if row["architecture"] not in done]
+        if missing:
+            given = data if isinstance(data, Data) else None
+            config = folder.config.without_weights.at(None if isinstance(data, Data) else data, data_dir)
+            config = config.changed(device=device or config.device, workers=workers)
+            job = prepare(config, console, given, metric, folder.classes)
+            folder.check_images(job.data.fingerprint, job.data.files)
+            check_batches(job.data, recipe, 1)
+            chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
+            if chosen_threads.note:
+                console.print(chosen_threads.note, markup=False, soft_wrap=True)
+            with computing_with(chosen_threads.number):
+                rows = _train(folder, job, missing, rows, recipe, console)
+            write_report(folder)  # the page shows the winner
+    allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
+    return ranked(rows[allowed & _alike(rows, recipe)])
+
+
+def _alike(rows: pd.DataFrame, recipe: Recipe) -> pd.Series:
+    """Which rows are of this recipe."""
+    return (rows[TRAINED] == pd.Series({name: getattr(recipe, name) for name in TRAINED})).all(axis=1)
+
+
+def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[str] = ()) -> pd.DataFrame:
+    """The most accurate candidates, of equals the cheapest, each with other tokens in some layer; then those included."""
+    best_first = candidates.sort_values(["top1", cost], ascending=[False, True], kind="stable")
+    tokens = best_first["architecture"].map(
+        lambda text: tuple((layer.tokens, layer.operator) for layer in Architecture.parse(text).layers)
+    )
+    chosen = best_first[~tokens.duplicated()].head(count)
+    return pd.concat([chosen, best_first[best_first["architecture"].isin(included)]]).drop_duplicates("architecture")
+
+
+def _train(
+    folder: RunFolder,
+    job: Job,
+    missing: list[dict[str, object]],
+    rows: pd.DataFrame,
+    recipe: Recipe,
+    console: Console,
+) -> pd.DataFrame:
+    workers, seed = job.config.workers, job.config.seed
+    load_weights(job.supernet, folder.supernet)
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
+    steps = recipe.epochs * steps_per_epoch(job.data, recipe)
+    with progress_bar(console, "training finalists", len(missing) * steps, "steps") as advance:
+        for index, candidate in enumerate(missing):
+            text = str(candidate["architecture"])
+            note = f"{index + 1} of {len(missing)}: {text}"
+            torch.manual_seed(seed)
+            model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
+            model.to(next(job.supernet.parameters()).device)
+            show = partial(advance_step, advance, index * steps, note)
+            train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=show)
+            correct, total = count_right(model, batches, metric=job.metric)
+            new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": candidate["correct"]}
+            new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}
+            rows = pd.concat([rows, pd.DataFrame([new])[list(FINALISTS)]], ignore_index=True)
+            write_csv(folder.finalists, rows, checked=True)
+    return rows

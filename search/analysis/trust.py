@@ -1,0 +1,332 @@
+"""How far supernet scores can be trusted: Kendall's τ against the same architectures trained alone, and its ceiling."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from rich.console import Console
+
+from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.space.files import held, reading
+from poolshare.supernet.data.splits import Data
+from poolshare.supernet.subnet import checkpoint_filter_fn
+from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
+
+from ..job.folder import RunFolder
+from ..job.job import SCORING_BATCH
+from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
+from ..job.records import FORMAT, read_csv, write_csv, write_json
+from ..progress import advance_step, progress_bar
+from ..report.report import Report, load_report
+from ..report.write import write_report
+from ..scoring import Metric, count_correct, count_right, top1
+
+RESAMPLES = 2000  # of the architectures, for the intervals
+POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
+
+Estimate = dict[str, float | None]  # value, and the ends of its 95 % interval; None where nothing can be ranked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which architectures are trained alone, and how often. Each band gets its share; `twice` of them have a ceiling."""
+
+    architectures: int = 24
+    twice: int = 12
+    bands: int = 4  # of equal width in MACs
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.architectures < 2 or not 0 <= self.twice <= self.architectures or self.bands < 1 or self.seed < 0:
+            raise ConfigError(
+                f"{self}: take at least 2 architectures, no more of them twice than there are, 1 band or more, and a "
+                "seed from 0"
+            )
+
+
+def measure_trust(
+    folder: RunFolder,
+    plan: Plan,
+    *,
+    recipe_changes: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+    data: Data | str | None = None,
+    data_dir: str | None = None,
+    weights: str | None = None,
+    metric: Metric = top1,
+) -> dict[str, Any]:
+    """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
+
+    Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
+    and training images; both accuracies are of the search-validation images, so the test images stay unseen.
+    recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
+    data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
+    data, metric: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
+    Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
+    trust.csv belongs to another plan.
+    """
+    given = data if isinstance(data, Data) else None
+    config = folder.config.at(None if isinstance(data, Data) else data, data_dir, weights)
+    config = config.changed(device=device or config.device, workers=workers)
+    with held(folder.path):
+        if not is_trained(folder):
+            raise RunError(
+                f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
+            )
+        folder.check_weights(config)
+        recipe = checked_recipe(supernet_recipe(config).model_dump(), recipe_changes)
+        header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
+        rows = _earlier_rows(folder, header)
+        report = load_report(folder) if folder.summary.exists() else None  # what is damaged is said before any training
+        console = console or Console(quiet=True)
+        job = prepare(config, console, given, metric, folder.classes)
+        folder.check_images(job.data.fingerprint, job.data.files)
+        check_batches(job.data, recipe, 1)
+        job = _within_latency(job, folder, report)
+        chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
+        if chosen.note:
+            console.print(chosen.note, markup=False, soft_wrap=True)
+        with computing_with(chosen.number):
+            return _measure(folder, plan, job, recipe, header, rows, console)
+
+
+def _within_latency(job: Job, folder: RunFolder, report: Report | None) -> Job:
+    """The job whose budget, where it is one of latency, is kept as in the search: by sums of its table, made longer where
+    the whole models that it timed took longer."""
+    config, latency = job.config, folder.read_latency()
+    if config.objective != "latency":
+        return job
+    if latency is None:
+        raise RunError(f"{folder.path} holds no latency.json; `poolshare search` measures it, then measure trust")
+    job = job.with_latency(latency)
+    if report is None or report.timed is None or report.budget != config.budget or config.budget is None:
+        return job
+    dense = latency.table.total(job.dense)
+    limit = report.timed.limit(config.budget) / report.timed.longer(report.candidates, report.dense["latency_ms"])
+    return replace(
+        job, allowed=job.supernet.space.within(latency.table, None, min(job.allowed.high, int(limit * dense)))
+    )
+
+
+def _measure(
+    folder: RunFolder,
+    plan: Plan,
+    job: Job,
+    recipe: Recipe,
+    header: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
+    workers = job.config.workers
+    untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
+    load_weights(job.supernet, folder.supernet)
+    drawn = draw(job, plan)
+    # An architecture has one score: the one it was given before its first training.
+    scores = {row["architecture"]: row["supernet_correct"] for row in rows}
+    new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
+    counts = count_correct(job.supernet, new, batches, metric=job.metric)[0] if new else []
+    scores |= dict(zip(map(str, new), counts, strict=True))
+    if not rows:
+        write_json(folder.trust, header)
+    missing = [
+        (repeat, index)
+        for repeat, count in enumerate((len(drawn), plan.twice))
+        for index in range(min(count, len(drawn)))
+        if (str(drawn[index][0]), repeat) not in {(row["architecture"], row["repeat"]) for row in rows}
+    ]
+    steps = recipe.epochs * steps_per_epoch(job.data, recipe)
+    with progress_bar(console, "training alone", max(1, len(missing) * steps), "steps") as advance:
+        for done, (repeat, index) in enumerate(missing):
+            architecture, band = drawn[index]
+            note = f"{done + 1} of {len(missing)}: {architecture}"
+            show = partial(advance_step, advance, done * steps, note)
+            correct, total = _train_alone(job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", show)
+            macs = job.macs.total(architecture)
+            point = (str(architecture), band, macs, scores[str(architecture)], repeat, correct, total)
+            rows.append(dict(zip(POINTS, point, strict=True)))
+            write_csv(folder.trust_rows, pd.DataFrame(rows), checked=True)
+    result = {**header, **summarise(pd.DataFrame(rows), plan.seed)}
+    write_json(folder.trust, result)
+    if folder.summary.exists():
+        write_report(folder)  # the page shows it
+    return result
+
+
+def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trainings an interrupted call of the same plan has finished."""
+    table = folder.trust_rows
+    if not table.exists():
+        return []
+    earlier = folder.read_trust()
+    # An older recipe lacks the fields that are newer than it, and had what is now their default.
+    there = {**(earlier or {}), "recipe": Recipe().model_dump() | (earlier or {}).get("recipe", {})}
+    changed = [name for name in ("plan", "recipe") if there.get(name) != header[name]]
+    if changed:
+        raise RunError(
+            f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or move {table} away"
+        )
+    with reading(table, "move it away to measure trust again"):
+        frame = read_csv(table)
+        if tuple(frame.columns) != POINTS or frame.isna().any(axis=None):
+            raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
+        return frame.to_dict("records")
+
+
+def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
+    """The plan's architectures with their bands, each once; the first ones come from all bands in turn.
+
+    Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
+    latency). Where one runs out of members the others give more.
+    """
+    low, high = job.allowed.low, job.allowed.high
+    borders = [low + (high + 1 - low) * index // plan.bands for index in range(plan.bands + 1)]
+    members: list[list[Architecture]] = []
+    for band, (start, stop) in enumerate(pairwise(borders)):
+        rng = random.Random(f"trust {plan.seed} {band}")
+        members.append(_distinct(job, start, stop - 1, plan.architectures, rng))
+    in_turn = [
+        (group[turn], band)
+        for turn in range(plan.architectures)
+        for band, group in enumerate(members)
+        if turn < len(group)
+    ]
+    if len(in_turn) < 2:
+        raise RunError("the space has fewer than two architectures within the budget; there is nothing to rank")
+    return in_turn[: plan.architectures]
+
+
+def _distinct(job: Job, low: int, high: int, count: int, rng: random.Random) -> list[Architecture]:
+    """Up to `count` different uniform draws from a band; a bounded number of tries, fewer where the band is small."""
+    try:
+        band = job.supernet.space.within(job.allowed.costs, low, high)
+    except BudgetError:
+        return []
+    found: dict[Architecture, None] = {}
+    for _ in range(50 * count):
+        if len(found) == min(count, band.size):
+            break
+        found[band.sample(rng)] = None
+    return list(found)
+
+
+def _train_alone(
+    job: Job,
+    architecture: Architecture,
+    untrained: dict[str, torch.Tensor],
+    recipe: Recipe,
+    key: str,
+    progress: Progress,
+) -> tuple[int, int]:
+    """One architecture from the supernet's own start; correct and total search-validation images."""
+    workers = job.config.workers
+    seed = random.Random(f"alone {key}").getrandbits(31)
+    torch.manual_seed(seed)
+    base, options = job.supernet.base
+    device = next(job.supernet.parameters()).device
+    model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+    if job.config.warm:
+        model.load_state_dict(checkpoint_filter_fn(untrained, model))
+    model.to(device)
+    train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
+    return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)
+
+
+# Statistics
+
+
+def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """τ of supernet score against one training alone, its ceiling, and both within bands; all with 95 % intervals.
+
+    rows: columns POINTS; an architecture's score is that of its first row. "tau" is over all architectures;
+    "ceiling" is τ of a first against a second training, over
+    those trained twice, and "share_of_ceiling" compares like with like: among those trained twice, the mean of the
+    score's τ with either training, divided by the ceiling. "within" repeats the three with pairs of the same band alone, which
+    cost in MACs cannot decide. Intervals: percentiles of a bootstrap over architectures, band by band.
+    """
+    facts = rows.drop_duplicates("architecture").set_index("architecture")[["band", "macs", "supernet_correct"]]
+    wide = facts.join(rows.pivot(index="architecture", columns="repeat", values="correct"))
+    wide = wide.reset_index().sort_values(["band", "macs", "architecture"], ignore_index=True)
+    band, score, first = (wide[name].to_numpy() for name in ("band", "supernet_correct", 0))
+    second = wide[1].to_numpy(float) if 1 in wide else np.full(len(wide), np.nan)
+    both = ~np.isnan(second)
+
+    def taus(chosen: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+        twice = chosen[both[chosen]]
+        tau = kendall_tau(score[chosen], first[chosen], groups[chosen])
+        ceiling = kendall_tau(first[twice], second[twice], groups[twice])
+        mean = np.mean([kendall_tau(score[twice], alone[twice], groups[twice]) for alone in (first, second)])
+        return tau, ceiling, float(mean) / ceiling if ceiling > 0 else float("nan")
+
+    rng = np.random.default_rng(seed)
+    places = [np.flatnonzero(band == one) for one in np.unique(band)]
+    resamples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(RESAMPLES)]
+
+    def estimates(groups: np.ndarray, members: np.ndarray) -> dict[str, Estimate]:
+        values = taus(members, groups)
+        inside = np.isin(np.arange(len(wide)), members)
+        spread = np.array([taus(sample[inside[sample]], groups) for sample in resamples])
+        names = ("tau", "ceiling", "share_of_ceiling")
+        return {name: _estimate(values[index], spread[:, index]) for index, name in enumerate(names)}
+
+    everyone, one_group = np.arange(len(wide)), np.zeros(len(wide), dtype=int)
+    per_band = [
+        {
+            "band": int(band[place[0]]),
+            "low_macs": int(wide["macs"][place].min()),
+            "high_macs": int(wide["macs"][place].max()),
+        }
+        | {"n": len(place)}
+        | estimates(one_group, place)
+        for place in places
+    ]
+    points = [
+        {
+            "architecture": row["architecture"],
+            "macs": int(row["macs"]),
+            "supernet_top1": 100 * row["supernet_correct"] / rows["total"].iloc[0],
+            "retrained_top1": [
+                100 * row[r] / rows["total"].iloc[0] for r in (0, 1) if r in row and not np.isnan(row[r])
+            ],
+        }
+        for row in wide.to_dict("records")
+    ]
+    return (
+        estimates(one_group, everyone)
+        | {"within": estimates(band, everyone)}
+        | {"n": len(wide), "twice": int(both.sum()), "images": int(rows["total"].iloc[0])}
+        | {"bands": per_band, "points": points}
+    )
+
+
+def kendall_tau(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Kendall's τ-b of two (n,) rankings, over pairs of the same group alone; nan where they rank nothing.
+
+    M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
+    """
+    first, second = np.sign(np.subtract.outer(x, x)), np.sign(np.subtract.outer(y, y))
+    if groups is not None:
+        first, second = (np.where(np.equal.outer(groups, groups), one, 0) for one in (first, second))
+    scale = np.sqrt((first**2).sum() * (second**2).sum())
+    return float((first * second).sum() / scale) if scale > 0 else float("nan")
+
+
+def _estimate(value: float, spread: np.ndarray) -> Estimate:
+    spread = spread[np.isfinite(spread)]
+    if not np.isfinite(value) or not len(spread):
+        return {"value": None, "low": None, "high": None}
+    low, high = np.percentile(spread, (2.5, 97.5))
+    return {"value": value, "low": float(low), "high": float(high)}

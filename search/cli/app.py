@@ -1,0 +1,363 @@
+"""The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from poolshare.space.errors import PoolshareError
+from poolshare.space.files import remedy
+
+from ..console import PlainConsole, never_fail, printable
+from . import judging, looking, using
+from .options import (
+    Amp,
+    Budget,
+    ClassMap,
+    DataDir,
+    DataHere,
+    DataName,
+    Device,
+    Download,
+    ImgSize,
+    InChans,
+    Json,
+    LatencyDtype,
+    Levels,
+    MaxRun,
+    ModelArgs,
+    Operators,
+    Quiet,
+    RecipeChanges,
+    Seed,
+    Sharing,
+    Storage,
+    Threads,
+    Weights,
+    Workers,
+    helping,
+    integers,
+    make_config,
+    model_args_of,
+    print_json,
+    progress_console,
+    recipe_of,
+    words,
+)
+
+app = typer.Typer(
+    name="poolshare",
+    help="Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention.",
+    epilog="Begin with:  poolshare search --data digits --out runs/digits",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"poolshare {version('poolshare')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention."""
+
+
+@app.command(epilog="Example:  poolshare space --model vit_tiny_patch16_224 --budget 60%")
+def space(
+    model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "vit_tiny_patch16_224",
+    levels: Levels = None,
+    operators: Operators = None,
+    max_run: MaxRun = None,
+    sharing: Sharing = "qk",
+    budget: Budget = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the head: as many as your data have. Default: the model's.")
+    ] = None,
+    model_args: ModelArgs = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Size and costs of a search space; trains nothing.
+
+    With the classes of the data it says what `search` will say.
+    """
+    from poolshare.space import budget_quantity, forecast_space, parse_budget
+    from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
+    from poolshare.supernet.base import cropped
+    from poolshare.supernet.threads import choose_threads, computing_with
+
+    from ..job.prepare import make_supernet, model_options, pick_device, with_card
+
+    given = {
+        "model": model, "levels": integers("--levels", levels), "operators": words(operators), "max_run": max_run,
+        "sharing": sharing, "budget": budget, "img_size": img_size, "in_chans": in_chans,
+        "model_args": model_args_of(model, model_args),
+    }  # fmt: skip
+    config = make_config(data="", **with_card(given))
+    model = config.model
+    options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
+    net = make_supernet(config, options)
+    graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
+    cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
+    costs = macs
+    if budget is not None and budget_quantity(budget) == "nanoseconds":
+        net.to(pick_device(None))
+        with computing_with(choose_threads(threads, None, net).number):
+            latency = measure_latency_table(net)
+        costs = latency.table
+    limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
+    allowed = graph.within(costs, None, limit)
+    result: dict[str, Any] = {
+        "model": model,
+        "num_classes": net.num_classes,
+        **graph.to_json(),
+        "size": graph.size,
+        "dense_macs": macs.total(dense),
+        "dense_parameters": parameters.total(dense),
+        "cheapest": str(cheapest),
+        "cheapest_macs": macs.total(cheapest),
+        "cheapest_parameters": parameters.total(cheapest),
+        "within_budget": allowed.size,
+        "within_budget_is_exact": allowed.exact,
+        "budget_macs": limit if costs is macs else None,
+        "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
+        "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
+        "notes": cropped(net),
+        "scoring_all_macs_per_image": whole.cost,
+        "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
+        "scoring_all_share_of_one_by_one": round(whole.share, 4),
+    }
+    if as_json:
+        return print_json(result)
+    out = PlainConsole()
+    out.print(
+        f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
+        f"operators {', '.join(graph.operators)}, at most {graph.max_run} layers on one attention map"
+    )
+    out.print(f"architectures    {graph.size:,}")
+    out.print(
+        f"dense            {macs.format(result['dense_macs'])} per image, {result['dense_parameters']:,} parameters, "
+        f"with a head of {net.num_classes:,} classes" + ("" if num_classes else " (--num-classes: those of your data)"),
+        soft_wrap=True,
+    )
+    out.print(
+        f"cheapest         {macs.format(result['cheapest_macs'])} ({result['cheapest_macs'] / result['dense_macs']:.1%}), "
+        f"{result['cheapest_parameters']:,} parameters: {cheapest}"
+    )
+    if limit is not None:
+        out.print(f"within {budget:<9} {allowed.size_text} architectures cost at most {costs.format(limit)}")
+    if costs is not macs:
+        out.print(f"dense            {costs.format(costs.total(dense))} per image, {latency.conditions}")
+    out.print(
+        f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
+        f"{whole.share:.1%} of one by one"
+    )
+    for note in result["notes"]:
+        out.print(note)
+
+
+@app.command(
+    epilog="Examples:  poolshare search --data digits --out runs/digits    "
+    "poolshare search --data photos/ --model vit_tiny_patch16_224 --pretrained --budget 60% --out runs/photos"
+)
+def search(
+    data: DataName,
+    out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: "
+            "vit_tiny_patch16_224."
+        ),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
+    weights: Weights = None,
+    class_map: ClassMap = None,
+    budget: Budget = None,
+    levels: Levels = None,
+    operators: Operators = None,
+    max_run: MaxRun = None,
+    sharing: Sharing = "qk",
+    sampler: Annotated[
+        Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
+        typer.Option(help="auto scores the whole space where affordable."),
+    ] = "auto",
+    objective: Annotated[
+        Literal["macs", "latency"] | None,
+        typer.Option(
+            help="Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
+        ),
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images in the batch whose latency counts.")] = 1,
+    latency_dtype: LatencyDtype = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 10.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 2e-3, warm start 3e-4.")] = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    model_args: ModelArgs = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    search_fraction: Annotated[
+        float | None, typer.Option(help="Share of the training images to score on. Default: 0.2, digits 0.3.")
+    ] = None,
+    search_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Score on these class folders instead. Default: val/ where there is a test/ beside it.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    scale_16bit: Annotated[
+        bool, typer.Option("--scale-16bit", help="Take 16-bit grey images, 65,535 as white; else they are refused.")
+    ] = False,
+    workers: Workers = 0,
+    amp: Amp = "none",
+    recipe: RecipeChanges = None,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = None,
+    storage: Storage = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the supernet, score architectures, report.
+
+    The same command continues an interrupted run.
+    """
+    from .. import search as run_search
+
+    found = run_search(
+        data, out=out, storage=storage, quiet=quiet,
+        data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
+        scale_16bit=scale_16bit, model=model, model_args=model_args_of(model, model_args),
+        pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
+        recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
+        max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
+        objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,
+        include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
+        workers=workers, seed=seed, device=device, threads=threads,
+    )  # fmt: skip
+    if helping():
+        return None
+    if as_json:
+        return print_json(looking.outcome(found.run, found.report, found.report.cost))
+    looking.present(found.report, found.report.cost)
+    if quiet:  # else they were said at the beginning
+        using.print_notes(found.run.read_summary().get("notes", []))
+    looking.hint(found.run, found.report)
+
+
+@app.command(epilog="Example:  poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)")
+def worker(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    storage: Storage = None,
+    data: DataHere = None,
+    data_dir: DataDir = None,
+    workers: Workers = 0,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One more searcher on the study of a running or stopped search.
+
+    Start any number of them, anywhere that sees RUN (or a copy of it and the same database), at any time; stop them at
+    any time. `poolshare search` itself counts as one, and alone writes the report.
+    """
+    from ..job.worker import work
+
+    result = work(run, storage, data, data_dir, workers, device, progress_console(quiet), threads=threads)
+    if as_json:
+        return print_json(result)
+    console = PlainConsole()
+    console.print(f"{run}: {result['scored']:,} of its {result['candidates']:,} architectures were scored here")
+    console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
+
+
+app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)
+app.command(epilog='Example:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"')(looking.show)
+
+
+app.command(
+    epilog="Examples:  poolshare export runs/digits --budget 60% --out exports/digits    "
+    'poolshare export runs/digits --architecture "64*2 36@max2d*3 16@max2d*3" --out exports/mine'
+)(using.export)
+app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")(using.retrain)
+app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(using.evaluate)
+app.command(epilog="Example:  poolshare predict exports/photos-retrained holiday.jpg more-photos/")(using.predict)
+
+
+app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")(judging.trust)
+app.command(epilog="Example:  poolshare finalists runs/photos --budget 60% --count 8 --epochs 2")(judging.finalists)
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; no KeyboardInterrupt, which the command-line library would turn into exit status 130."""
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    owner = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a worker that loads images: its parent will end it
+            os._exit(1)
+        raise _Stopped
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point: exit status 0 (fine), 1 (failed or stopped), 2 (wrong use)."""
+    for stream in (sys.stdout, sys.stderr):
+        never_fail(stream)
+    try:
+        with _stopping_on_signals():
+            app()
+    except PoolshareError as error:
+        where = f" in process {os.environ['RANK']}" if helping() else ""
+        print(printable(f"error{where}: {error}"), file=sys.stderr)
+        sys.exit(error.exit_status)
+    except _Stopped:
+        if not helping():
+            print("stopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(printable(f"error: {error}; {remedy(error)}"), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,134 @@
+"""The verbs that train some architectures alone, to judge scores by what becomes of them: `trust` and `finalists`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import PlainConsole
+from .options import (
+    Budget,
+    DataDir,
+    DataHere,
+    Device,
+    Json,
+    Quiet,
+    SearchAmp,
+    SearchBatch,
+    Seed,
+    Threads,
+    Workers,
+    print_json,
+    progress_console,
+)
+
+
+def trust(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    architectures: Annotated[int, typer.Option(min=2, help="How many to train alone, drawn across MAC bands.")] = 24,
+    twice: Annotated[
+        int | None, typer.Option(min=0, help="How many of them a second time, for the ceiling. Default: half.")
+    ] = None,
+    bands: Annotated[int, typer.Option(min=1, help="MAC bands of equal width.")] = 4,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Of each training. Default: the supernet's.")] = None,
+    batch_size: SearchBatch = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the supernet's.")] = None,
+    amp: SearchAmp = None,
+    data: DataHere = None,
+    data_dir: DataDir = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Where the weights lie now that the search began with. Default: as there.", metavar="FILE"),
+    ] = None,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How well supernet scores rank architectures: Kendall's tau against training them alone.
+
+    Test images stay unseen. The same command continues an interrupted one; the report shows the outcome.
+    """
+    from ..analysis.trust import Plan, measure_trust
+    from ..job.folder import RunFolder
+
+    plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
+    folder = RunFolder.open(run)
+    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
+    found = measure_trust(
+        folder, plan, recipe_changes=changes, data=data, data_dir=data_dir, weights=None if weights is None else str(weights),
+        workers=workers, device=device, threads=threads, console=progress_console(quiet),
+    )  # fmt: skip
+    if as_json:
+        return print_json(found)
+    console = PlainConsole()
+    console.print(
+        f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
+        f"scored on {found['images']:,} search-validation images; Kendall tau with 95 % intervals"
+    )
+    for title, part in [
+        ("all", found),
+        ("inside bands", found["within"]),
+        *((f"{one['low_macs'] / 1e6:.3g}-{one['high_macs'] / 1e6:.3g} M MACs", one) for one in found["bands"]),
+    ]:
+        cells = [
+            f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
+        ]
+        console.print(f"{title:<20} {'  '.join(cells)}", soft_wrap=True)
+
+
+def _with_interval(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "not known"
+    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
+
+
+def finalists(
+    run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
+    count: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How many of the best to train on, beside those that the search was told to --include."
+        ),
+    ] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
+    batch_size: SearchBatch = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3; pretrained 3e-4.")] = None,
+    amp: SearchAmp = None,
+    budget: Budget = None,
+    data: DataHere = None,
+    data_dir: DataDir = None,
+    workers: Workers = 0,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the best within the budget a little further, each alone, and score them again.
+
+    The best of hundreds of scores is partly the luckiest; this decides between the best by what becomes of them. Test images
+    stay unseen. The same command continues an interrupted one. `poolshare export RUN --pick finalist` takes the winner, of
+    finalists that were trained in several ways that of the largest group.
+    """
+    from ..analysis.finalists import train_finalists
+    from ..job.folder import RunFolder
+    from ..report.report import load_report
+    from ..report.terminal import finalists_table
+
+    folder = RunFolder.open(run)
+    console = progress_console(quiet)
+    rows = train_finalists(
+        folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, data=data,
+        data_dir=data_dir, workers=workers, device=device, threads=threads, console=console,
+    )  # fmt: skip
+    if as_json:
+        return print_json({"run": str(run), "finalists": rows.to_dict("records")})
+    out = PlainConsole()
+    out.print(finalists_table(rows, out.width, load_report(folder).baseline))
+    name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
+    out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

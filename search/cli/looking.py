@@ -1,0 +1,172 @@
+"""The verbs that look at what was found: `pareto` a run, `show` an architecture."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from poolshare.space.errors import ConfigError
+
+from ..console import PlainConsole
+from .options import Budget, Json, print_json
+
+if TYPE_CHECKING:
+    from ..job.folder import RunFolder
+    from ..report.report import Report
+
+CostName = Annotated[
+    Literal["macs", "parameters", "latency"] | None,
+    typer.Option("--cost", help="What the frontier weighs against accuracy. Default: the search's objective."),
+]
+PickName = Annotated[
+    Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
+    typer.Option(help="Name one point and why. half-point: the cheapest within half a point of dense."),
+]
+
+
+def pareto(
+    run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
+    budget: Budget = None,
+    cost: CostName = None,
+    pick: PickName = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Lay another run's frontier over it; repeatable.", metavar="RUN")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the frontier as a table.", metavar="FILE")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw it; the numbers go beside it, with .csv in place of .png.", metavar="FILE")
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Write report.html, pareto.png and their numbers in the run folder anew.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The frontier of a run, as table and plot.
+
+    pareto.csv, pareto.png and report.html lie in the run folder.
+    """
+    from ..job.folder import RunFolder
+    from ..job.records import write_csv
+    from ..report.report import load_report
+    from ..report.terminal import comparison
+    from ..report.write import write_report
+
+    folder = RunFolder.open(run)
+    report = load_report(folder, budget)
+    others = [load_report(RunFolder.open(other), budget) for other in compare or []]
+    column = "latency_ms" if cost == "latency" else cost or report.cost
+    frontier = report.by(column)  # what cannot be is refused before anything is written
+    compared = comparison([report, *others], column)
+    chosen = None if pick is None else report.pick(pick, column)
+    if csv is not None:
+        write_csv(csv, frontier)
+    if png is not None:
+        from ..report.figure import figure_numbers, figure_png
+
+        if png.suffix.lower() != ".png":
+            raise ConfigError(
+                f"--png {png} does not end in .png; the numbers go beside it, into the same name with .csv"
+            )
+        figure_png(report, png, column, others)
+        figure_numbers([report, *others], png.with_suffix(".csv"), column)
+    if refresh:
+        write_report(folder)
+    if as_json:
+        found = outcome(folder, report, column)
+        if chosen is not None:
+            found["pick"] = chosen._asdict()
+        if others:
+            found["compared"] = compared
+        return print_json(found)
+    present(report, column, others)
+    console = PlainConsole()
+    for path in (csv, png, png and png.with_suffix(".csv"), folder.report if refresh else None):
+        if path is not None:
+            console.print(f"written: {path}", soft_wrap=True)
+    if chosen is not None:
+        console.print(f"{chosen.how}: {chosen.architecture}", soft_wrap=True)
+        console.print(f"why: {chosen.why}")
+        console.print(report.export_command(chosen.architecture), soft_wrap=True)
+    else:
+        hint(folder, report, budget)
+
+
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(help='An architecture such as "196*2 100@max2d*3", or an exported folder.', metavar="TEXT|DIR"),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
+    from poolshare.space import Architecture, RunError
+    from poolshare.space.files import reading
+
+    from ..job.records import read_json
+    from ..report.terminal import draw_architecture
+    from ..units import quantity
+
+    facts: dict[str, Any] = {}
+    if os.path.isdir(what):  # unlike Path's it takes a text of any length
+        path = Path(what) / "architecture.json"
+        if not path.is_file():
+            raise RunError(f"{what} is no exported folder: it holds no architecture.json")
+        with reading(path, "export it again"):
+            facts = read_json(path)
+            architecture = Architecture.parse(facts["architecture"])
+            if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
+                raise ValueError("a cost is no positive whole number")
+    else:
+        architecture = Architecture.parse(what)
+    if as_json:
+        layers = [layer._asdict() for layer in architecture.layers]
+        return print_json({"architecture": str(architecture), **architecture.to_json(), "layers": layers})
+    console = PlainConsole()
+    console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
+    if facts:
+        share = facts["macs"] / facts["dense_macs"]
+        parameters = quantity(facts["parameters"], "parameters")
+        console.print(f"{quantity(facts['macs'], 'macs')}, {share:.1%} of dense; {parameters}")
+
+
+def outcome(folder: RunFolder, report: Report, cost: str) -> dict[str, Any]:
+    """A run in JSON: its summary, and its frontier within the report's budget."""
+    found: dict[str, Any] = {
+        "budget_macs": report.limits.get("macs"),
+        "budget_latency_ms": report.limits.get("latency_ms"),
+        "certified": report.certified,
+    }
+    found |= {"hypervolume": report.hypervolume, "frontier": report.by(cost).to_dict("records")}
+    return {"run": str(folder.path), **folder.read_summary(), **found}
+
+
+def present(report: Report, cost: str, others: list[Report] | None = None) -> None:
+    """Frontier and plot on the terminal."""
+    from ..report.terminal import comparison_table, terminal_plot, terminal_table
+
+    console = PlainConsole()
+    console.print(terminal_table(report, limit=20, cost=cost, width=console.width))
+    if others:
+        console.print(comparison_table([report, *others], cost))
+    for warning in report.warnings:
+        console.print(warning, soft_wrap=True)
+    width = max(40, min(78, console.width))
+    print(terminal_plot(report, width, colour=console.is_terminal, cost=cost, others=others or ()))
+
+
+def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
+    """Where the report is, and what to do next."""
+    console = PlainConsole()
+    run = shlex.quote(str(folder.path))
+    budget = budget or folder.config.budget
+    picks = [each.how for each in report.picks()]
+    wishes = [f"--budget {shlex.quote(budget)}"] if budget else []
+    if picks[0] == "finalist" or not budget:
+        wishes.append(f"--pick {picks[0]}")  # finalist, or else half-point where there is one
+    wish = " ".join(wishes)
+    console.print(f"report: {folder.report}", soft_wrap=True)
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)

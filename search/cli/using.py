@@ -1,0 +1,211 @@
+"""The verbs of exported models: `export` one, `retrain` it, `evaluate` it, let it `predict`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from poolshare.space.errors import BrokenDataError, ConfigError
+
+from ..console import PlainConsole
+from .options import (
+    Amp,
+    Budget,
+    DataDir,
+    Device,
+    Download,
+    Json,
+    OtherData,
+    Quiet,
+    RecipeChanges,
+    SearchBatch,
+    Seed,
+    Threads,
+    Workers,
+    helping,
+    print_json,
+    progress_console,
+    recipe_of,
+)
+
+CLASSES_SHOWN = 10
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a finished search.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.", metavar="DIR")],
+    architecture: Annotated[
+        str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
+    ] = None,
+    pick: Annotated[
+        Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
+        typer.Option(
+            help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
+            "half a point of dense; budget: the best within --budget. Default: budget where there is one, the search's or "
+            "another, else knee."
+        ),
+    ] = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """Take one architecture home as a timm model.
+
+    It is chosen by budget, the search's own or another, by text, or as the frontier's knee.
+    """
+    from .. import SearchResult
+
+    found = SearchResult(run)
+    if architecture is None:
+        chosen = found.pick(pick, budget).architecture
+    elif budget or pick:
+        raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
+    else:
+        chosen = architecture
+    facts = found.export(chosen, out)
+    if as_json:
+        return print_json({"out": str(out), **facts})
+    console = PlainConsole()
+    console.print(f"{out}: {facts['architecture']}")
+    console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
+
+
+def retrain(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: OtherData = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Lose what an interrupted call with other options has trained for --out.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
+    batch_size: SearchBatch = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="An export to learn from beside the labels, such as the dense model's.", metavar="DIR"),
+    ] = None,
+    recipe: RecipeChanges = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    amp: Amp = "none",
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an exported model further and test it.
+
+    It trains on all training images, search-validation included, and is kept in a new folder.
+    """
+    from ..exported.retrain import retrain as run_retrain
+
+    exported = exported.resolve() if exported.name in ("", "..") else exported
+    target = out or exported.with_name(f"{exported.name}-retrained")
+    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
+    facts = run_retrain(
+        exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, restart=restart,
+        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads,
+        console=progress_console(quiet),
+    )  # fmt: skip
+    if helping():
+        return None
+    if as_json:
+        return print_json({"out": str(target), **facts})
+    PlainConsole().print(
+        f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
+        f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
+    )
+    PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
+    if quiet:  # else they were said at the beginning
+        print_notes(facts["notes"])
+
+
+def print_notes(notes: list[str]) -> None:
+    """What an accuracy is of: quiet or not, it belongs to the result."""
+    for note in notes:
+        PlainConsole().print(note, soft_wrap=True)
+
+
+def _beside(balanced: float, baseline: float) -> str:
+    return f"balanced over classes {balanced:.2f} %; the most frequent class alone makes {baseline:.2f} %"
+
+
+def evaluate(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    data: OtherData = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    workers: Workers = 0,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Test accuracy and speed of an exported model."""
+    from ..exported.retrain import evaluate as run_evaluate
+
+    result = run_evaluate(
+        exported,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        workers=workers,
+        device=device,
+        threads=threads,
+        console=progress_console(quiet),
+    )
+    if as_json:
+        return print_json(result)
+    console = PlainConsole()
+    low, high = result["interval"]
+    console.print(
+        f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
+    )
+    console.print(_beside(result["balanced_top1"], result["baseline"]))
+    worst_first = sorted(result["per_class"], key=lambda one: (one["top1"], -one["images"]))
+    for one in worst_first[:CLASSES_SHOWN]:
+        console.print(f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images", soft_wrap=True)
+    if len(worst_first) > CLASSES_SHOWN:
+        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes that it knows better; --json lists all")
+    print_notes(result["notes"])
+    console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
+    threads = result["threads"]
+    where = result["device"] + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")
+    for batch, latency in result["latency_ms"].items():
+        console.print(f"batch {batch}: {latency:.2f} ms, {1000 * int(batch) / latency:,.0f} images/s on {where}")
+
+
+def predict(
+    exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE…")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The most probable classes of images.
+
+    Images that cannot be read are named at the end, with exit status 1.
+    """
+    from ..exported.predict import predict as run_predict
+
+    aside = PlainConsole(stderr=True, soft_wrap=True)
+    found = run_predict(exported, images, top=top, device=device, say=aside.print, console=progress_console(False))
+    broken = [one["error"] for one in found if "error" in one]
+    if as_json:
+        print_json(found)
+    console = PlainConsole()
+    for one in [] if as_json else found:
+        if "error" in one:
+            continue
+        named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
+        console.print(f"{one['image']}: {named}", soft_wrap=True)
+    if broken:
+        raise BrokenDataError(f"{len(broken)} of {len(found)} images cannot be read: {'; '.join(broken)}")

@@ -1,0 +1,1 @@
+"""Architectures taken home: exported, retrained, evaluated, and asked for predictions."""

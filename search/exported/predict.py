@@ -1,0 +1,76 @@
+"""Images in, class names and probabilities out, by an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from poolshare.space import BrokenDataError, DataError
+from poolshare.supernet.data.listing import ENDINGS, list_folder
+from poolshare.supernet.data.pictures import Images
+from poolshare.supernet.data.transforms import Augmentation, picture_transform
+
+from ..job.prepare import opening_options, pick_device
+from ..progress import progress_bar
+from .export import load_export
+
+BATCH = 64
+
+
+@torch.inference_mode()
+def predict(
+    exported: str | Path,
+    images: Sequence[str | Path],
+    *,
+    top: int = 3,
+    device: str | None = None,
+    say: Callable[[str], None] | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """For each image its path and its `top` most probable classes with their probabilities, 0 to 1, falling.
+
+    images: files, and folders whose images, however deep, are taken in natural order. say: told which files of a folder
+    are passed over. console: where the progress of more than one batch goes.
+    An image that cannot be read has no classes, and an `error` that names it and says why. Raises DataError where there
+    are no images.
+    """
+    paths = [path for one in images for path in _files(Path(one), say)]
+    source, place = load_export(exported), pick_device(device)
+    read = Images([(path,) for path in paths], "the images", source.facts.get("scale_16bit", False))
+    transform = picture_transform(**opening_options(source.data_config), augmentation=Augmentation.none())
+    model, classes = source.model.eval().to(place), source.facts["classes"]
+    found: list[dict[str, Any]] = [{"image": path, "classes": []} for path in paths]
+    shown = console if console and len(paths) > BATCH else Console(quiet=True)
+    with progress_bar(shown, "predicting", len(paths), "images") as advance:
+        for start in range(0, len(paths), BATCH):
+            whole, inputs = [], []
+            for index in range(start, min(start + BATCH, len(paths))):
+                try:
+                    inputs.append(transform(read(index), None))
+                    whole.append(index)
+                except BrokenDataError as error:
+                    found[index]["error"] = str(error).removeprefix("cannot read ")
+            rows = model(torch.stack(inputs).to(place)).softmax(dim=-1).cpu() if inputs else ()
+            for index, row in zip(whole, rows, strict=True):
+                values, indices = row.topk(min(top, len(classes)))
+                named = zip(indices.tolist(), values.tolist(), strict=True)
+                found[index]["classes"] = [{"class": classes[one], "probability": value} for one, value in named]
+            advance(min(start + BATCH, len(paths)))
+    return found
+
+
+def _files(path: Path, say: Callable[[str], None] | None) -> list[str]:
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise DataError(f"no image and no folder at {str(path)!r}")
+    listing = list_folder(path)
+    if not listing.paths:
+        raise DataError(f"no image ({' '.join(ENDINGS)}) in {str(path)!r}")
+    for note in listing.notes if say else ():
+        say(note)  # type: ignore[misc]
+    return [str(path / name) for name in listing.paths]

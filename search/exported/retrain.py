@@ -1,0 +1,354 @@
+"""An exported model trained further, or measured as it is; the only readers of the test split."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from torch import nn
+
+from poolshare.space import ConfigError, DataError
+from poolshare.space.files import held
+from poolshare.supernet import count_macs, measure_latency
+from poolshare.supernet.data.sources import folder_path
+from poolshare.supernet.data.splits import Data, open_data, open_tests
+from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from poolshare.supernet.threads import Threads, choose_threads, computing_with
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.checkpoint import load_facts, load_state_facts
+from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
+
+from ..analysis.pareto import binomial_interval
+from ..config import WARM_LR, WARM_LR_PRETRAINED, moved, short_name
+from ..job.folder import check_outside
+from ..job.images import difference
+from ..job.prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
+from ..job.records import read_json
+from ..progress import advance_loss, progress_bar
+from ..scoring import answers, class_report
+from .export import Exported, check_new, load_export, save_export
+
+EVALUATION_BATCH = 256
+LATENCY_BATCHES = (1, 64)
+# Peak learning rates from a supernet's weights, and where that began with pretrained ones.
+
+
+def retrain(
+    exported: str | Path,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    download: bool = False,
+    from_scratch: bool = False,
+    restart: bool = False,
+    teacher: str | Path | None = None,
+    seed: int = 0,
+    recipe_changes: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
+
+    data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
+    restart: give up what an interrupted call with other options has trained for `out`, and begin anew.
+    teacher: an exported folder of the same classes and input, from whose probabilities it learns too. threads: of PyTorch
+    on a CPU; None: see `choose_threads`.
+    Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
+    its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
+    processes they train together; the first one tests and writes, the others return nothing.
+    Raises RunError where `out` exists or is being made, DataError where the data has other classes than the model.
+    """
+    out, console = Path(out).resolve(), console or Console(quiet=True)
+    if distributed.rank() == 0:
+        _remove_finished(out)
+    check_new(out)
+    place = pick_device(device)
+    source = load_export(exported)
+    recipe = _recipe(source, from_scratch, recipe_changes or {})
+    guide = None if teacher is None else _teacher(source, teacher)
+    source = replace(source, data_config=as_trained(source.data_config, recipe))
+    # The seed of the search decides the splits, the seed of the retraining order and augmentation.
+    name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
+    check_outside(out, name)
+    opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
+    opened = replace(opened, seed=seed)
+    for note in opened.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    torch.manual_seed(seed)
+    model: Any = source.model
+    if from_scratch:
+        base, options = model.base
+        fresh = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
+        fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
+        model = fresh
+    model = model.to(place)
+    settings = {
+        "architecture": str(model.architecture),
+        "weights": None if from_scratch else source.digest,
+        "teacher": guide and guide.digest,
+        "epochs": recipe.epochs,
+        "config": source.facts["config_sha256"],  # its input among other things
+        "data": opened.fingerprint,
+    }
+    first = distributed.rank() == 0
+    check_batches(opened, recipe, distributed.launched_size(), full=True)
+    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
+    with _workplace(out, restart) if first else nullcontext() as kept:
+        state = kept and kept / "training.safetensors"
+        with ExitStack() as stack:
+            stack.enter_context(distributed.joined(place))
+            chosen = distributed.from_first(_threads(threads, state, source, model, recipe) if first else Threads(None))
+            if chosen.note:
+                console.print(chosen.note, markup=False, soft_wrap=True)
+            stack.enter_context(computing_with(chosen.number))
+            advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
+            train_model(
+                model,
+                opened,
+                recipe,
+                teacher=guide.model if guide else None,
+                seed=seed,
+                workers=workers,
+                state=state,
+                settings=settings,
+                progress=partial(advance_loss, advance),
+                say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise=f"give --restart to lose these epochs and begin {out.name} anew, or choose another --out",
+            )
+        if not first:
+            return {}
+        with computing_with(chosen.number):
+            labels, predicted = answers_on_test(model, opened, workers)
+        correct, images = int((labels == predicted).sum()), len(labels)
+        by_class = class_report(labels, predicted, opened.classes)
+        start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
+        facts = {
+            key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
+        }
+        facts |= {
+            "data": name,
+            "data_dir": data_dir,
+            "data_fingerprint": opened.fingerprint,
+            "test_top1": 100 * correct / images,
+            "test_correct": correct,
+            "test_total": images,
+            "notes": list(opened.notes),
+            "test_baseline": by_class["baseline"],
+            "test_balanced_top1": by_class["balanced_top1"],
+            "recipe": recipe.model_dump(),
+            "threads": chosen.number,
+            "from_scratch": from_scratch,
+            "retrain_seed": seed,
+            "weights": f"{start}, retrained for {recipe.epochs} epochs on {short_name(name)}"
+            + (f" with {guide.path.name} as teacher" if guide else ""),
+        }
+        save_export(out, model.cpu(), opened.classes, source.data_config, facts)
+    return facts
+
+
+def _threads(asked: int | None, state: Path | None, source: Exported, model: nn.Module, recipe: Recipe) -> Threads:
+    """As many as a retraining that goes on has had, else as many as the search."""
+    earlier = (load_state_facts(state) or {}) if state is not None else {}
+    return choose_threads(asked, earlier.get("threads", source.facts.get("threads")), model, recipe)
+
+
+@contextmanager
+def _workplace(out: Path, restart: bool) -> Iterator[Path]:
+    """The hidden folder beside `out` where a retraining keeps its state; held, and gone when all is done.
+
+    restart: remove what state is there.
+    """
+    folder = _hidden(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        for state in folder.glob("training*") if restart else ():
+            state.unlink()
+        check_new(out)  # who held it may have finished
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(out: Path) -> Path:
+    return out.with_name(f".{out.name}.retraining")
+
+
+def _remove_finished(out: Path) -> None:
+    """Remove the state of a retraining that was killed after it had written `out`, its last deed but this one."""
+    facts, state = out / "architecture.json", _hidden(out) / "training.safetensors"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a RunError too: a state of somebody else, or in use
+        written = facts.stat().st_mtime_ns >= state.stat().st_mtime_ns
+        if written and read_json(facts)["recipe"]["epochs"] == load_facts(state)["epochs"]:
+            with held(state.parent):
+                shutil.rmtree(state.parent, ignore_errors=True)
+
+
+def _teacher(source: Exported, path: str | Path) -> Exported:
+    """The exported folder `path`, if it can teach the source."""
+    teacher = load_export(path)
+    if teacher.facts["classes"] != source.facts["classes"] or teacher.data_config != source.data_config:
+        raise ConfigError(
+            f"--teacher {path} knows other classes or takes other images than {source.path} ({teacher.data_config} "
+            f"there, {source.data_config} here); take an export of the same search, such as its dense model"
+        )
+    return teacher
+
+
+def evaluate(
+    exported: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    download: bool = False,
+    workers: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model.
+
+    data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
+    it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
+    threads: of PyTorch on a CPU, which the times are of; None: see `choose_threads`.
+    Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
+    """
+    place = pick_device(device)
+    source, console = load_export(exported), console or Console(quiet=True)
+    name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
+    opened = _open_tests(source, name, data_dir, download, console)
+    inputs = torch.zeros(1, *source.data_config["input_size"])
+    macs = count_macs(source.model, (inputs,))
+    model = source.model.to(place)
+    chosen = choose_threads(threads, source.facts.get("threads"), model)
+    with computing_with(chosen.number):
+        labels, predicted = answers_on_test(model, opened, workers, console)
+        latency = {
+            batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
+            for batch in LATENCY_BATCHES
+        }
+    correct, images = int((labels == predicted).sum()), len(labels)
+    low, high = binomial_interval(correct, images)
+    return {
+        "model": str(source.path),
+        "architecture": str(model.architecture),
+        "top1": 100 * correct / images,
+        "interval": [float(low), float(high)],
+        "correct": correct,
+        "total": images,
+        **class_report(labels, predicted, opened.classes),
+        "macs": macs,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": str(place),
+        "notes": list(opened.notes),
+        "threads": chosen.number if place.type == "cpu" else None,
+        "latency_ms": latency,
+    }
+
+
+def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | None = None) -> tuple[int, int]:
+    """Correctly classified test images, and how many there are."""
+    labels, predicted = answers_on_test(model, data, workers, console)
+    return int((labels == predicted).sum()), len(labels)
+
+
+def answers_on_test(
+    model: nn.Module, data: Data, workers: int = 0, console: Console | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the test images and a model's answers, class indices (n,)."""
+    batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
+    with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
+        return answers(model, batches, advance)
+
+
+def _open(
+    source: Exported,
+    name: str,
+    data_dir: str | None,
+    download: bool,
+    check: Sequence[str],
+    console: Console,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+) -> Data:
+    """The data set, in the model's input format. Raises DataError where its classes are not the model's.
+
+    check: what to decode once, `train` or `test`.
+    """
+    facts = source.facts
+    same = name == facts["data"]
+    with checking_images(console) as progress:
+        opened = open_data(
+            name,
+            data_dir=data_dir,
+            download=download,
+            search_data=facts.get("search_data") if same else None,
+            scale_16bit=facts.get("scale_16bit", False),
+            seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
+            augmentation=augmentation,
+            check=check,
+            progress=progress,
+            **opening_options(source.data_config),
+        )
+    classes = facts["classes"]
+    missing = [one for one in opened.classes if one not in set(classes)]
+    if not missing:
+        opened = opened.relabelled(classes, [classes.index(one) for one in opened.classes])
+    if same and (found := difference(opened.fingerprint, facts["data_fingerprint"])):
+        raise DataError(
+            f"the training images of {name} are not those the model was searched on ({found}), so its test images may "
+            "not be either; restore them, or give other test images as --data FOLDER"
+        )
+    if missing:
+        raise DataError(
+            f"{name} has the classes {', '.join(missing[:5])}…, which {source.path} does not know: it was made for "
+            f"{', '.join(classes[:5])}…; use the data it was searched on, or name the folders as its classes"
+        )
+    return opened
+
+
+def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
+    """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
+    facts = source.facts
+    if data == facts["data"] or not folder_path(data, data_dir).is_dir():
+        return _open(source, data, data_dir, download, ("test",), console)
+    with suppress(DataError):  # not a folder to train on, as far as that can tell
+        opened = _open(source, data, data_dir, download, (), console)
+        if not difference(opened.fingerprint, facts["data_fingerprint"]):  # the search's, at another place
+            return _open(source, data, data_dir, download, ("test",), console)
+    with checking_images(console) as progress:
+        opened = open_tests(
+            data,
+            facts["classes"],
+            data_dir=data_dir,
+            scale_16bit=facts.get("scale_16bit", False),
+            progress=progress,
+            **opening_options(source.data_config),
+        )
+    if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
+        raise DataError(
+            f"{data} holds the images that {source.path} was searched on: give images it was not trained on"
+        )
+    return opened
+
+
+def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) -> Recipe:
+    if "within" in changes:
+        raise ConfigError(f"--recipe within={changes['within']}: that belongs to `poolshare search`; leave it out")
+    warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
+    situation: dict[str, Any] = {
+        "batch_size": source.facts["batch_size"],
+        "epochs": 30 if from_scratch else 15,
+        "lr": 2e-3 if from_scratch else WARM_LR_PRETRAINED if warm_vit else WARM_LR,
+        "layer_decay": 0.75 if warm_vit else None,
+    }
+    return checked_recipe(situation, changes)

@@ -1,0 +1,355 @@
+"""The run folder: the interface between the verbs. The lock and the files of one search."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from pydantic import ValidationError
+
+from poolshare.space import Architecture, RunError
+from poolshare.space.files import check_folder, digest_of, held, reading
+
+from ..config import ADDRESSES, MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
+from .images import changed_files, difference, write_images
+from .records import FORMAT, read_csv, read_json, write_csv, write_json
+
+if TYPE_CHECKING:
+    from poolshare.supernet.latency import Latency
+
+BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # None until the model has been made
+CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
+FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
+
+
+class RunFolder:
+    """A folder with the files of one search; made by `create`, found by `open`."""
+
+    def __init__(self, path: Path, config: SearchConfig):
+        self.path, self.config = path, config
+        self.training = path / "training.safetensors"  # state of the training; the one before it is kept beside it
+        self.supernet = path / "supernet.safetensors"  # trained weights
+        self.journal = path / "study.journal"  # the study, where it is not in a database
+        self.candidates = path / "candidates.csv"
+        self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
+        self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
+        self.finalists = path / "finalists.csv"  # the best ones, trained on and scored again
+        self.pareto = path / "pareto.csv"
+        self.summary = path / "summary.json"
+        self.trust = path / "trust.json"
+        self.trust_rows = path / "trust.csv"  # what it was reckoned from
+        self.images = path / "images.csv"  # training images that are files, so that a changed one can be named
+        self.report = path / "report.html"
+        self.figure = path / "pareto.png"
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in `path`. Raises RunError where there is none, or one that cannot be read."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise RunError(
+                f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
+            )
+        with reading(path / "config.json", "restore it, or search into a new folder"):
+            content = read_json(path / "config.json")
+            found = content["format"]
+            try:
+                config = SearchConfig(**content["search"]) if found == FORMAT else None
+            except ValidationError as error:
+                raise ValueError(first_problem(error)) from None
+        if config is None:
+            raise RunError(
+                f"{path} has format version {found!r}, this poolshare reads {FORMAT}; use the version that wrote it"
+            )
+        return cls(path, config)
+
+    @classmethod
+    def continued(cls, path: str | Path, config: SearchConfig) -> SearchConfig:
+        """What a call with this configuration means for the run in `path`, if there is one; raises what `check` does.
+
+        What both of them left to a default is as it was decided for the run, whatever the default is today; and weights
+        that are gone are those that the run began with.
+        """
+        path = Path(path)
+        if (path / "config.json").exists():
+            folder = cls.open(path)
+            earlier = folder.config
+            decided = set(folder.defaults) - config.given - (set(MAY_DIFFER) - {"epochs"})
+            if earlier.model.startswith(f"{config.model}."):  # with the tag that timm chose then
+                decided.add("model")
+            gone = config.weights and not config.weights.startswith(ADDRESSES) and not Path(config.weights).exists()
+            if gone and earlier.weights:
+                decided.add("weights")
+            config = config.changed(**{name: getattr(earlier, name) for name in decided})
+        cls.check(path, config)
+        return config
+
+    @staticmethod
+    def check(path: str | Path, config: SearchConfig) -> None:
+        """Raise RunError for a folder with other contents, or with a configuration that differs in more than MAY_DIFFER.
+
+        What only the model decides, and has not decided yet, does not differ. Writes nothing; each difference is named.
+        """
+        path = Path(path)
+        check_folder(path)
+        check_outside(path, config.data)
+        if (path / "config.json").exists():
+            folder = RunFolder.open(path)
+            earlier = folder.config
+            changed = [
+                f"{name}: {getattr(earlier, name)!r} there, {getattr(config, name)!r} now"
+                for name in SearchConfig.model_fields
+                if name not in MAY_DIFFER
+                and getattr(earlier, name) != getattr(config, name)
+                and not (name in BY_MODEL and getattr(config, name) is None)
+            ]
+            by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
+            if earlier.weights != config.weights and not by_content:
+                changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
+            if changed:
+                free = [name for name in MAY_DIFFER if name not in PLACES]
+                raise RunError(
+                    f"{path} was begun with another configuration ({'; '.join(changed)}); repeat that one to "
+                    f"continue it (only {', '.join(free)} may differ, and where data and weights lie), or search into a "
+                    "new folder"
+                )
+        elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+            raise RunError(f"{path} holds other files and no config.json; search into a new or an empty folder")
+
+    @classmethod
+    @contextmanager
+    def claim(cls, path: str | Path, config: SearchConfig) -> Iterator[RunFolder]:
+        """Hold a new run folder, or an existing one that may be continued with this configuration, for one process.
+
+        Raises what `check` does, and RunError, naming the owner, where another process holds the folder. The
+        configuration is not written yet: see `write_config`.
+        """
+        cls.check(path, config)
+        folder = cls(Path(path), config)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with held(folder.path):
+            cls.check(path, config)  # the process that held it may have begun it meanwhile
+            yield folder
+
+    def write_config(
+        self,
+        data: str,
+        storage: str = "journal",
+        files: Mapping[str, str] | None = None,
+        classes: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Write config.json with the fingerprint of the training images, and the kind of storage its study is in.
+
+        files: of images that are files, a word for the contents of each by its name; kept in images.csv. classes: of the
+        model, in the order of its head. notes: on data and weights; those of earlier calls are kept.
+        Raises what `check_same` and `check_weights` do, before anything is written.
+        """
+        path = self.path / "config.json"
+        defaults, weights = set(SearchConfig.model_fields) - self.config.given, self.check_weights(self.config)
+        if path.exists():
+            self.check_same(data, storage, files)
+            defaults |= set(self.defaults) - set(MAY_DIFFER)  # one that is spelled out now is still a default
+        earlier = self.notes if path.exists() else ()
+        content = {
+            "format": FORMAT,
+            "data": data,
+            "storage": storage,
+            "search": self.config.model_dump(mode="json"),
+            "defaults": sorted(defaults),
+            "weights_sha256": weights,
+            "classes": None if classes is None else list(classes),
+            "notes": list(dict.fromkeys([*earlier, *notes])),
+        }
+        write_json(path, content)
+        if files and not self.images.exists():
+            write_images(self.images, files)
+
+    def check_same(self, data: str, storage: str, files: Mapping[str, str] | None = None) -> None:
+        """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
+        self.check_images(data, files)
+        there = self._fact("storage")
+        if there not in (None, storage):
+            remedy = "give --storage, or set POOLSHARE_STORAGE" if there == "postgresql" else "leave out --storage"
+            raise RunError(f"the study of {self.path} is in a {there}: {remedy}, or search into a new folder")
+
+    def check_images(self, fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+        """Raise RunError where the run was begun with other training images, naming `files` that differ."""
+        if found := difference(fingerprint, self.data_fingerprint):
+            named = changed_files(self.images, files or {})
+            raise RunError(
+                f"the training images of {self.config.data} are not those {self.path} was begun with "
+                f"({found}{named and f': {named}'}); restore them to continue it, or search into a new folder"
+            )
+
+    @staticmethod
+    def classes_of(path: str | Path) -> tuple[str, ...] | None:
+        """The classes that the run in `path` was begun with; None where there is none yet."""
+        return RunFolder.open(path).classes if (Path(path) / "config.json").exists() else None
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes of its model in the order of the head; they may be more than the data's."""
+        found = self._fact("classes")
+        return None if found is None else tuple(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user was told of data and weights when the run was begun or continued."""
+        return tuple(self._fact("notes") or ())
+
+    def check_weights(self, config: SearchConfig) -> str | None:
+        """The SHA-256 of the weights that the run begins with, None where there are none or they are no file.
+
+        Raises RunError where the file of this configuration is not the one that the run was begun with.
+        """
+        there = self._fact("weights_sha256") if (self.path / "config.json").exists() else None
+        if config.weights is None or not Path(config.weights).is_file():
+            return there
+        found = digest_of(Path(config.weights))
+        if there not in (None, found):
+            raise RunError(
+                f"--weights {config.weights} are not those {self.path} was begun with (SHA-256 {found[:16]} now, "
+                f"{there!s:.16} there); give those, or search into a new folder"
+            )
+        return found
+
+    @property
+    def defaults(self) -> list[str]:
+        """The options that the run's first call left to a default."""
+        found = self._fact("defaults")
+        return [name for name in SearchConfig.model_fields if isinstance(found, list) and name in found]
+
+    @property
+    def data_fingerprint(self) -> str:
+        """What `write_config` was given when the run was begun."""
+        return str(self._fact("data"))
+
+    def _fact(self, name: str) -> Any:
+        return read_json(self.path / "config.json").get(name)
+
+    def read_candidates(self) -> pd.DataFrame:
+        """The scored architectures, see `pareto`. Raises RunError where there are none yet, or the file is damaged."""
+        path = self.candidates
+        if not path.exists():
+            raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
+        with reading(path, "move it away to score again"):
+            frame = read_csv(path)
+            if tuple(frame.columns) not in (CANDIDATES, (*CANDIDATES, "latency_ms")):
+                raise ValueError(f"its columns are {', '.join(frame.columns)}")
+            if frame.isna().any(axis=None):
+                raise ValueError("a value is missing")
+            frame = frame.astype({"architecture": str, "top1": float} | dict.fromkeys(CANDIDATES[2:], int))
+            for text in frame["architecture"]:
+                Architecture.parse(text)
+            if not frame["architecture"].is_unique or frame["total"].nunique() > 1:
+                raise ValueError("an architecture stands twice, or numbers of images differ")
+            if not np.allclose(frame["top1"], 100 * frame["correct"] / frame["total"]):
+                raise ValueError("a top1 is not correct / total")
+            return frame
+
+    def read_finalists(self) -> pd.DataFrame:
+        """The finalists that were trained with the present weights, columns FINALISTS; none before the verb has run.
+
+        Raises RunError for a damaged file.
+        """
+        if not self.finalists.exists():
+            return pd.DataFrame(columns=list(FINALISTS))
+        with reading(self.finalists, "move it away to train finalists again"):
+            frame = read_csv(self.finalists)
+            if "lr" not in frame:  # of before these were recorded: they were the search's, and the usual rate
+                config = self.config
+                frame = frame.assign(batch_size=config.batch_size, lr=config.finetune_lr, amp=config.amp)
+                frame = frame[[name for name in FINALISTS if name in frame]]
+            if tuple(frame.columns) != FINALISTS or frame.isna().any(axis=None):
+                raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
+            for text in frame["architecture"]:
+                Architecture.parse(text)
+            return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "lr": float, "amp": str})
+
+    def write_candidates(self, frame: pd.DataFrame) -> None:
+        """Replace candidates.csv; latencies are written where all rows have one."""
+        known = "latency_ms" in frame and frame["latency_ms"].notna().all()
+        write_csv(self.candidates, frame[[*CANDIDATES, "latency_ms"] if known else list(CANDIDATES)], checked=True)
+
+    def read_latency(self) -> Latency | None:
+        """The latency table that the run was searched with last; None where there is none.
+
+        Raises RunError for a damaged file.
+        """
+        from poolshare.supernet.latency import Latency
+
+        if not self.latency.exists():
+            return None
+        with reading(self.latency, "move it away to measure latency again"):
+            found = read_json(self.latency)
+            if found["format"] != FORMAT:
+                raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
+            return Latency.from_json(found)
+
+    def latency_torch(self) -> str:
+        """The version of torch that latency.json was measured with; empty where there is none."""
+        if not self.latency.exists():
+            return ""
+        return str(json.loads(self.latency.read_text(encoding="utf-8")).get("torch", ""))
+
+    def write_latency(self, latency: Latency) -> None:
+        """Replace latency.json. Times are nanoseconds per image; `checked` holds whole models, timed and summed."""
+        errors = latency.errors
+        facts: dict[str, Any] = {"format": FORMAT, **latency.to_json(), "torch": version("torch")}
+        if errors:
+            facts |= {"median_error": statistics.median(errors), "worst_error": errors[-1]}
+        write_json(self.latency, facts)
+
+    def read_summary(self) -> dict[str, Any]:
+        """What a finished search wrote beside its candidates. Raises RunError where it is not there."""
+        from ..analysis.latency_budget import Timed
+
+        if not self.summary.exists():
+            raise RunError(f"the search in {self.path} has not finished; run the same `poolshare search` again")
+        with reading(self.summary, "run the same `poolshare search` again"):
+            summary = read_json(self.summary)
+            if summary["format"] != FORMAT:
+                raise ValueError(f"format {summary['format']!r}")
+            missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
+            if missing or not {"architecture", "top1", "macs", "parameters"} <= set(summary["dense"]):
+                raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
+            if "timed" in summary:
+                Timed.from_json(summary["timed"])
+            return summary
+
+    def read_trust(self) -> dict[str, Any] | None:
+        """What the verb `trust` wrote, a plan and a recipe before it has finished; None where there is nothing.
+
+        Raises RunError for a damaged file.
+        """
+        if not self.trust.exists():
+            return None
+        with reading(self.trust, "move it and trust.csv away to measure trust again"):
+            found = read_json(self.trust)
+            if found.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return found
+
+
+def check_outside(out: Path, data: str) -> None:
+    """Raise RunError for a folder among the class folders of the data, where it would count as a class itself."""
+    if not data or data == "digits" or data.startswith(NAMES):
+        return
+    from poolshare.supernet.data.sources import TEST_FOLDERS, TRAIN_FOLDERS
+
+    root, out = Path(data).expanduser().resolve(), out.expanduser().resolve()
+    parts = [root]  # whose folders are classes
+    if any((root / one).is_dir() for one in TRAIN_FOLDERS):
+        parts = [root / one for one in (*TRAIN_FOLDERS, *TEST_FOLDERS)]
+    if any(out.is_relative_to(part) for part in parts):
+        raise RunError(
+            f"{out} lies in the data {data}, where it would count as a class; choose an --out outside of them"
+        )

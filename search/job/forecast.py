@@ -1,0 +1,105 @@
+"""What a search says before it begins: how large, how cheap, how long."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from poolshare.space import TrainingError, forecast, forecast_space
+from poolshare.supernet.measure import wait_for
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.loop import attention_of, precision_of, steps_per_epoch
+from poolshare.supernet.training.sandwich import Sandwich
+
+from ..progress import time_text
+from ..scoring import count_correct
+from .prepare import Job
+
+
+def announce(job: Job, pace: Pace, trained: float, console: Console) -> None:
+    """Say what will be done and about how long it takes. trained: epochs that are done."""
+    say = partial(console.print, markup=False, soft_wrap=True)
+    space, macs, recipe = job.supernet.space, job.macs, job.recipe
+    cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
+    say(f"{job.config.title}: {space.size:,} architectures")
+    say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
+    if job.latency:
+        table, errors = job.latency.table, job.latency.errors
+        fast, slow = table.total(space.cheapest(table)), table.total(space.dearest(table))
+        say(f"they take {table.format(fast)} to {table.format(slow)} per image, {job.latency.conditions}")
+        if errors:
+            median, worst = statistics.median(errors), errors[-1]
+            say(f"sums of layers differ from {len(errors)} whole models by {median:.1%} (median), {worst:.1%} (worst)")
+    if job.config.budget:
+        allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
+        say(allowed)
+    step, per_mac = pace
+    epochs = recipe.epochs - trained
+    if epochs > 0:
+        training = step * epochs * steps_per_epoch(job.data, recipe)
+        say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
+    else:
+        say(f"the supernet has been trained for its {recipe.epochs} epochs")
+    whole, images = forecast_space(space, macs), len(job.data.split("search"))
+    single = whole.one_by_one / whole.architectures
+    if job.exhaustive:
+        say(
+            f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
+            f"({whole.share:.1%} of one by one) and takes about {time_text(per_mac * whole.cost * images)}"
+        )
+    else:
+        say(
+            f"scoring {job.config.trials:,} of them on {images:,} images takes at most about "
+            f"{time_text(per_mac * single * images * job.config.trials)}, less by what they share"
+        )
+
+
+class Pace(NamedTuple):
+    """What a forecast is computed from."""
+
+    step: float  # seconds of one training step, of all processes together
+    per_mac: float  # seconds of one MAC in scoring
+
+
+def calibrate(job: Job, training: bool = True) -> Pace:
+    """The pace of this machine, from a few small trial runs that hold no more images at once than training does.
+
+    training: whether any is to be done. Changes no weight. Raises TrainingError where a step of it does not fit into the
+    GPU's memory.
+    """
+    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within)
+    device = next(job.supernet.parameters()).device
+    images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size())))
+    share = len(images)  # of this process
+    images, labels = (part.chunk(job.recipe.accumulate)[0] for part in (images, labels))
+    if device.type == "cpu":  # a GPU takes a whole batch in little more time than a part of it
+        images, labels = images[:32], labels[:32]
+    images, labels = images.to(device), labels.to(device)
+    times = []
+    try:
+        for step in range(4 if training else 0):
+            start = time.perf_counter()
+            with attention_of(job.recipe, job.supernet, device), precision_of(job.recipe, device):
+                loss = sandwich.loss(job.supernet.train(), images, labels, step)
+                loss.backward()
+            wait_for(device)
+            times.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        more = 2 * job.recipe.accumulate
+        raise TrainingError(
+            f"a training step of {len(images)} images at once does not fit into the memory of {device}; run it in parts by "
+            f"--recipe accumulate={more}, or give a smaller --batch-size"
+        ) from None
+    finally:
+        job.supernet.zero_grad(set_to_none=True)
+    population = [architecture for step in range(8) for architecture in sandwich.at(step)]
+    count_correct(job.supernet, population[:1], [(images, labels)], metric=job.metric)  # the first one sets things up
+    start = time.perf_counter()
+    count_correct(job.supernet, population, [(images, labels)], metric=job.metric)
+    per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
+    return Pace(statistics.mean(times[1:]) * share / len(images) if times else 0.0, per_mac)

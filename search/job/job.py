@@ -1,0 +1,359 @@
+"""The main job: open the data, train the supernet, search it, report; each step continues what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from poolshare.space import Architecture, RunError, forecast_space
+from poolshare.supernet.data.splits import Data
+from poolshare.supernet.latency import device_name, measure_latency_table
+from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.checkpoint import load_state_facts, save_tensors
+from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_supernet
+from poolshare.supernet.training.recipe import Recipe
+
+from ..analysis.latency_budget import MODELS, Timed, time_frontier
+from ..config import MAY_DIFFER, SearchConfig
+from ..progress import advance_loss, progress_bar
+from ..report.write import write_report
+from ..samplers.benchmark import Benchmark
+from ..samplers.exhaustive import score_everything
+from ..scoring import Metric, count_correct, top1
+from ..study.loop import GENERATION, Task, run_study
+from ..study.open import check_storage, open_store
+from .folder import RunFolder
+from .forecast import announce, calibrate
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
+from .records import FORMAT, versions, write_csv, write_json
+from .trained_head import checked_head
+
+SCORING_BATCH = 256
+
+
+def run_job(
+    config: SearchConfig,
+    out: str | Path,
+    console: Console | None = None,
+    storage: str | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
+) -> RunFolder:
+    """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
+
+    console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
+    study; None: a journal in the folder. data, metric: those given in Python, see `prepare`. Raises a PoolshareError for
+    whatever the user can mend. Where torchrun started several processes they train together, and the first one does
+    all the rest.
+    """
+    console = console or Console(quiet=True, markup=False)
+    config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
+    folder = RunFolder(Path(out), config)
+    begun = is_trained(folder) or load_state_facts(folder.training) is not None
+    folder.check_weights(config)
+    if distributed.rank() == 0:
+        _refuse_fewer_epochs(folder, supernet_recipe(config))
+    kind = check_storage(storage) if distributed.rank() == 0 else ""
+    job = prepare(config, console, data, metric, RunFolder.classes_of(out), load=not begun)
+    config = job.config
+    check_batches(job.data, job.recipe, distributed.launched_size())
+    if distributed.rank() > 0:
+        _train(job, None, console)
+        return RunFolder(Path(out), config)
+    if (Path(out) / "config.json").exists():
+        earlier = RunFolder.open(out)
+        earlier.check_same(job.data.fingerprint, kind, job.data.files)
+        recorded = earlier.config.threads
+    else:
+        recorded = None
+    threads = choose_threads(config.threads, recorded, job.supernet, job.recipe)
+    notes = (*job.notes, *([threads.note] if threads.note else []))
+    job = replace(job, config=config.changed(threads=threads.number), notes=notes)
+    with computing_with(threads.number):
+        return _run(job, Path(out), console, storage, kind)
+
+
+def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) -> RunFolder:
+    """Train, search and report, in the process that does it all."""
+    job = timed_job(job, RunFolder(out, job.config), console)
+    trained = _epochs_trained(RunFolder(out, job.config), job.recipe.epochs)
+    # A step that the memory of this machine cannot hold is refused before anything is written.
+    pace = calibrate(job, training=trained < job.recipe.epochs)
+    with RunFolder.claim(out, job.config) as folder:
+        _refuse_fewer_epochs(folder, job.recipe)
+        if job.head is not None:
+            job = checked_head(job, console)
+        folder.write_config(job.data.fingerprint, kind, job.data.files, job.data.classes, job.notes)
+        if job.latency:
+            folder.write_latency(job.latency)
+        for note in job.notes:
+            console.print(note, markup=False, soft_wrap=True)
+        announce(job, pace, trained, console)
+        _train(job, folder, console)
+        candidates, scoring = _score(job, folder, console, storage)
+        _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
+    return folder
+
+
+def timed_job(job: Job, folder: RunFolder, console: Console) -> Job:
+    """The job with the folder's latency table, or with a new one where latency is wanted and that is of another
+    device, batch size, precision, number of threads or torch. Writes nothing."""
+    latency, batch = folder.read_latency(), job.config.latency_batch
+    if job.config.objective == "latency":
+        device = next(job.supernet.parameters()).device
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        place = batch, device_name(device), threads, job.config.deployed, versions()["torch"]
+        there = latency and (latency.batch_size, latency.device, latency.threads, latency.dtype, folder.latency_torch())
+        if there != place:
+            with progress_bar(console, "measuring latency", 1, "forwards") as advance:
+                latency = measure_latency_table(
+                    job.supernet,
+                    batch,
+                    dtype=job.config.deployed,
+                    progress=lambda done, total: advance(done, total=total),
+                )
+    return job.with_latency(latency) if latency else job
+
+
+def _epochs_trained(folder: RunFolder, wished: int) -> float:
+    """Those that need not be trained again; a training that was to go on and was stopped may be beyond its supernet."""
+    trained = supernet_epochs(folder)
+    if trained == wished:
+        return trained
+    return max(trained or 0, float((load_state_facts(folder.training) or {}).get("epochs", 0)))
+
+
+def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
+    trained = _epochs_trained(folder, recipe.epochs)
+    if trained > recipe.epochs:
+        raise RunError(
+            f"{folder.path} was trained for {trained:g} epochs already; ask for --epochs {math.ceil(trained)} or more, "
+            "or search into a new folder"
+        )
+
+
+def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
+    """Train what is missing. folder: None in a process that only helps the first one."""
+    recipe = job.recipe
+    finished = folder is not None and is_trained(folder)
+    total = recipe.epochs * steps_per_epoch(job.data, recipe)
+    with distributed.joined(next(job.supernet.parameters()).device):
+        if distributed.from_first(finished):
+            if folder:
+                load_weights(job.supernet, folder.supernet)
+            return
+        if folder:
+            earlier = supernet_epochs(folder) or 0
+            for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
+                if scored.exists():  # with weights that now change
+                    scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
+        threads = distributed.from_first(job.config.threads)  # the first one chose them
+        bar = progress_bar(console, "training the supernet", total, "steps")
+        with computing_with(threads), bar as advance:
+            train_supernet(
+                job.supernet,
+                job.data,
+                job.macs,
+                recipe,
+                seed=job.config.seed,
+                workers=job.config.workers,
+                state=folder and folder.training,
+                progress=partial(advance_loss, advance),
+                say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise="search into a new folder",
+            )
+    if folder:
+        save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
+
+
+def _training_seconds(folder: RunFolder, otherwise: float) -> float:
+    """What the supernet's training took, interrupted or not, as its state says."""
+    try:
+        facts = load_state_facts(folder.training) or {}
+    except RunError:  # damaged, and no longer needed
+        return otherwise
+    return float(facts.get("seconds", otherwise)) if facts.get("epochs") == folder.config.epochs else otherwise
+
+
+def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = None) -> Task:
+    """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+    known = dict(record or {})
+
+    def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
+        new = [architecture for architecture in architectures if architecture not in known]
+        if new or not architectures:
+            counts, total = count_correct(job.supernet, new, batches, progress, job.metric)
+            found = dict(zip(new, counts, strict=True))
+        else:
+            found, total = {}, known[architectures[0]][1]
+        return [found[a] if a in found else known[a][0] for a in architectures], total
+
+    latency, by_latency = job.latency and job.latency.table, job.config.objective == "latency"
+    return Task(
+        job.supernet.space, job.macs, job.parameters, job.allowed, score, latency, by_latency=by_latency, record=known
+    )
+
+
+def study_name(job: Job, folder: RunFolder) -> str:
+    """The study of this configuration, these images and these trained weights: no worker can score with others."""
+    ours = folder.config.model_dump(mode="json", exclude=set(MAY_DIFFER))
+    if ours["metric"] == top1.__name__:  # studies of before there was a choice
+        del ours["metric"]
+    if not job.exhaustive:  # all scores of a space are the same whatever is looked for
+        ours |= {"budget": job.config.budget, "sampler": job.config.sampler, "generation": GENERATION}
+        if job.config.objective == "latency":
+            ours["objective"] = job.objective.to_json()
+    digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
+    for name, tensor in sorted(job.supernet.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().cpu().numpy().tobytes())
+    return f"{sampler_of(job)} after {folder.config.epochs} epochs, {digest.hexdigest()[:16]}"
+
+
+def sampler_of(job: Job) -> str:
+    """The sampler that a search of this job runs."""
+    if job.exhaustive:
+        return "exhaustive"
+    return "evolution" if job.config.sampler == "auto" else job.config.sampler
+
+
+def score_candidates(
+    job: Job, task: Task, folder: RunFolder, console: Console, storage: str | None, publish: bool = True
+) -> pd.DataFrame:
+    """Score the whole space or search it, as one of any number of workers; returns the candidates frame.
+
+    publish: write candidates.csv as a search goes on.
+    """
+    config, name = job.config, study_name(job, folder)
+    store = open_store(folder.journal, storage, name)
+    if job.exhaustive:
+        whole = forecast_space(task.space, job.macs)
+        singles = whole.cost * whole.architectures / whole.one_by_one
+        with progress_bar(console, "scoring the whole space", singles, "single evaluations") as advance:
+            return score_everything(task, store, lambda share, note: advance(share * singles, note))
+    with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
+        return run_study(
+            task, folder, sampler_of(job), config.trials, config.seed, name, advance, store, publish=publish
+        )
+
+
+def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
+    """Score what is to be scored; returns the candidates frame and the seconds spent."""
+    start = time.monotonic()
+    task = make_task(job, _record(folder))
+    frame = score_candidates(job, task, folder, console, storage)
+    frame = _with_included(job, task, frame)
+    folder.write_candidates(frame)
+    return frame, time.monotonic() - start
+
+
+def _record(folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
+    """What earlier searches scored with these weights: correct answers and images."""
+    if not folder.candidates.exists():
+        return {}
+    rows = folder.read_candidates().itertuples()
+    return {Architecture.parse(row.architecture): (int(row.correct), int(row.total)) for row in rows}
+
+
+def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
+    """The candidates, and after them those the user asked for that are not among them."""
+    present = set(frame["architecture"])
+    missing = [architecture for architecture in dict.fromkeys(job.include) if str(architecture) not in present]
+    if not missing:
+        return frame
+    counts, total = task.score(missing, lambda share: None)
+    last = int(frame["generation"].max()) if len(frame) else 0
+    rows = [task.row(architecture, correct, total, last) for architecture, correct in zip(missing, counts, strict=True)]
+    return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
+
+
+def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
+    """What whole models take, where a latency budget is to be kept."""
+    if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
+        return None
+    dense, batch, dtype = job.latency.table.total(job.dense) / 1e6, job.latency.batch_size, job.latency.dtype
+    with progress_bar(console, "timing whole models", MODELS, "models") as advance:
+        return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance, dtype)
+
+
+def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
+    """By each cost, the cheapest architecture of the whole space, scored or not, and what it costs."""
+    space, latency = job.supernet.space, job.latency and job.latency.table
+    cheapest = space.cheapest(job.macs)
+    found: dict[str, dict[str, Any]] = {"macs": {"architecture": str(cheapest), "macs": job.macs.total(cheapest)}}
+    if latency:
+        fastest = space.cheapest(latency)
+        found["latency_ms"] = {"architecture": str(fastest), "latency_ms": latency.total(fastest) / 1e6}
+    return found
+
+
+def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
+    """Summary, page and picture, frontier. scoring: seconds of this call."""
+    limit: float | None = None if job.config.budget is None else job.allowed.high
+    cost = job.config.cost
+    if cost == "latency_ms" and limit is not None:
+        limit = limit / 1e6
+    if job.exhaustive:
+        Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
+    dense = candidates[candidates["architecture"] == str(job.dense)]
+    if dense.empty:
+        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+        [correct], total = count_correct(job.supernet, [job.dense], batches, metric=job.metric)
+        top1 = 100 * correct / total
+    else:
+        top1 = float(dense["top1"].iloc[0])
+    try:
+        earlier = folder.read_summary()["seconds"]
+    except RunError:  # none yet, or damaged: it is made anew
+        earlier = {}
+    seconds = {
+        "training": _training_seconds(folder, earlier.get("training", 0.0)),
+        "scoring": earlier.get("scoring", 0.0) + scoring,
+    }
+    write_json(
+        folder.summary,
+        {
+            "format": FORMAT,
+            "dense": {
+                "architecture": str(job.dense),
+                "top1": top1,
+                "macs": job.macs.total(job.dense),
+                "parameters": job.parameters.total(job.dense),
+                **({"latency_ms": job.latency.table.total(job.dense) / 1e6} if job.latency else {}),
+            },
+            "objective": job.config.objective,
+            "budget_macs": limit if cost == "macs" else None,
+            "budget_latency_ms": limit if cost == "latency_ms" else None,
+            "budget": job.config.budget,
+            **({"timed": timed.to_json()} if timed else {}),
+            "included": list(map(str, job.include)),
+            "classes": list(job.data.classes),
+            "images": {
+                name: np.bincount(job.data.split(name).labels, minlength=len(job.data.classes)).tolist()
+                for name in ("train", "search")
+            },
+            "notes": list(folder.notes),
+            "certified": len(candidates) == job.supernet.space.size,
+            "space": job.supernet.space.to_json(),
+            "space_size": job.supernet.space.size,
+            "cheapest": _cheapest(job),
+            **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
+            "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+            "versions": versions(),
+        },
+    )
+    report = write_report(folder)
+    write_csv(folder.pareto, report.by(report.cost))

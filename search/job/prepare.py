@@ -1,0 +1,429 @@
+"""What a configuration means, brought to life: its data, its supernet, exact costs, the budget. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from timm.data import resolve_data_config
+
+from poolshare.space import (
+    Architecture,
+    Band,
+    BudgetError,
+    ConfigError,
+    CostTable,
+    DataError,
+    ModelError,
+    RunError,
+    SearchSpace,
+    forecast_space,
+    parse_budget,
+)
+from poolshare.space.presets import space_for
+from poolshare.supernet import SuperNet, measure_macs, measure_parameters
+from poolshare.supernet.base import cropped, outline
+from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
+from poolshare.supernet.data.given import Parts, open_own
+from poolshare.supernet.data.splits import Data, open_data
+from poolshare.supernet.latency import Latency
+from poolshare.supernet.options import read_options, read_value
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.checkpoint import load_facts, load_tensors, shapes_of
+from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
+
+from ..config import SearchConfig, check_recipe_names, first_problem
+from ..progress import Advance, progress_bar
+from ..scoring import Metric, check_metric, metric_name, top1
+from .folder import RunFolder
+
+# "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
+# spends on the candidates it happens to try (ALGORITHMS: 3,350).
+EXHAUSTIVE_PRICE = 3000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration brought to life: data, supernet (untrained or pretrained) and exact costs."""
+
+    config: SearchConfig
+    data: Data
+    supernet: SuperNet
+    macs: CostTable
+    parameters: CostTable
+    allowed: Band  # the architectures within the budget; within one of latency once that is measured
+    include: tuple[Architecture, ...] = ()  # the user's own, to be scored in any case
+    latency: Latency | None = None
+    metric: Metric = top1  # which answers count as right
+    notes: tuple[str, ...] = ()  # what the user should know of data and weights
+    head: str | None = None  # whose trained head is kept; None: it is a new one, or the run's
+
+    @property
+    def dense(self) -> Architecture:
+        """All tokens, no sharing: the base model."""
+        return self.supernet.space[0]
+
+    @property
+    def objective(self) -> CostTable:
+        """What is weighed against accuracy."""
+        return self.latency.table if self.latency and self.config.objective == "latency" else self.macs
+
+    def with_latency(self, latency: Latency) -> Job:
+        """The same, knowing what a layer takes. Raises BudgetError for a latency budget that no architecture keeps."""
+        job, config, table = replace(self, latency=latency), self.config, latency.table
+        if config.objective != "latency":
+            return job
+        dense = table.total(self.dense)
+        limit = None if config.budget is None else parse_budget(config.budget, dense, table.quantity)
+        return replace(job, allowed=self.supernet.space.within(table, None, limit))
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to train the supernet."""
+        return supernet_recipe(self.config)
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether the whole space will be scored."""
+        if self.config.sampler != "auto":
+            return self.config.sampler == "exhaustive"
+        whole = forecast_space(self.supernet.space, self.macs)
+        return whole.cost <= EXHAUSTIVE_PRICE * whole.one_by_one / whole.architectures
+
+
+def supernet_recipe(config: SearchConfig) -> Recipe:
+    """How a configuration trains its supernet. Raises ConfigError naming what the recipe cannot have."""
+    check_recipe_names(config.recipe)
+    for name in ("drop_path", "distill"):
+        if name in config.recipe:
+            raise ConfigError(
+                f"--recipe {name}={config.recipe[name]}: that belongs to `poolshare retrain`; leave it out"
+            )
+    situation: dict[str, Any] = {"layer_decay": 0.75 if config.warm else None}
+    flags = ("epochs", "batch_size", "lr", "weight_decay", "amp")
+    return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
+
+
+def read_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe, each read by its type. Raises ConfigError naming one that cannot be read; unknown ones stay."""
+    found = dict(changes)
+    for name, value in changes.items():
+        field = Recipe.model_fields.get(name)
+        try:
+            found[name] = read_value(field.annotation, value) if field else value
+        except ValueError as error:
+            raise ConfigError(f"--recipe {name}={value} cannot be read: {error}") from None
+    return found
+
+
+def checked_recipe(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A Recipe; changes that are None are left out. Raises ConfigError naming the field and what it may be."""
+    values = read_recipe({**values, **{name: value for name, value in (changes or {}).items() if value is not None}})
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        name, problem = str(error.errors()[0]["loc"][0]), first_problem(error)
+        if name not in ("epochs", "batch_size", "lr", "amp"):  # those that are flags
+            problem = f"--recipe {name}={values[name]}: {error.errors()[0]['msg']}; there are {', '.join(Recipe.model_fields)}"
+        raise ConfigError(problem) from None
+
+
+def prepare(
+    config: SearchConfig,
+    console: Console | None = None,
+    data: Data | None = None,
+    metric: Metric = top1,
+    classes: Sequence[str] | None = None,
+    load: bool = True,
+) -> Job:
+    """Open data and model of a configuration and measure all costs; nothing is trained or written.
+
+    console: where progress goes while images are decoded as a check; None: nowhere. data, metric: those that were given
+    in Python, under the names that stand in the configuration.
+    classes: those of a run that was begun, in the order of its head; None: the weights and the data decide.
+    load: whether the supernet begins with the pretrained weights of the configuration; who has its trained ones need not
+    have those. The job's configuration is the `resolved` one.
+    Raises the PoolshareError of whatever does not fit.
+    """
+    if config.metric != metric_name(metric):
+        raise ConfigError(
+            f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
+            "returned, or give it to `poolshare.search.work`"
+        )
+    options, recipe = model_options(config), supernet_recipe(config)
+    if config.budget is not None:  # one that cannot be read is refused first
+        parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
+    include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
+    space_of(config, outline(config.model, read_options(config.model, options)))  # a model, before images are read
+    data_config = input_config(config.model, options, recipe, config.preprocessing)
+    begin = config if load else config.without_weights
+    found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
+    if data is None:
+        with checking_images(console) as progress:
+            data = open_data(
+                config.data,
+                data_dir=config.data_dir,
+                download=config.download,
+                search_fraction=config.search_fraction,
+                search_data=config.search_data,
+                scale_16bit=config.scale_16bit,
+                seed=config.seed,
+                progress=progress,
+                augmentation=recipe.augmentation,
+                **opening_options(data_config),
+            )
+    matched = matched_classes(begin, data, found, classes)
+    notes = data.notes + matched.notes
+    if matched.classes != data.classes:
+        data = data.relabelled(matched.classes, matched.indices)
+    check_metric(metric, len(data.classes))
+    torch.manual_seed(config.seed)
+    options |= {"num_classes": len(data.classes)}
+    supernet = make_supernet(begin, options)
+    config, notes = resolved(config, supernet), notes + cropped(supernet)
+    if found is not None:
+        notes += load_base_weights(supernet, found, config.model, matched.fresh)
+    head = None if matched.fresh or classes is not None else found.name if found else config.model
+    if head is not None:
+        notes += (
+            f"the head of {head} was trained before: if it has seen any of these images, scores on search-validation are "
+            "higher than on new ones; `poolshare evaluate` on test images that it has never seen tells",
+        )
+    macs = measure_macs(supernet)
+    dense = macs.total(supernet.space[0])
+    timed = config.objective == "latency"
+    limit = None if config.budget is None or timed else parse_budget(config.budget, dense)
+    allowed = supernet.space.within(macs, None, limit)
+    if recipe.within is not None:
+        try:
+            supernet.space.within(macs, None, int(recipe.within * dense))
+        except BudgetError as error:
+            raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
+        if not timed and recipe.within < 1 and (limit is None or limit > recipe.within * dense):
+            raise ConfigError(
+                f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
+                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "
+                f"{recipe.within:.0%}, or less"
+            )
+    included = tuple(map(supernet.space.check, include))
+    supernet.to(device)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes, head)
+
+
+def matched_classes(
+    config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
+) -> Matched:
+    """The classes of the model and which of them the data's are; see `match_classes`."""
+    head = found.head if found else _pretrained_head(config)
+    trained = config.epochs > 0
+    if config.warm and head is None and not trained:
+        raise ModelError(
+            f"{found.name if found else config.model} brings weights without a head for classes, and with --epochs 0 a new one "
+            "would stay untrained; train (--epochs 1 or more), or give weights with their head"
+        )
+    if classes is None:
+        class_map = None if config.class_map is None else read_class_map(config.class_map)
+        return match_classes(data.classes, head, trained=trained, class_map=class_map)
+    missing = [name for name in data.classes if name not in set(classes)]
+    if missing:
+        raise DataError(
+            f"the classes of {config.data} are not those the run was begun with ({missing[0]!r} is new, {classes[0]!r} and others "
+            "there); restore the data, or search into a new folder"
+        )
+    fresh = head is None or head.count != len(classes)
+    if config.warm and fresh and not trained:
+        match_classes(data.classes, head, trained=False)  # says why a new head is refused
+    return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
+
+
+def _pretrained_head(config: SearchConfig) -> Head | None:
+    """The head of the weights that --pretrained takes; None without it, or where they have none."""
+    if not config.pretrained:
+        return None
+    known = timm.get_pretrained_cfg(config.model)
+    if known is None or not known.num_classes:
+        return None
+    names = known.label_names
+    named = tuple(map(str, names)) if isinstance(names, (list, tuple)) and len(names) == known.num_classes else None
+    return Head(known.num_classes, config.model, named, "timm" if named else "")
+
+
+def with_card(options: Mapping[str, Any], own: bool = False) -> dict[str, Any]:
+    """Options of a search with what a card says spelled out: timm's name, its options, and what images it takes.
+
+    A folder or repository as the model brings its weights too; as weights it must be of the model. own: the data were
+    given in Python, so their images are as they are.
+
+    Raises ModelError for a folder without a card, or one of another model.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    model, weights = given.get("model"), given.get("weights")
+    card: Card | None = None
+    if isinstance(model, str) and not timm.is_model(model) and has_card(model):
+        card = read_card(model, "--model")
+        given |= {"model": card.model, "weights": weights or model, "pretrained": False}
+    elif isinstance(weights, str) and has_card(weights):
+        card = read_card(weights)
+        if model is not None and str(model).split(".")[0] != card.model.split(".")[0]:
+            raise ModelError(
+                f"--weights {weights} are of {card.model}, as its card says, and --model is {model}; leave --model out, or "
+                f"give weights of {model}"
+            )
+        given |= {"model": model or card.model}
+    if card is None:
+        return given
+    given["model_args"] = card.model_args | dict(given.get("model_args", {}))
+    if not own:
+        images = {"img_size": card.img_size, "in_chans": card.in_chans, "preprocessing": card.preprocessing}
+        given = {name: value for name, value in images.items() if value is not None} | given
+    return given
+
+
+@contextmanager
+def checking_images(console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows (images decoded, of all): a bar that appears with the first of them."""
+    with ExitStack() as stack:
+        bar: list[Advance] = []
+
+        def show(done: int, total: int) -> None:
+            if not bar:
+                title = "checking images"
+                bar.append(stack.enter_context(progress_bar(console or Console(quiet=True), title, total, "images")))
+            bar[0](done, total=total)
+
+        yield show
+
+
+def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
+    """The configuration with what the model decided, as it is kept and compared."""
+    known = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
+    space, (height, width), channels = supernet.space, supernet.patch_embed.img_size, supernet.in_chans
+    return without_usual_recipe(config).changed(
+        model=f"{known.architecture}.{known.tag}" if known and known.tag and "." not in config.model else config.model,
+        levels=space.levels,
+        operators=space.operators,
+        max_run=space.max_run,
+        img_size=config.img_size or (height if height == width else None),
+        in_chans=config.in_chans or (channels if channels in (1, 3) and "in_chans" not in config.model_args else None),
+    )
+
+
+def without_usual_recipe(config: SearchConfig) -> SearchConfig:
+    """The same without what its recipe spells out and would be so anyway."""
+    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
+    changes = {name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)}
+    return config.changed(recipe=changes)
+
+
+def model_options(config: SearchConfig) -> dict[str, Any]:
+    """What timm.create_model is given beside the name."""
+    if config.pretrained and config.weights is not None:
+        raise ConfigError(f"--pretrained and --weights {config.weights} are two beginnings; leave one out")
+    decided = {"img_size": "--img-size", "num_classes": "the data", "pretrained_cfg": "--pretrained"}
+    decided |= {"drop_path_rate": "--recipe drop_path of retrain"} | (
+        {"in_chans": "--in-chans"} if config.in_chans else {}
+    )
+    for name, instead in decided.items():
+        if name in config.model_args:
+            raise ModelError(f"--model-args {name}={config.model_args[name]}: leave it out, {instead} decides it")
+    given = {"img_size": config.img_size, "in_chans": config.in_chans}
+    return dict(config.model_args) | {name: value for name, value in given.items() if value is not None}
+
+
+def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
+    """The supernet of a configuration."""
+    space = partial(space_of, config)
+    return SuperNet.from_timm(config.model, space, config.pretrained, sharing=config.sharing, **options)
+
+
+def space_of(config: SearchConfig, base: Any) -> SearchSpace:
+    """The preset of the base model, changed by what the configuration names."""
+    depth, patches = len(base.blocks), base.patch_embed.num_patches
+    return space_for(config.model, depth, patches, config.levels, config.operators, config.max_run)
+
+
+def input_config(
+    model: str, options: Mapping[str, Any], recipe: Recipe, preprocessing: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """timm's input_size, mean, std, interpolation and crop_pct for a model made with `options` and trained so.
+
+    preprocessing: what a card says of these but the size; the rest is timm's for the model.
+    """
+    known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if known is None:
+        outline(model, {})  # raises ModelError with what is wrong
+    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | dict(preprocessing or {})
+    channels = options.get("in_chans", config["input_size"][0])
+    height, width = (options["img_size"],) * 2 if "img_size" in options else config["input_size"][1:]
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    return as_trained({"input_size": (channels, height, width)} | {key: config[key] for key in keys}, recipe)
+
+
+def as_trained(data_config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The same, but evaluation takes whole images where training knew no others.
+
+    timm's crop_pct makes things as large as random crops do. Without these it shows what training never had: a ViT of
+    28 pixels on Fashion-MNIST lost 13 points by it.
+    """
+    return data_config | ({"crop_pct": 1.0} if recipe.crop_scale == 1 else {})
+
+
+def opening_options(data_config: dict[str, Any]) -> dict[str, Any]:
+    """The same as arguments of `open_data`."""
+    channels, height, width = data_config["input_size"]
+    rest = {key: data_config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return {"img_size": (height, width), "in_chans": channels} | rest
+
+
+def pick_device(name: str | None) -> torch.device:
+    """A usable device; "auto" or None: the GPU where there is one. Raises ModelError for one that is not there."""
+    if name is None or name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{distributed.local_rank()}"  # each process that torchrun started has its own
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0]  # some go on for pages
+        raise ModelError(f"device {name!r} cannot be used here ({why:.200}); try cpu") from None
+    return device
+
+
+def open_given(
+    parts: Parts, name: str, classes: Sequence[str] | int | None, seed: int, workers: int, console: Console
+) -> Data:
+    """Data given in Python, all of them read once before anything starts; see `open_own`."""
+    with progress_bar(console, "reading the data", 1, "images") as advance:
+        return open_own(
+            parts, name, classes=classes, seed=seed, workers=workers, progress=lambda n, total: advance(n, total=total)
+        )
+
+
+def supernet_epochs(folder: RunFolder) -> int | None:
+    """Those of the supernet that a run's architectures are scored with; None: there is none yet."""
+    return load_facts(folder.supernet)["epochs"] if folder.supernet.exists() else None
+
+
+def is_trained(folder: RunFolder) -> bool:
+    """Whether a run's supernet has all its epochs."""
+    return supernet_epochs(folder) == folder.config.epochs
+
+
+def load_weights(supernet: SuperNet, path: Path) -> None:
+    """Put the trained weights of a run into its supernet. Raises RunError where they are damaged or another's."""
+    tensors, _ = load_tensors(path, shapes_of(supernet))
+    try:
+        supernet.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"{path} does not fit {supernet.base[0]}: {str(error).splitlines()[-1].strip()}") from None
+    supernet.eval()

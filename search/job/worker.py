@@ -1,0 +1,132 @@
+"""One more searcher on the study of a run: waits for its supernet, then scores until the search is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from poolshare.space import ConfigError, DataError, RunError
+from poolshare.supernet.data.given import Parts
+from poolshare.supernet.data.sources import GIVEN
+from poolshare.supernet.data.splits import Data
+from poolshare.supernet.threads import choose_threads, computing_with
+
+from ..config import SearchConfig
+from ..scoring import Metric, top1
+from ..study.open import check_storage
+from .folder import RunFolder
+from .job import make_task, score_candidates
+from .prepare import is_trained, load_weights, open_given, prepare
+
+SECONDS_BETWEEN_LOOKS = 2
+PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
+
+
+def work(
+    run: str | Path,
+    storage: str | None = None,
+    data: str | Path | Parts | None = None,
+    data_dir: str | None = None,
+    workers: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+    classes: Sequence[str] | None = None,
+    metric: Metric = top1,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
+
+    data, data_dir: where the images of the search lie here, if elsewhere. data, classes, metric: those given in Python to
+    the search, see `poolshare.search.search`. workers: processes that load images. threads: of PyTorch on a CPU; None: see
+    `choose_threads`.
+    Returns how many architectures were scored here, and in all. Raises a PoolshareError for whatever the user can mend, for
+    instance other images than those of the search.
+    """
+    console = console or Console(quiet=True)
+    kind = check_storage(storage)
+    _wait_for_folder(Path(run), console)
+    folder = RunFolder.open(run)
+    folder.check_same(folder.data_fingerprint, kind)
+    own, place = None, None
+    if data is None or isinstance(data, (str, Path)):
+        place = None if data is None else str(data)
+    else:
+        own = _open_own(data, classes, folder.config, workers, console)
+    folder = _wait_for_supernet(folder, console)
+    config = folder.config.without_weights.at(place, data_dir)
+    config = config.changed(device=device or config.device, download=False, workers=workers)
+    job = prepare(config, console, own, metric, folder.classes)
+    folder.check_same(job.data.fingerprint, kind, job.data.files)
+    load_weights(job.supernet, folder.supernet)
+    latency = folder.read_latency()
+    if latency:
+        job = job.with_latency(latency)
+    elif job.config.objective == "latency":
+        raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
+    task, scored = make_task(job), 0
+
+    def score(architectures: Any, progress: Any) -> Any:
+        nonlocal scored
+        result = task.score(architectures, progress)
+        scored += len(architectures)
+        return result
+
+    chosen = choose_threads(threads, folder.config.threads, job.supernet)
+    if chosen.note:
+        console.print(chosen.note, markup=False, soft_wrap=True)
+    with computing_with(chosen.number):
+        found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
+    return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
+
+
+def _open_own(
+    parts: Parts, classes: Sequence[str] | None, config: SearchConfig, workers: int, console: Console
+) -> Data:
+    """Data given in Python, under the name that the search gave them."""
+    if not config.data.startswith(GIVEN):
+        raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
+    own = open_given(parts, config.data.removeprefix(GIVEN), classes, config.seed, workers, console)
+    if (own.in_chans, own.img_size[0]) != (config.in_chans, config.img_size):
+        raise DataError(
+            f"images are {own.in_chans}×{own.img_size[0]}×{own.img_size[1]} here, and {config.in_chans}×{config.img_size}×"
+            f"{config.img_size} in the search: transform them alike"
+        )
+    return own
+
+
+def _wait_for_folder(run: Path, console: Console) -> None:
+    """Return once a search has begun the run, where something else stands, or after `PATIENCE_SECONDS`."""
+
+    def absent() -> bool:
+        return not run.exists() or (run.is_dir() and all(entry.name.startswith(".") for entry in run.iterdir()))
+
+    start = time.monotonic()
+    if absent():
+        console.print(
+            f"{run} is no run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
+            markup=False,
+            soft_wrap=True,
+        )
+    while absent() and time.monotonic() - start < PATIENCE_SECONDS:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
+    """The run as it is once its supernet has all its epochs."""
+    told = False
+    while not is_trained(folder):
+        if not told:
+            console.print(
+                f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",
+                markup=False,
+                soft_wrap=True,
+            )
+            told = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        folder = RunFolder.open(folder.path)
+    return folder

@@ -1,0 +1,418 @@
+"""One run ready to be shown: its candidates, the frontier by any cost, the points worth a look and why, its facts.
+
+How it is shown stands apart: `terminal` in characters, `figure` as a PNG, `page` as one HTML file.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, budget_quantity, parse_budget
+
+from ..analysis.latency_budget import Timed
+from ..analysis.layers import layer_shares
+from ..analysis.pareto import PICKS, binomial_interval, compared, frontier, hypervolume, pick, progress, ranked
+from ..config import SearchConfig
+from ..console import printable
+from ..job.folder import RunFolder
+from ..units import COSTS, human, quantity
+
+COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
+DENSE_FIELDS = ("architecture", "top1", "macs", "parameters")
+
+
+class Row(NamedTuple):
+    """One architecture as people read it: percentages as numbers, counts with their unit."""
+
+    architecture: str
+    top1: float  # percent
+    low: float  # percent, end of the 95 % interval
+    high: float
+    macs: str
+    of_dense: float  # percent of the dense network's cost
+    parameters: str
+    latency: str  # empty where it was not measured
+
+
+class Pick(NamedTuple):
+    """An architecture worth a look."""
+
+    how: str  # "finalist" or one of pareto.PICKS
+    label: str
+    architecture: str
+    why: str
+
+
+class Retraining(NamedTuple):
+    """What the time of retraining is reckoned from."""
+
+    epochs: int  # by default
+    seconds: float  # that these epochs would take if each step took as long as one of the supernet's
+    step_macs: float  # of one image in a step of the supernet
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. Frames have the columns of `pareto`; macs are per image, top1 is in percent."""
+
+    title: str
+    candidates: pd.DataFrame
+    dense: Mapping[str, Any]  # architecture, macs, top1, parameters (and latency_ms) of the unreduced network
+    certified: bool  # the whole space was scored
+    space_size: int
+    run: str  # the run folder, as commands name it
+    limits: Mapping[str, float] = field(default_factory=dict)  # the budget: cost column → the most that is allowed
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading → name → fact
+    timed: Timed | None = None  # whole models, where there was a latency budget to keep
+    budget: str | None = None  # in words
+    included: Sequence[str] = ()  # architectures that the user asked to be scored
+    trust: Mapping[str, Any] | None = None  # trust.json
+    finalists: pd.DataFrame | None = None  # finalists.csv; None: none were trained
+    space: SearchSpace | None = None
+    cheapest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # cost column → the cheapest of the space
+    retraining: Retraining | None = None  # None where its time cannot be told
+    baseline: float | None = None  # top-1 in percent of always answering with the most frequent class
+    notes: Sequence[str] = ()  # what the user should know of data and weights
+    untrained: bool = False  # nothing was trained, and no weights were given
+    within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
+    objective: str = "macs"  # the cost column that the search weighed against accuracy
+
+    def __post_init__(self) -> None:
+        for name, part, needed in (
+            ("candidates frame", self.candidates, COLUMNS),
+            ("dense row", self.dense, DENSE_FIELDS),
+        ):
+            missing = [column for column in needed if column not in part]
+            if missing:
+                raise RunError(f"a report's {name} lacks {missing[0]!r}; it needs {', '.join(needed)}")
+        if self.candidates.empty:
+            raise RunError("there is no frontier to report: no architecture has been scored yet")
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The cost columns that candidates and dense network both have."""
+        return tuple(cost for cost in COSTS if cost in self.candidates and cost in self.dense)
+
+    @property
+    def cost(self) -> str:
+        """The cost column that counts where nobody names one: latency under a budget of latency, else the objective."""
+        return "latency_ms" if "latency_ms" in self.limits else self.objective
+
+    @property
+    def images(self) -> int:
+        """How many search-validation images each candidate was scored on."""
+        return int(self.candidates["total"].iloc[0])
+
+    @property
+    def allowed(self) -> pd.DataFrame:
+        """The candidates within the budget. Raises BudgetError where there is none."""
+        rows = self.candidates
+        for cost, limit in self.limits.items():
+            if cost not in rows:
+                raise RunError(
+                    f"the candidates of {self.run} have no {COSTS[cost]} yet, and the budget is one; let its search finish"
+                )
+            fits = rows[cost] <= limit
+            if cost == "latency_ms" and self.timed and self.budget:
+                fits = self.timed.keeps(rows, self.dense["latency_ms"], self.budget)
+                if not fits.any():
+                    raise BudgetError(
+                        f"none of the candidates keeps {self.budget}, as whole models of them were timed (the shortest takes "
+                        f"{self.timed.shortest}); ask for more"
+                    )
+            if not fits.any():
+                raise BudgetError(self._too_tight(rows, cost, limit))
+            rows = rows[fits]
+        return rows
+
+    def _too_tight(self, rows: pd.DataFrame, cost: str, limit: float) -> str:
+        """Why no candidate is within a limit: the space holds none, or none was scored."""
+        scored = rows.loc[rows[cost].idxmin()]
+        problem = (
+            f"none of the {len(rows):,} architectures that were scored stays within {quantity(limit, cost)}; the cheapest of "
+            f"them, {scored['architecture']}, needs {quantity(scored[cost], cost)}"
+        )
+        whole = self.cheapest.get(cost)
+        if whole is None or whole[cost] >= scored[cost]:
+            return f"{problem}, so ask for at least that"
+        problem += f", the cheapest of the space, {whole['architecture']}, {quantity(whole[cost], cost)}"
+        if whole[cost] > limit:
+            return f"{problem}, so ask for at least that and search again"
+        return f"{problem}: search with this budget, so that those within it are scored"
+
+    @property
+    def frontier(self) -> pd.DataFrame:
+        """The frontier by MACs, within the budget."""
+        return self.by("macs")
+
+    def by(self, cost: str) -> pd.DataFrame:
+        """The frontier by any of `costs`, within the budget; the index is new. Raises RunError for other costs."""
+        if cost not in self.costs:
+            raise RunError(f"{self.run} has no {COSTS.get(cost, cost)} of its candidates; it has {_names(self.costs)}")
+        return frontier(self.allowed, cost)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notes that must not be missed."""
+        return [note for note in self.notes if note.startswith("warning:")]
+
+    @property
+    def verdict(self) -> str:
+        """How far the frontier can be trusted to be the best there is, in words."""
+        if self.untrained:
+            return (
+                "Meaningless: nothing was trained and no weights were given, so these are the scores of random weights; train "
+                "(--epochs 1 or more), or begin with --pretrained or --weights."
+            )
+        least = "" if self.baseline is None else f" The most frequent class alone makes {self.baseline:.2f} %."
+        return self._certainty + least
+
+    @property
+    def _certainty(self) -> str:
+        untrained = ""
+        if self.within is not None:
+            untrained = (
+                f" The supernet was trained on architectures up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
+                "ones, and of the dense network, are too low."
+            )
+            if self.within == 1:
+                untrained = (
+                    " The supernet was trained on draws from the whole space, seldom on the dense network: that one's score is "
+                    "too low."
+                )
+        if self.certified:
+            return (
+                f"Certified: all {self.space_size:,} architectures of the space were scored, "
+                f"and none of them beats this frontier on the search-validation images.{untrained}"
+            )
+        return (
+            f"Found: {len(self.candidates):,} of the space's {self.space_size:,} architectures were scored; "
+            f"better ones may exist among the rest.{untrained}"
+        )
+
+    @property
+    def reference(self) -> tuple[float, float]:
+        """The hypervolume's reference: the worst top-1 that was scored, at the dense network's MACs."""
+        return min(float(self.candidates["top1"].min()), 99.99), float(self.dense["macs"])
+
+    @property
+    def hypervolume(self) -> float:
+        """Share, 0 to 1, of the rectangle between `reference` and 100 % at no MACs that the candidates dominate."""
+        return hypervolume(self.candidates, self.reference)
+
+    def progress(self) -> pd.DataFrame:
+        """The hypervolume over evaluations, see `pareto.progress`."""
+        return progress(self.candidates, self.reference)
+
+    def layer_shares(self) -> pd.DataFrame:
+        """What the frontier by each cost, and all candidates (cost "all"), have in common; see `layers`."""
+        groups = {cost: self.by(cost)["architecture"] for cost in self.costs} | {"all": self.candidates["architecture"]}
+        parts = [layer_shares(list(texts)).assign(cost=cost) for cost, texts in groups.items()]
+        return pd.concat(parts, ignore_index=True)[["cost", "kind", "value", "layer", "share"]]
+
+    def pick(self, how: str | None = None, cost: str | None = None) -> Pick:
+        """The best finalist, or the point of the frontier by `cost` that `how` names, and why.
+
+        how: None: "budget" where there is one, else "knee". cost: None: that of the report. Raises RunError where no
+        finalist within the budget was trained; see `pareto.pick` for what else can go wrong.
+        """
+        how = how or ("budget" if self.limits else "knee")
+        cost = cost or self.cost
+        if how == "finalist":
+            return self._best_finalist()
+        limit = next(iter(self.limits.items()), None)
+        if how == "budget" and limit is None:
+            raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
+        if how == "budget" and limit is not None:
+            cost = limit[0]
+        if how == "half-point" and self.within is not None:
+            raise ConfigError(
+                f"the dense network took little or no part in the supernet's training (--recipe within={self.within:g}): "
+                "nothing can be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
+            )
+        dense = float(self.dense["top1"])
+        rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
+        row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
+        timed = self.timed.words(str(row["architecture"])) if self.timed else ""
+        label, why = {
+            "half-point": (
+                "Half a point from dense",
+                f"the least {COSTS[cost]} that loses at most half a point against the dense network's {dense:.2f} %",
+            ),
+            "knee": ("Knee", "farthest above the straight line between the frontier's ends: beyond it, gains get dear"),
+            "budget": ("Within budget", f"the most accurate within {quantity(limit[1], limit[0]) if limit else ''}"),
+            "accuracy": ("Most accurate", "the most accurate; of equals, the cheapest"),
+        }[how]
+        return Pick(how, label, str(row["architecture"]), why + timed)
+
+    def _best_finalist(self) -> Pick:
+        rows = self.finalists
+        every = None if rows is None else rows[rows["architecture"].isin(set(self.allowed["architecture"]))]
+        rows = None if every is None else compared(every)
+        if every is None or rows is None or rows.empty:
+            wish = ["--budget", self.budget] if self.budget else []
+            raise RunError(
+                f"no finalist within the budget was trained yet; `{shlex.join(['poolshare', 'finalists', self.run, *wish])}` "
+                "does that"
+            )
+        best = ranked(rows).iloc[0]
+        after, before = (100 * best[name] / best["total"] for name in ("correct", "supernet_correct"))
+        epochs = "one epoch" if best["epochs"] == 1 else f"{best['epochs']} epochs"
+        if len(every[["batch_size", "lr", "amp"]].drop_duplicates()) > 1:
+            epochs += f" (batch {best['batch_size']}, lr {best['lr']:g}, amp {best['amp']})"
+        of = "the only finalist" if len(rows) == 1 else f"the best of {len(rows)} finalists"
+        why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
+        return Pick("finalist", "Best finalist", str(best["architecture"]), why)
+
+    def picks(self, cost: str | None = None) -> list[Pick]:
+        """Every pick that this run has; cost: None: that of the report."""
+        found = []
+        for how in ("finalist", *PICKS):
+            try:
+                found.append(self.pick(how, cost))
+            except (ConfigError, RunError):
+                continue
+        return found
+
+    def rows(self, frame: pd.DataFrame, cost: str = "macs") -> list[Row]:
+        """A frame's rows as people read them, `of_dense` by `cost`."""
+        lows, highs = binomial_interval(frame["correct"], frame["total"])
+        return [
+            Row(
+                str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
+                100 * row[cost] / self.dense[cost], human(row["parameters"]),
+                quantity(row["latency_ms"], "latency_ms") if "latency_ms" in row else "",
+            )
+            for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
+        ]  # fmt: skip
+
+    def export_command(self, architecture: str) -> str:
+        """The shell command that takes an architecture home."""
+        out = f"{self.run}-export"
+        return shlex.join(["poolshare", "export", self.run, "--architecture", architecture, "--out", out])
+
+
+def load_report(folder: RunFolder, budget: str | None = None) -> Report:
+    """The report of a finished run, from its files alone, within its own budget or within another.
+
+    Raises RunError where files are missing or damaged, BudgetError for a budget that no candidate keeps.
+    """
+    summary, candidates = folder.read_summary(), folder.read_candidates()
+    dense, trust = summary["dense"], folder.read_trust()
+    limits = _limits(summary, budget)
+    report = Report(
+        title=printable(folder.config.title)
+        + (f", scored by {folder.config.metric}" if folder.config.metric != "top1" else ""),
+        candidates=candidates,
+        dense=dense,
+        certified=summary["certified"] and len(candidates) == summary["space_size"],
+        space_size=summary["space_size"],
+        run=str(folder.path),
+        limits=limits,
+        timed=Timed.from_json(summary["timed"]) if "timed" in summary and "latency_ms" in limits else None,
+        budget=budget or summary.get("budget"),
+        facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
+        included=tuple(summary.get("included", ())),
+        trust=trust if trust and "tau" in trust else None,  # else not measured to the end
+        finalists=folder.read_finalists() if folder.finalists.exists() else None,
+        space=SearchSpace(**summary["space"]),
+        cheapest=summary.get("cheapest", {}),
+        retraining=_retraining(folder.config, summary, candidates),
+        within=folder.config.within,
+        baseline=_baseline(folder.config, summary),
+        notes=summary.get("notes", ()),
+        untrained=folder.config.epochs == 0 and not folder.config.warm,
+        objective="latency_ms" if summary.get("objective") == "latency" else "macs",
+    )
+    _ = report.frontier  # a budget that nothing keeps is refused here
+    return report
+
+
+def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
+    """The run's own budget, or another in words; a percentage is of what the run weighed against accuracy."""
+    if budget is None:
+        own = {"macs": summary.get("budget_macs"), "latency_ms": summary.get("budget_latency_ms")}
+        return {cost: limit for cost, limit in own.items() if limit is not None}
+    latency = summary.get("objective") == "latency"
+    if (budget_quantity(budget) or ("nanoseconds" if latency else "macs")) == "macs":
+        return {"macs": parse_budget(budget, summary["dense"]["macs"])}
+    if "latency_ms" not in summary["dense"]:
+        raise BudgetError(
+            f"budget {budget!r} is one of latency, which this run has not measured; repeat its `poolshare search` with "
+            f"--budget {budget}, which trains nothing anew"
+        )
+    return {"latency_ms": parse_budget(budget, round(summary["dense"]["latency_ms"] * 1e6), "nanoseconds") / 1e6}
+
+
+def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dict[str, dict[str, str]]:
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if value not in (None, {}, [])}
+    configuration = {name.replace("_", " "): _plain(value) for name, value in settings.items()}
+    space = {name.replace("_", " "): _plain(value) for name, value in summary["space"].items() if value is not None}
+    space["architectures"] = f"{summary['space_size']:,}"
+    if "within_budget" in summary:
+        space["within the budget"] = summary["within_budget"]
+    space["classes"] = _listed(summary["classes"])
+    counts = summary.get("images", {})
+    for split, name in (("train", "training images"), ("search", "search-validation images")):
+        if split in counts:
+            space[f"{name} of each class"] = _listed(counts[split], "{:,}", summary["classes"])
+    if (least := _baseline(config, summary)) is not None:
+        space["most frequent class alone"] = f"{least:.2f} % top-1"
+    space["images scored on"] = f"{images:,} (search-validation)"
+    seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
+    facts = {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
+    notes = {str(number): note for number, note in enumerate(summary.get("notes", ()), start=1)}
+    return facts | ({"Notes": notes} if notes else {})
+
+
+CLASSES_SHOWN = 20
+
+
+def _listed(values: Sequence[Any], form: str = "{}", names: Sequence[str] = ()) -> str:
+    """Classes, or a number for each of them; of many the first three, or the range."""
+    if len(values) <= CLASSES_SHOWN:
+        texts = [form.format(value) for value in values]
+        return (
+            ", ".join(f"{name} {text}" for name, text in zip(names, texts, strict=True)) if names else ", ".join(texts)
+        )
+    if names:
+        return f"{form.format(min(values))} to {form.format(max(values))}, {sum(value > 0 for value in values):,} classes with any"
+    return f"{len(values):,}: {', '.join(map(str, values[:3]))}, …"
+
+
+def _baseline(config: SearchConfig, summary: Mapping[str, Any]) -> float | None:
+    """Top-1 in percent of always answering with the search-validation images' most frequent class; None: it is not known."""
+    counts = summary.get("images", {}).get("search")
+    return 100 * max(counts) / sum(counts) if counts and config.metric == "top1" else None
+
+
+def _plain(value: Any) -> str:
+    """A JSON value as people write it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={part}" for name, part in value.items())
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:
+    """Reckoned from the time the supernet took on the same machine.
+
+    A supernet's step trains the dense network, the cheapest, and two between them, or six from the cheapest to the
+    recipe's limit; retraining sees all the images.
+    """
+    epochs, seconds = 15, summary["seconds"].get("training", 0)
+    if not seconds or not config.epochs:
+        return None
+    dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
+    step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
+    return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)
+
+
+def _names(costs: Sequence[str]) -> str:
+    return ", ".join(COSTS[cost] for cost in costs)

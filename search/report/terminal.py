@@ -1,0 +1,248 @@
+"""A run and an architecture in characters: table, plot, comparison, picture; all fit 80 columns and need no colour.
+
+Rich and plotext are imported where they are used, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from poolshare.space import Architecture, ConfigError, RunError
+
+from ..analysis.pareto import HALF_POINT, binomial_interval, hypervolume
+from ..console import printable
+from ..units import amount, axis_label, axis_unit, human, quantity
+from .report import Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDE = 72  # columns that tables need to show everything
+RUN_MARKS = "OXHVWZ"  # one per run that is compared: told apart without colour
+
+
+def terminal_table(report: Report, limit: int | None = None, cost: str = "macs", width: int = WIDE) -> Table:
+    """The frontier by `cost` and the dense network as a rich table.
+
+    `limit` shows that many points at most, spread evenly over the frontier and with both of its ends. Below `WIDE`
+    columns only top-1 and the cost stand beside the architectures, which are shown whole at any width.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if limit is not None and limit < 1:
+        raise RunError(f"a table of {limit} rows shows nothing; limit it to 1 or more, or to None for all")
+    rows = report.rows(report.by(cost), cost)
+    caption = report.verdict
+    if limit is not None and limit < len(rows):
+        caption = f"{limit} of the frontier's {len(rows)} points. {caption}"
+        rows = [rows[round(position)] for position in np.linspace(0, len(rows) - 1, limit)]
+    # Text objects are printed as they are; plain strings would be read as markup.
+    table = Table(title=Text(printable(report.title)), caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
+    timed = "latency_ms" in report.costs
+    table.add_column("architecture", overflow="fold")
+    headings = {
+        "top1": "top-1 % (95 %)",
+        "macs": "MACs",
+        "share": "% dense",
+        "parameters": "params",
+        "latency_ms": "latency",
+    }
+    if width < WIDE:
+        headings = {"top1": "top-1 %", cost: headings[cost]}
+    elif not timed:
+        del headings["latency_ms"]
+    for heading in headings.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(architecture: str, cells: dict[str, str]) -> None:
+        table.add_row(Text(printable(architecture)), *(cells[name] for name in headings))
+
+    for row in rows:
+        interval = f" ({row.low:.1f}-{row.high:.1f})" if width >= WIDE else ""
+        cells = {"top1": f"{row.top1:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
+        add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency})
+    table.add_section()
+    dense = report.dense
+    cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0"}
+    cells |= {"parameters": human(dense["parameters"])}
+    cells |= {"latency_ms": quantity(dense["latency_ms"], "latency_ms")} if timed else {}
+    add(f"dense: {dense['architecture']}", cells)
+    return table
+
+
+def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | None = None) -> Table:
+    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS.
+
+    Below `WIDE` columns costs and intervals are left out. baseline: top-1 in percent of the most frequent class alone.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    epochs, images = int(rows["epochs"].iloc[0]), int(rows["total"].iloc[0])
+    more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
+    who = "1 finalist" if len(rows) == 1 else f"{len(rows)} finalists"
+    caption = f"{who} on {images:,} search-validation images; alone: {more}"
+    caption += "" if baseline is None else f". The most frequent class alone makes {baseline:.2f} %"
+    table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("architecture", overflow="fold")
+    wide = width >= WIDE
+    for heading in ("MACs", "supernet %", "alone % (95 %)") if wide else ("supernet %", "alone %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    lows, highs = binomial_interval(rows["correct"], rows["total"])
+    for row, low, high in zip(rows.to_dict("records"), lows, highs, strict=True):
+        before, after = (f"{100 * row[name] / images:.2f}" for name in ("supernet_correct", "correct"))
+        cells = (human(row["macs"]), before, f"{after} ({low:.1f}-{high:.1f})") if wide else (before, after)
+        table.add_row(Text(row["architecture"]), *cells)
+    return table
+
+
+def terminal_plot(
+    report: Report,
+    width: int = 78,
+    height: int = 18,
+    colour: bool = False,
+    cost: str = "macs",
+    others: Sequence[Report] = (),
+) -> str:
+    """Accuracy against `cost` in characters, `width` by `height` cells; escape codes only where `colour` asks.
+
+    With `others` only the frontiers are drawn, each run's with a letter of its own.
+    """
+    import plotext
+
+    divisor, letter = axis_unit(report.dense[cost], cost)
+    figure = plotext.figure  # plotext knows this one figure only: left as clean as it was found
+    tones = ("blue", "red", "green", "magenta", "cyan", "yellow")
+    layers: list[tuple[pd.DataFrame, str, str]] = []
+    key = []
+    if others:
+        key = [f"{mark} {printable(each.run)}" for mark, each in zip(RUN_MARKS, [report, *others], strict=False)]
+        runs = zip([report, *others], RUN_MARKS, tones, strict=False)
+        layers += [(each.by(cost), mark, tone) for each, mark, tone in runs][::-1]  # the first run on top
+    else:
+        key += ["· candidate", "O frontier"]
+        layers += [(report.candidates, "·", "gray"), (report.by(cost), "O", "blue")]
+        included = report.candidates[report.candidates["architecture"].isin(report.included)]
+        if len(included):
+            key.append("+ included")
+            layers.append((included, "+", "green"))
+    key.append("* dense")
+    layers.append((pd.DataFrame([dict(report.dense)]), "*", "orange"))
+    try:
+        plotext.terminal.limit(False, False)
+        figure.clear()
+        figure.theme("simple" if colour else "colorless")
+        figure.plot_size(width, height - 1)
+        figure.label(axis_label(cost, letter), axis="x")
+        figure.label("top-1 %", axis="y")
+        figure.ruler("y").frequency(max(2, height // 3))
+        if cost in report.limits:
+            figure.line(report.limits[cost] / divisor, orientation="vertical")
+            key.append(f"│ budget {amount(report.limits[cost], cost)}")
+        for frame, marker, tone in layers:
+            symbol = plotext.marker(marker, pixel=tone) if colour else marker
+            figure.draw(figure.signal(list(frame[cost] / divisor), list(frame["top1"]), marker=symbol))
+        drawing = figure.build().string(colorless=not colour)
+    finally:
+        figure.clear()
+        plotext.terminal.limit()
+    return drawing.rstrip("\n") + "\n" + _centred(key, width)
+
+
+def _centred(parts: Iterable[str], width: int) -> str:
+    """The parts on as few centred lines as they need."""
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]}   {part}" if lines[-1] else part
+        if len(longer) > width and lines[-1]:
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return "\n".join(line.center(width).rstrip() for line in lines)
+
+
+def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, Any]]:
+    """One record per run, made comparable: hypervolumes of all runs have the first run's dense cost and the worst top-1.
+
+    Raises ConfigError for more runs than can be told apart.
+    """
+    if len(reports) > len(RUN_MARKS):
+        raise ConfigError(f"{len(reports)} runs cannot be told apart in one plot; compare at most {len(RUN_MARKS)}")
+    reference = min(report.reference[0] for report in reports), float(reports[0].dense[cost])
+    records = []
+    for report in reports:
+        frontier = report.by(cost)
+        close = frontier[frontier["top1"] >= report.dense["top1"] - HALF_POINT]
+        records.append(
+            {
+                "run": report.run,
+                "title": report.title,
+                "images": report.images,
+                "scored": len(report.candidates),
+                "certified": report.certified,
+                "hypervolume": hypervolume(report.allowed, reference, cost),
+                "points": len(frontier),
+                "best_top1": float(frontier["top1"].max()),
+                "dense_top1": float(report.dense["top1"]),
+                "half_point": None if close.empty else float(close[cost].iloc[0]),
+                "half_point_of_dense": None if close.empty else float(close[cost].iloc[0] / report.dense[cost]),
+            }
+        )
+    return records
+
+
+def comparison_table(reports: Sequence[Report], cost: str = "macs") -> Table:
+    """`comparison` as a rich table, one row per run, with a warning where the numbers are not of the same images."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("Runs compared"), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold", min_width=12)
+    for heading in ("scored", "points", "best %", "dense %", "half-point", "hypervolume"):
+        table.add_column(heading, justify="right")
+    for mark, record in zip(RUN_MARKS, comparison(reports, cost), strict=False):
+        half = record["half_point"]
+        table.add_row(
+            Text(printable(f"{mark} {record['run']}")),
+            f"{record['scored']:,}",
+            f"{record['points']}",
+            f"{record['best_top1']:.2f}",
+            f"{record['dense_top1']:.2f}",
+            "none" if half is None else f"{amount(half, cost)} ({record['half_point_of_dense']:.0%})",
+            f"{record['hypervolume']:.4f}",
+        )
+    if len({(report.title, report.images) for report in reports}) > 1:
+        table.caption = Text("These runs differ in model, data or images: their accuracies are not of the same test.")
+    return table
+
+
+def draw_architecture(architecture: Architecture, width: int = 80) -> str:
+    """One line per layer: its tokens as a bar, a bracket around layers that share a map, the operator that pooled."""
+    layers = architecture.layers
+    notes = []
+    for index, layer in enumerate(layers):
+        follows = index + 1 < len(layers) and layers[index + 1].shared
+        bracket = {(False, False): "╶ ", (False, True): "┐ ", (True, True): "┤ ", (True, False): "┘ "}[
+            layer.shared, follows
+        ]
+        note = "shares the map" if layer.shared else "own map"
+        if layer.operator:
+            note += f"; {layer.operator} {layers[index - 1].tokens} → {layer.tokens}"
+        notes.append(bracket + note)
+    bar = max(8, width - len("layer  tokens  ") - 1 - max(map(len, notes)))
+    lines = ["layer  tokens"]
+    for index, (layer, note) in enumerate(zip(layers, notes, strict=True)):
+        filled = max(1, round(bar * layer.tokens / layers[0].tokens))
+        lines.append(f"{index:5}  {layer.tokens:6}  {('█' * filled).ljust(bar)} {note}")
+    own = len(architecture.runs)
+    summary = f"{len(layers)} layers, {own} attention map{'s' if own != 1 else ''} of their own: {architecture}"
+    return "\n".join(lines + textwrap.wrap(summary, width))

@@ -1,0 +1,1 @@
+"""Search without training: the damage of single reductions, cheapest paths, racing on images."""

@@ -1,0 +1,365 @@
+"""The three splits of a data set, train, search and test, and loaders that are functions of the seed.
+
+What an image looks like in training depends on (seed, epoch, index) alone, its place in the epoch on
+(seed, epoch) alone: neither the number of workers nor a resumed run changes either.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from poolshare.space.errors import BrokenDataError, DataError
+
+from .pictures import Images, Progress, check_images, refuse_broken
+from .sources import (
+    Source,
+    Split,
+    StrPath,
+    class_notes,
+    find_layout,
+    folder_path,
+    held_out,
+    open_source,
+    read_folder,
+    whole,
+)
+from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
+
+CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
+
+_SEARCH, _TEST, _ORDER, _AUGMENT = range(4)  # one stream of random numbers for each use of the seed
+
+
+class Batches(Protocol):
+    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,)), the same at every iteration."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(eq=False)
+class Data:
+    """The splits of a data set, and loaders over them; made by `open_data`.
+
+    classes: class names in index order. They come from strangers: text to show, never to run.
+    img_size: (H, W) in pixels. notes: what the user should know of how the splits came about.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    in_chans: int
+    img_size: tuple[int, int]
+    seed: int
+    notes: tuple[str, ...]
+    _splits: dict[str, Split] = field(repr=False)
+    _open_test: Callable[[], Split] | None = field(repr=False)
+    _prepare: Prepare = field(repr=False)
+    _tensors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def split(self, name: str) -> Split:
+        """`train`, `search`, `train_full` (both of them, for retraining) or `test`, opened on first demand."""
+        if name == "test" and name not in self._splits and self._open_test:
+            self._splits[name] = self._open_test()
+        if name not in self._splits:
+            raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
+        return self._splits[name]
+
+    def check(self, parts: Sequence[str], progress: Progress | None = None) -> None:
+        """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of, once.
+
+        So broken ones are found before anything starts, and the fingerprint covers contents from then on.
+        Raises one BrokenDataError that names all of them.
+        """
+        wanted: dict[int, tuple[Source, np.ndarray]] = {}
+        for part in parts:
+            split = self.split("train_full" if part == "train" else part)
+            indices = np.arange(len(split.source)) if part == "train" else split.indices
+            if isinstance(split.source.read, Images) and split.source.digests is not None and split.source.names:
+                wanted.setdefault(id(split.source), (split.source, indices))
+        total, done, broken = sum(len(indices) for _, indices in wanted.values()), 0, list[str]()
+        for source, indices in wanted.values():
+            show = partial(_advance, progress, done, total) if progress else None
+            source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
+            broken += faults.values()
+            done += len(indices)
+        refuse_broken(broken, total, self.name)
+
+    def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
+        """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
+        table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
+        sources = {id(split.source): split.source for split in self._splits.values()}
+        moved = {key: replace(source, labels=table[source.labels]) for key, source in sources.items()}
+
+        def translated(split: Split) -> Split:
+            source = moved.get(id(split.source)) or replace(split.source, labels=table[split.source.labels])
+            return Split(source, split.indices)
+
+        return replace(
+            self,
+            classes=tuple(classes),
+            _splits={name: translated(split) for name, split in self._splits.items()},
+            _open_test=open_test and (lambda: translated(open_test())),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two openings gave the same classes and training images, in order; see `poolshare.search.job.job.images`.
+
+        It holds how many there are, a hash of labels and, of files, their sizes, and one of what was read of their
+        contents, which is missing where nothing was. Names and times of change have no say: a copy is the same data.
+        """
+        return self.fingerprint_of("train_full")
+
+    def fingerprint_of(self, split: str) -> str:
+        """The same of any split, for instance of test images that might be those of a training."""
+        part = self.split(split)
+        source, rows = part.source, part.indices
+        listed = "\n".join(self.classes).encode() + rows.tobytes() + part.labels.tobytes()
+        if source.sizes is not None:
+            listed += source.sizes[rows].tobytes()
+        text = f"{len(part)} images, {hashlib.sha256(listed).hexdigest()[:16]}"
+        if source.digests is None or not source.digests[rows].all():
+            return text
+        return f"{text}, contents {hashlib.sha256(source.digests[rows].tobytes()).hexdigest()[:16]}"
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Of the images that `check("train")` reads: a word for the contents of each by its name, "cat/1.jpg".
+
+        Those that were set aside as test are among them, since a file more or less sets aside others.
+        """
+        source = self.split("train_full").source
+        if source.names is None or source.sizes is None or source.digests is None:
+            return {}
+        return {source.names[i]: f"{source.sizes[i]}-{source.digests[i]:016x}" for i in range(len(source))}
+
+    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+        """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
+        return (min(batch_size, len(self.split("train_full" if full else "train"))),)
+
+    def train_loader(
+        self,
+        epoch: int,
+        batch_size: int,
+        *,
+        full: bool = False,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> Batches:
+        """The shuffled, augmented batches of one epoch over `train`, or over `train_full` if `full`.
+
+        `batch_size` counts the images of all ranks together; a rank gets its contiguous share of each batch.
+        A last short batch is dropped, but a split smaller than one batch is one batch. `start_step` leaves
+        out the steps already taken. Raises DataError for a batch that the ranks cannot share equally.
+        """
+        split = self.split("train_full" if full else "train")
+        whole = self.batch_sizes(batch_size, full)[0]
+        if whole < 1 or whole % world_size:
+            raise DataError(
+                f"a batch of {whole} images cannot be shared equally among {world_size} process(es): "
+                f"give a --batch-size, at most {len(split)}, that is a multiple of {world_size}"
+            )
+        steps = len(split) // whole
+        if not 0 <= start_step <= steps:
+            raise DataError(f"start_step {start_step} is not in an epoch of {steps} steps of {whole} images")
+        order = split.indices[random_numbers(self.seed, _ORDER, epoch).permutation(len(split))]
+        share = whole // world_size
+        rows = order[: steps * whole].reshape(steps, whole)[start_step:, rank * share : (rank + 1) * share]
+        return _Loader(_Items(split.source, self._prepare, self.seed, epoch), rows.tolist(), workers)
+
+    def eval_loader(self, split: str, batch_size: int, *, workers: int = 0) -> Batches:
+        """All images of a split in fixed order, as evaluation sees them; the last batch may be short.
+
+        A split of up to CACHE_BYTES is decoded once and kept: its batches are views, not to be written to.
+        """
+        if batch_size < 1:
+            raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
+        if split not in self._tensors:
+            batches = self._batches(split, batch_size, workers)
+            if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
+                return batches
+            images, labels = zip(*batches, strict=True)
+            self._tensors[split] = torch.cat(images), torch.cat(labels)
+        images, labels = (kept.split(batch_size) for kept in self._tensors[split])
+        return list(zip(images, labels, strict=True))
+
+    def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
+        part = self.split(split)
+        rows = [part.indices[at : at + batch_size].tolist() for at in range(0, len(part), batch_size)]
+        return _Loader(_Items(part.source, self._prepare, self.seed, None), rows, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Items(Dataset):
+    """Images and labels by index, as `epoch` augments them; without an epoch, as evaluation sees them."""
+
+    source: Source
+    prepare: Prepare
+    seed: int
+    epoch: int | None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        draw = None if self.epoch is None else (self.seed, _AUGMENT, self.epoch, index)
+        return self.prepare(self.source.read(index), draw), int(self.source.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class _Loader:
+    """The items at the indices in `rows`, a batch for each row; every iteration has workers of its own."""
+
+    items: _Items
+    rows: list[list[int]]
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator()  # or each iteration would draw from the global one
+        try:
+            yield from DataLoader(self.items, batch_sampler=self.rows, num_workers=self.workers, generator=generator)
+        except BrokenDataError as error:
+            # A worker's error is told inside a traceback; torch's frames behind it would hold the workers too.
+            message = str(error).rpartition("BrokenDataError: ")[2].strip()
+            raise BrokenDataError(message) from error.with_traceback(None)
+
+
+def open_data(
+    name: str,
+    *,
+    img_size: int | tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    data_dir: StrPath | None = None,
+    search_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    download: bool = False,
+    progress: Progress | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+    search_data: StrPath | None = None,
+    scale_16bit: bool = False,
+    check: Sequence[str] = ("train",),
+) -> Data:
+    """Open the data set `name` and cut it into train, search and test; no test image is used until asked for.
+
+    name: `digits` (scikit-learn's 1,797 images of 8×8, 540 of them test whatever the seed); timm's `torch/…`,
+        found, or with `download` put, in `data_dir`; timm's `hfds/…`, cached in `data_dir`, its columns
+        `image_key` and `label_key`; or a path, below `data_dir` if that is given, to ROOT with
+        ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val; of both, those in
+        ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
+    img_size, in_chans, mean, std, interpolation, crop_pct: what the model wants, in timm's terms.
+    search_fraction: share of the training images set aside to score architectures on, where none are there for that.
+    test_fraction: share of all images set aside where the data have no test images of their own (`Data.notes` says so).
+    search_data: a folder of class folders whose images are scored on; nothing is set aside then.
+    scale_16bit: take 16-bit grey images, 65,535 as white.
+    check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
+        `Data.check`. progress: called as `progress(done, total)` meanwhile.
+
+    Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
+    """
+    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    if in_chans not in (1, 3):
+        raise DataError(
+            f"image files are read with 1 or 3 channels, and the model takes in_chans {in_chans}: give images of other "
+            "channels in Python, as poolshare.search.search(data=(train, validation))"
+        )
+    if seed < 0 or not (0 < search_fraction < 1 and 0 < test_fraction < 1):
+        raise DataError(
+            f"seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
+            "take a seed of at least 0, and fractions between 0 and 1"
+        )
+    prepare = _transform(name, size, in_chans, mean, std, interpolation, crop_pct, augmentation)
+    found = open_source(
+        name,
+        data_dir=data_dir,
+        download=download,
+        image_key=image_key,
+        label_key=label_key,
+        search_data=search_data,
+        scale_16bit=scale_16bit,
+    )
+    splits, notes, full = {}, found.notes, found.train
+    if found.open_test is None:
+        images = len(full)
+        splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
+        notes += (
+            f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
+            f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
+        )
+    if found.search is None:
+        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
+    else:
+        search, train = found.search, full
+        full = Split(train.source, np.concatenate([train.indices, search.indices]))
+    splits |= {"train": train, "search": search, "train_full": full}
+    data = Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
+    data.check(check, progress)
+    return data
+
+
+def open_tests(
+    name: str,
+    classes: Sequence[str],
+    *,
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    data_dir: StrPath | None = None,
+    scale_16bit: bool = False,
+    progress: Progress | None = None,
+) -> Data:
+    """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
+
+    classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
+    once, as a check. Raises DataError and BrokenDataError as `open_data`.
+    """
+    root = folder_path(name, data_dir)
+    layout = find_layout(root)
+    if layout.test is None and layout.train != root:
+        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
+    place = layout.test or next(iter(held_out(root)), root)
+    _, source, notes = read_folder(place, classes, scale_16bit)
+    notes += (*class_notes(place, classes), f"all {len(source)} images of {str(place)!r} are test images.")
+    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
+    data = Data(name, tuple(classes), in_chans, img_size, 0, notes, {"test": whole(source)}, None, prepare)
+    data.check(("test",), progress)
+    return data
+
+
+def _advance(progress: Progress, before: int, total: int, done: int, part: int) -> None:
+    progress(before + done, total)
+
+
+def _transform(
+    name: str,
+    size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+    crop_pct: float | None,
+    augmentation: Augmentation,
+) -> Prepare:
+    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
+    if name == "digits":
+        return digits_transform(**wanted, shift=augmentation.shift)
+    return picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)

@@ -1,0 +1,1 @@
+"""Token pooling between two blocks: the modules, and the mathematics as pure functions."""

@@ -1,0 +1,149 @@
+"""Pooling between two blocks: one module per operator and reduction, over the mathematics of PSViT, PiT and the rest.
+
+Grid and sequence pooling stand here; clustering.py and merging.py hold what chooses tokens by content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from poolshare.space.operators import OPERATORS, grid_stride
+
+from ..block import Attended
+from .clustering import kmeans, kmedoids
+from .merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
+
+
+def max2d(patches: torch.Tensor, after: int) -> torch.Tensor:
+    """Adaptive maximum over the patch grid (PSViT-2D style). (B, P, C) → (B, after, C), both square grids."""
+    return _from_grid(F.adaptive_max_pool2d(_to_grid(patches), isqrt(after)))
+
+
+def avg2d(patches: torch.Tensor, after: int) -> torch.Tensor:
+    """Adaptive mean over the patch grid. (B, P, C) → (B, after, C), both square grids."""
+    return _from_grid(F.adaptive_avg_pool2d(_to_grid(patches), isqrt(after)))
+
+
+def max1d(patches: torch.Tensor, after: int) -> torch.Tensor:
+    """Maximum over three neighbours of the sequence at every second one (PSViT-1D style), repeated down to `after`.
+
+    (B, P, C) → (B, after, C); one step makes ⌊(P - 1) / 2⌋ + 1 of P tokens.
+    """
+    sequence = patches.transpose(1, 2)
+    while sequence.shape[2] > after:
+        sequence = F.max_pool1d(sequence, kernel_size=3, stride=2, padding=1)
+    return sequence.transpose(1, 2)
+
+
+class Pooling(nn.Module):
+    """One operator at one reduction. Learned parts begin such that a pretrained model finds its own features again."""
+
+    def __init__(self, operator: str, before: int, after: int, model: Any):
+        super().__init__()
+        self.operator, self.before, self.after = operator, before, after
+        self.num_prefix_tokens, self.has_cls = model.num_prefix_tokens, model.has_class_token
+        channels = model.embed_dim
+        match operator:
+            case "max2d_conv":
+                self.conv: nn.Module = _dirac(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+            case "max1d_conv":
+                self.conv = _dirac(nn.Conv1d(channels, channels, 3, padding=1, groups=channels))
+            case "mstm" if before == model.patch_embed.num_patches:  # once, while the grid is whole
+                self.multi_scale = MultiScale(channels)
+            case "pit":
+                stride = grid_stride(before, after)
+                assert stride is not None  # the operator's can_reduce says so
+                self.conv = nn.Conv2d(channels, channels, stride + 1, stride, padding=stride // 2, groups=channels)
+                nn.init.constant_(self.conv.weight, 1 / (stride + 1) ** 2)  # a mean
+                nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+                if self.num_prefix_tokens:
+                    self.prefix = nn.Linear(channels, channels)
+                    nn.init.eye_(self.prefix.weight)
+                    nn.init.zeros_(self.prefix.bias)
+
+    def forward(self, tokens: torch.Tensor, attended: Attended | None) -> torch.Tensor:
+        """(B, prefix + before, C) → (B, prefix + after, C). attended: what the block before left.
+
+        Prefix tokens pass by untouched, except that "pit" sends them through a Linear.
+        """
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        reduced = self._reduce(patches, attended)
+        if not self.num_prefix_tokens:
+            return reduced
+        return torch.cat([self.prefix(prefix) if self.operator == "pit" else prefix, reduced], dim=1)
+
+    def _reduce(self, patches: torch.Tensor, attended: Attended | None) -> torch.Tensor:
+        after = self.after
+        match self.operator:
+            case "max2d":
+                return max2d(patches, after)
+            case "avg2d":
+                return avg2d(patches, after)
+            case "max2d_conv":
+                return max2d(_from_grid(self.conv(_to_grid(patches))), after)
+            case "max1d":
+                return max1d(patches, after)
+            case "max1d_conv":
+                return max1d(self.conv(patches.transpose(1, 2)).transpose(1, 2), after)
+            case "pit":
+                return _from_grid(self.conv(_to_grid(patches)))
+            case "kmedoids":
+                return kmedoids(patches, after)
+            case "kmeans":
+                return kmeans(patches, after)
+            case "random":
+                return random_tokens(patches, after)
+        if attended is None:
+            raise RuntimeError(f"{self.operator} needs the attention of the block before it")
+        if self.operator == "tome":
+            return tome(patches, attended.keys[:, :, self.num_prefix_tokens :].mean(dim=1), after)
+        if self.operator != "evit":  # the others' scores only choose
+            attended = attended.detach()
+        if self.operator == "wkmedoids":
+            return kmedoids(patches, after, received(attended, self.num_prefix_tokens))
+        scores = importance(attended, self.num_prefix_tokens, self.has_cls)
+        match self.operator:
+            case "mstm":
+                if hasattr(self, "multi_scale"):
+                    patches = _from_grid(self.multi_scale(_to_grid(patches)))
+                return mstm(patches, scores, after)
+            case "evit":
+                return evit(patches, scores, after)
+            case "topk":
+                return topk(patches, scores, after)
+        raise NotImplementedError(f"operator {self.operator!r} of {', '.join(OPERATORS)} has no mathematics")
+
+
+def pooling_name(operator: str, before: int, after: int) -> str:
+    """Under which name a supernet or subnet holds a reduction, and in its weights "poolings.<name>.…"."""
+    return f"{operator}_{before}_{after}"
+
+
+def make_poolings(model: Any, reductions: Iterable[tuple[str, int, int]]) -> nn.ModuleDict:
+    """Freshly initialised operators for every (operator, tokens before, tokens after)."""
+    return nn.ModuleDict({pooling_name(*reduction): Pooling(*reduction, model) for reduction in reductions})
+
+
+def _dirac(conv: Any) -> nn.Module:
+    """A depthwise convolution that begins as the identity."""
+    nn.init.dirac_(conv.weight, groups=conv.groups)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _to_grid(patches: torch.Tensor) -> torch.Tensor:
+    """(B, g·g, C) → (B, C, g, g)"""
+    B, P, C = patches.shape
+    side = isqrt(P)
+    return patches.transpose(1, 2).reshape(B, C, side, side)
+
+
+def _from_grid(grid: torch.Tensor) -> torch.Tensor:
+    """(B, C, g, g) → (B, g·g, C)"""
+    return grid.flatten(2).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Training of supernets and single models: recipe, draws, the loop, and how it survives interruption."""

@@ -1,0 +1,324 @@
+"""One training loop, for the supernet (sandwich) and for a single model (labels); it can be stopped at any step."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from poolshare.space import ConfigError, CostTable, TrainingError
+
+from ..data.given import loader_batch
+from ..data.splits import Data
+from ..data.transforms import keyed_generators
+from ..model import SuperNet
+from . import distributed
+from .checkpoint import TrainingState
+from .interrupt import kept_signals
+from .recipe import Recipe
+from .sandwich import Sandwich
+
+# model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
+BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: it was in an earlier process
+Say = Callable[[str], None]  # what a person should know
+
+SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
+
+
+def train_supernet(
+    supernet: SuperNet, data: Data, costs: CostTable, recipe: Recipe, *, seed: int = 0, **options: Any
+) -> None:
+    """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`."""
+    sandwich = Sandwich(supernet.space, costs, seed, within=recipe.within)
+
+    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        return sandwich.loss(model, images, labels, step, _smoothing(recipe, labels))
+
+    fit(supernet, loss, data, recipe, seed=seed, **options)
+
+
+def train_model(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    full: bool = True,
+    **options: Any,
+) -> None:
+    """Train one model on the labels of the full training split, or of `train` alone; options: those of `fit`.
+
+    teacher: gives the same classes for the same images; `recipe.distill` of the loss is then the cross-entropy with
+    its distribution. Drop-path is on while training alone.
+    """
+
+    def loss(trained: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        logits = trained(images)
+        by_labels = F.cross_entropy(logits, labels, label_smoothing=_smoothing(recipe, labels))
+        if teacher is None:
+            return by_labels
+        with torch.no_grad():
+            targets = teacher(images).softmax(dim=-1)
+        return (1 - recipe.distill) * by_labels + recipe.distill * F.cross_entropy(logits, targets)
+
+    if teacher is not None:
+        teacher.to(next(model.parameters()).device).eval()
+    if recipe.drop_path:
+        set_drop_path(model, recipe.drop_path)
+    try:
+        fit(model, loss, data, recipe, full=full, **options)
+    finally:
+        if recipe.drop_path:
+            set_drop_path(model, 0.0)
+
+
+def set_drop_path(model: Any, rate: float) -> None:
+    """Let block i of n skip its branches with probability rate · i / (n − 1), as timm does."""
+    blocks = model.blocks
+    for block, one in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(one) if one else nn.Identity() for _ in range(2))
+
+
+def _smoothing(recipe: Recipe, labels: torch.Tensor) -> float:
+    return recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels are smoothed already
+
+
+def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
+    """Optimiser steps in one pass over the `train` split, or over `train_full`."""
+    return len(data.train_loader(0, recipe.batch_size, full=full))
+
+
+def check_batches(data: Data, recipe: Recipe, processes: int, full: bool = False) -> None:
+    """Raise DataError for batches that so many processes cannot share, ConfigError for those that cannot be mixed."""
+    data.train_loader(0, recipe.batch_size, full=full, world_size=processes)
+    if not (recipe.mixup or recipe.cutmix):
+        return
+    for images in data.batch_sizes(recipe.batch_size, full):
+        even = images + processes  # of all processes
+        if even > len(data.split("train_full" if full else "train")):
+            even = images - processes
+        remedy = f"a --batch-size whose share is even, such as {even}"
+        if loader_batch(data) is not None:
+            remedy = f"a training loader with drop_last=True whose batch size is a multiple of {2 * processes}"
+        _check_pairs(images // processes, remedy)
+
+
+def _check_pairs(images: int, remedy: str) -> None:
+    if images % 2:
+        raise ConfigError(f"mixup and cutmix pair images, and a process has {images} of them in a step: give {remedy}")
+
+
+def fit(
+    model: nn.Module,
+    batch_loss: BatchLoss,
+    data: Data,
+    recipe: Recipe,
+    *,
+    full: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    state: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    save_seconds: float = SECONDS_BETWEEN_SAVES,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    otherwise: str = "move the file away",
+) -> None:
+    """Minimise `batch_loss` over the training split, in place; all processes that torchrun started share the work.
+
+    state: a file from which the next call continues as if nothing had happened. It is written after every epoch,
+    every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
+    kept beside it. Only the first process reads and writes it.
+    settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
+    epochs of the recipe may differ; `otherwise`: what the error offers. Raises TrainingError where loss or
+    weights are not finite, and what `check_batches` does.
+    """
+    if recipe.epochs == 0:
+        return
+    check_batches(data, recipe, distributed.world_size(), full)
+    device = next(model.parameters()).device
+    steps = steps_per_epoch(data, recipe, full)
+    total = recipe.epochs * steps
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+    )
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=recipe.lr * 1e-2,
+        warmup_t=math.ceil(recipe.warmup * total),
+        warmup_lr_init=recipe.lr * 1e-2,
+        t_in_epochs=False,
+    )
+    average = None if recipe.ema is None else ModelEmaV3(model, recipe.ema, use_warmup=True)
+    mixer = _Mixer(recipe, len(data.classes), seed) if recipe.mixup or recipe.cutmix else None
+    identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
+    kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None), otherwise)
+    first = kept.restore()
+    # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a step
+    # may leave out the norms of queries and keys in a layer that all of its architectures share.
+    some_unused = isinstance(model, SuperNet) and (
+        recipe.within is not None or any(True for _ in model.poolings.parameters())
+    )
+    trained = distributed.parallel(model, some_unused)
+    model.train()
+    if progress and first:
+        progress(first, None)
+    catching = state is not None or distributed.world_size() > 1
+    with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
+        for step, images, labels in _batches(data, recipe, full, first, steps, workers):
+            # Dropout and drop-path of a resumed run are those of an undisturbed one.
+            torch.manual_seed(_key(seed, step, distributed.rank()))
+            schedule.step_update(step)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if mixer is not None:
+                images, labels = mixer(images, labels, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = _backward(trained, batch_loss, images, labels, step, recipe)
+            value, stopping = distributed.agree(loss, stop.number)
+            if not math.isfinite(value):
+                raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
+            if recipe.clip_grad is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+            optimizer.step()
+            if average is not None:
+                average.update(model, step + 1)
+            done = step + 1
+            if stopping or done % steps == 0 or kept.seconds >= save_seconds:
+                if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+                    raise _not_finite("a weight is not finite", step, steps, recipe, state)
+                kept.save(done, steps)
+            if progress:
+                progress(done, value)
+            if stopping:
+                distributed.wait_for_first()  # it may still be writing
+                kept.say(f"stopping after step {done:,} of {total:,}" + (", which is saved" if state else ""))
+                stop.obey(stopping)
+        if stop.number is not None:  # it came after the last step
+            stop.obey(stop.number)
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+    model.eval()
+
+
+def _batches(
+    data: Data, recipe: Recipe, full: bool, first: int, steps: int, workers: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """From step `first` on, (step, images, labels) of this process's share."""
+    for epoch in range(first // steps, recipe.epochs):
+        start = max(first - epoch * steps, 0)
+        batches = data.train_loader(
+            epoch,
+            recipe.batch_size,
+            full=full,
+            start_step=start,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=workers,
+        )
+        for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
+            yield step, images, labels
+
+
+def _backward(
+    model: nn.Module, batch_loss: BatchLoss, images: torch.Tensor, labels: torch.Tensor, step: int, recipe: Recipe
+) -> torch.Tensor:
+    """Add the gradients of the mean loss, part by part; returns that loss, (). Shared after the last part alone."""
+    autocast = precision_of(recipe, images.device)
+    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    whole = torch.zeros((), device=images.device)
+    for index, (some, their_labels) in enumerate(parts):
+        with nullcontext() if index == len(parts) - 1 else distributed.without_sync(model):
+            with autocast:
+                loss = batch_loss(model, some, their_labels, step)
+            weighted = loss if len(parts) == 1 else loss * (len(some) / len(images))
+            weighted.backward()
+            whole += weighted.detach()
+    return whole
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
+    """In what a training's forwards run: bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if recipe.amp == "bf16" else nullcontext()
+
+
+@contextmanager
+def memory_of(recipe: Recipe, model: Any) -> Iterator[None]:
+    """Blocks that compute their activations once more in the backward pass, where the recipe says so."""
+    before = getattr(model, "grad_checkpointing", False)
+    if recipe.checkpoint:
+        model.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        if recipe.checkpoint:
+            model.set_grad_checkpointing(before)
+
+
+@contextmanager
+def attention_of(recipe: Recipe, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """How a training's blocks attend: as the model is set, but in bfloat16 on a CPU by timm's explicit path.
+
+    The backward of PyTorch's fused kernel takes up to half of a step there (results/bench).
+    """
+    slow = recipe.amp == "bf16" and device.type == "cpu"
+    fused: list[Any] = [part for part in model.modules() if slow and getattr(part, "fused_attn", False)]
+    for part in fused:
+        part.fused_attn = False
+    try:
+        yield
+    finally:
+        for part in fused:
+            part.fused_attn = True
+
+
+class _Mixer:
+    """timm's Mixup and CutMix, keyed by (seed, step), and the same however many processes share the batch."""
+
+    def __init__(self, recipe: Recipe, num_classes: int, seed: int):
+        self.seed = seed
+        self.mixup = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            prob=recipe.mix_prob,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
+        even = distributed.world_size() * (len(images) + 1)  # loaders may have other batches than in their first epoch
+        _check_pairs(len(images), f"a --batch-size whose share is even, such as {even}")
+        # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
+        order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
+        with keyed_generators(self.seed, _MIX, step):
+            return self.mixup(images[order], labels[order])
+
+
+_MIX = 17  # sets these draws apart from the others of the same seed
+
+
+def _not_finite(what: str, step: int, steps: int, recipe: Recipe, state: Path | None) -> TrainingError:
+    remains = "the last state before is kept; " if state is not None and state.exists() else ""
+    return TrainingError(
+        f"{what} at step {step + 1} of {recipe.epochs * steps} (epoch {step // steps + 1}); {remains}"
+        f"try a --lr below {recipe.lr:g} with a new --out"
+    )
+
+
+def _key(seed: int, step: int, rank: int = 0) -> int:
+    """For the global generator; two processes skip other branches."""
+    return random.Random(f"step {seed} {step}" + (f" {rank}" if rank else "")).getrandbits(63)
