@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from poolshare.space import ConfigError, budget_quantity
+from poolshare.space import COSTS, ConfigError, budget_quantity
 
 SEARCHING = (
     "budget",
@@ -94,7 +94,7 @@ class SearchConfig(BaseModel):
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
         }
-        if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
+        if budget_quantity(str(given.get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)
@@ -156,7 +156,7 @@ class SearchConfig(BaseModel):
     @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
-        return "latency_ms" if self.objective == "latency" else "macs"
+        return COSTS[self.objective].column
 
     @property
     def without_weights(self) -> SearchConfig:
