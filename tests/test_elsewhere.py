@@ -19,7 +19,7 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 
-from poolshare.search.cli import app as cli
+from poolshare.search import cli
 from poolshare.search.exported.export import save_export
 from poolshare.search.exported.predict import predict
 from poolshare.space import OPERATORS, DataError

@@ -275,8 +275,8 @@ def test_an_unusable_report_is_refused_when_it_is_made():
 
 def test_importing_what_shows_a_run_loads_nothing_heavy():
     code = (
-        "import json, sys, poolshare.search.report, poolshare.search.terminal, poolshare.search.figure;"
-        "import poolshare.search.page, poolshare.search.looking;"
+        "import json, sys, poolshare.search.report.report, poolshare.search.report.terminal;"
+        "import poolshare.search.report.figure, poolshare.search.report.page, poolshare.search.cli.looking;"
         "print(json.dumps([m for m in ('matplotlib', 'plotext', 'torch', 'optuna') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
