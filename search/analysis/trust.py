@@ -24,13 +24,12 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..job.folder import RunFolder
-from ..job.job import SCORING_BATCH
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
 from ..progress import advance_step, progress_bar
 from ..report.report import Report, load_report
 from ..report.write import write_report
-from ..scoring import Metric, count_correct, count_right, top1
+from ..scoring import SCORING_BATCH, Metric, count_correct, count_right, top1
 
 RESAMPLES = 2000  # of the architectures, for the intervals
 POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")

@@ -32,7 +32,7 @@ from ..progress import advance_loss, progress_bar
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..scoring import Metric, count_correct, top1
+from ..scoring import SCORING_BATCH, Metric, count_correct, top1
 from ..study.loop import GENERATION, Task, run_study
 from ..study.open import check_storage, open_store
 from .folder import RunFolder
@@ -40,8 +40,6 @@ from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
 from .records import FORMAT, versions, write_csv, write_json
 from .trained_head import checked_head
-
-SCORING_BATCH = 256
 
 
 def run_job(

@@ -18,6 +18,7 @@ from poolshare.space import BY_COLUMN, Architecture
 from poolshare.space.files import write_whole
 
 from ..analysis.layers import in_words
+from ..analysis.pareto import binomial_interval
 from .report import Report
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
@@ -55,6 +56,7 @@ def page_data(report: Report) -> dict[str, Any]:
         correct = round(dense["top1"] * report.images / 100)
         rows = pd.concat([rows, pd.DataFrame([dense | {"correct": correct}])], ignore_index=True)
     index = {text: row for row, text in enumerate(rows["architecture"])}
+    counts = sorted(set(_integers(rows["correct"])))
     shares = report.layer_shares()
     progress = report.progress()
     return {
@@ -66,6 +68,10 @@ def page_data(report: Report) -> dict[str, Any]:
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
         | {cost: _numbers(rows[cost]) for cost in report.costs},
+        "intervals": {
+            count: [_short(low), _short(high)]
+            for count, low, high in zip(counts, *binomial_interval(counts, report.images), strict=True)
+        },
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [
@@ -117,8 +123,12 @@ def _integers(column: pd.Series) -> list[int]:
 
 
 def _numbers(column: pd.Series) -> list[float]:
-    """Whole where they can be, else with what an eye or a command could want of them."""
-    return [int(value) if float(value).is_integer() else float(f"{value:.6g}") for value in column]
+    return [_short(value) for value in column]
+
+
+def _short(value: float) -> float:
+    """Whole where it can be, else in the six digits that an eye or a command could want."""
+    return int(value) if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _numbers_in_space(report: Report, rows: pd.DataFrame) -> list[int] | None:
