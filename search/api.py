@@ -18,8 +18,8 @@ from poolshare.supernet.data.splits import Data
 
 from .analysis.finalists import train_finalists
 from .analysis.trust import Plan, measure_trust
-from .cli.options import progress_console
 from .config import SearchConfig, checked_config
+from .console import progress_console
 from .exported.export import export_architecture, load_supernet
 from .job import worker
 from .job.folder import RunFolder

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from poolshare.space import ConfigError, budget_quantity
+from poolshare.space import COSTS, ConfigError, budget_quantity
 
 SEARCHING = (
     "budget",
@@ -37,49 +37,108 @@ NAMES = ("torch/", "hfds/", "python/")  # begin names of data; all others but "d
 ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
 
 
+def option(default: Any, help: str, metavar: str | None = None, **limits: Any) -> Any:
+    """A field that is an option of the command line too, which reads here what it needs to know of it.
+
+    default: ... where it is decided by the situation, or required. help: that holds "Default:" tells such a decision.
+    """
+    return Field(default, description=help, json_schema_extra={"metavar": metavar}, **limits)
+
+
 class SearchConfig(BaseModel):
     """Everything a search depends on. What is not given, or None, is decided by the situation or the base model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    data: str
-    data_dir: str | None = None
-    download: bool = False
-    search_fraction: float = Field(gt=0, lt=1)  # of the training images, to score architectures on
-    search_data: str | None = None  # a folder of images to score on instead
-    scale_16bit: bool = False  # whether 16-bit grey images are taken, 65,535 as white
-    model: str
-    model_args: dict[str, Any] = {}
-    pretrained: bool = False
-    weights: str | None = None  # a file, folder or repository, instead of timm's pretrained ones
-    class_map: str | None = None  # a file that names the outputs of the head
+    data: str = option(
+        ..., "digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
+    )
+    model: str = option(
+        ...,
+        "A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: vit_tiny_patch16_224.",
+    )
+    pretrained: bool = option(False, "Begin with timm's pretrained weights.")
+    weights: str | None = option(
+        None,
+        "Begin with these instead: a safetensors or torch file for --model, or a folder with timm's config.json.",
+        metavar="FILE",
+    )
+    class_map: str | None = option(
+        None,
+        "The classes of the weights' head: one folder's name a line, in the order of its outputs; or JSON. Default: as the "
+        "weights say, else in the data's order.",
+        metavar="FILE",
+    )
     preprocessing: dict[str, Any] = {}  # mean, std, interpolation and crop_pct, where the weights' card says other ones
-    img_size: int | None = Field(None, ge=1)
-    in_chans: int | None = Field(None, ge=1)
-    levels: tuple[int, ...] | None = None
-    operators: tuple[str, ...] | None = None
-    max_run: int | None = Field(None, ge=1)
-    sharing: Literal["qk", "map"] = "qk"  # what an owner hands to its followers, see `SuperNet.from_timm`
-    budget: str | None = None
-    sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = "auto"
-    objective: Literal["macs", "latency"] = "macs"  # what is weighed against accuracy, and what a budget in % is of
-    latency_batch: int = Field(1, ge=1)  # images of one forward whose latency counts
-    latency_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the models that are timed; None: see `deployed`
-    include: tuple[str, ...] = ()  # architectures of the user's own
-    trials: int = Field(1000, ge=1)
-    epochs: int = Field(ge=0)
-    batch_size: int = Field(ge=1)
-    lr: float = Field(gt=0)
+    budget: str | None = option(
+        None,
+        "Per image: 60% (of the dense model's MACs, or latency where that is the objective), 0.7G or 350M MACs, or 12ms "
+        "(latency of one image in a batch of --latency-batch).",
+        metavar="BUDGET",
+    )
+    levels: tuple[int, ...] | None = option(
+        None, "Patch-token counts, falling, e.g. 196,100,49. Default: all, a half, a quarter.", metavar="N,N,…"
+    )
+    operators: tuple[str, ...] | None = option(
+        None, "Pooling operators to choose from, e.g. max2d,avg2d; help lists them.", metavar="NAME,…"
+    )
+    max_run: int | None = option(
+        None, "How many layers in a row may use one attention map, at most (1: no sharing).", ge=1
+    )
+    sharing: Literal["qk", "map"] = option(
+        "qk", "How attention is shared: by queries and keys (fused kernels), or by a written map (fewer MACs)."
+    )
+    sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = option(
+        "auto", "auto scores the whole space where affordable."
+    )
+    objective: Literal["macs", "latency"] = option(
+        "macs", "Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
+    )
+    latency_batch: int = option(1, "Images in the batch whose latency counts.", ge=1)
+    latency_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, "Precision of the models whose latency is measured. Default: bf16 with --amp bf16, else fp32."
+    )
+    include: tuple[str, ...] = option((), "Score this architecture of yours too; repeatable.", metavar="TEXT")
+    trials: int = option(1000, "Architectures to try where not all are scored.", ge=1)
+    epochs: int = option(..., "Supernet epochs. Default: 30, digits 40, warm start 10.", ge=0)
+    batch_size: int = option(..., "Images of one training step. Default: 64, digits 32.", ge=1)
+    lr: float = option(..., "Peak learning rate. Default: 2e-3, warm start 3e-4.", gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    amp: Literal["none", "bf16"] = "none"
+    img_size: int | None = option(None, "Side of the square input image in pixels. Default: the model's.", ge=1)
+    in_chans: int | None = option(
+        None, "Channels of the input: 3, or 1 for grey image files. Default: the model's.", ge=1
+    )
+    model_args: dict[str, Any] = option(
+        {}, "Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"
+    )
+    data_dir: str | None = option(None, "Where torch/… and hfds/… data lie.", metavar="FOLDER")
+    download: bool = option(False, "Let timm download the data set into --data-dir.")
+    search_fraction: float = option(
+        ..., "Share of the training images to score on. Default: 0.2, digits 0.3.", gt=0, lt=1
+    )
+    search_data: str | None = option(
+        None,
+        "Score on these class folders instead. Default: val/ where there is a test/ beside it.",
+        metavar="FOLDER",
+    )
+    scale_16bit: bool = option(False, "Take 16-bit grey images, 65,535 as white; else they are refused.")
     metric: str = "top1"  # name of the function that says which answers are right
-    recipe: dict[str, Any] = {}  # other fields of `Recipe`
-    workers: int = Field(0, ge=0)
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: str = "auto"
-    threads: int | None = Field(
-        None, ge=1, le=1024
-    )  # of PyTorch on a CPU; a run's record holds those it was computed with
+    workers: int = option(0, "Processes that load images.", ge=0)
+    amp: Literal["none", "bf16"] = option("none", "Automatic mixed precision in training.")
+    recipe: dict[str, Any] = option(
+        {},
+        "More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; the README lists "
+        "all.",
+        metavar="KEY=VALUE,…",
+    )
+    seed: int = option(0, "What all random choices are keyed by.", ge=0, le=2**32 - 1)
+    device: str = option("auto", "cpu, cuda, cuda:1, … Default: cuda where there is one.")
+    threads: int | None = option(
+        None,
+        "Of PyTorch on a CPU. Default: OMP_NUM_THREADS where it is set; else as recorded; else the fastest by timed steps.",
+        ge=1,
+        le=1024,
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -94,7 +153,7 @@ class SearchConfig(BaseModel):
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
         }
-        if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
+        if budget_quantity(str(given.get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)
@@ -156,7 +215,7 @@ class SearchConfig(BaseModel):
     @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
-        return "latency_ms" if self.objective == "latency" else "macs"
+        return COSTS[self.objective].column
 
     @property
     def without_weights(self) -> SearchConfig:

@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from poolshare.space.processes import launched_rank
+
 # What is drawn where the terminal's encoding has no such letters; each is one column wide, as they are.
 PLAIN = {
     "█": "#",
@@ -59,3 +61,8 @@ class PlainConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich does; text is made `printable` first."""
         super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+def progress_console(quiet: bool) -> PlainConsole:
+    """Where progress goes: standard error; nowhere from the processes that torchrun started to help the first."""
+    return PlainConsole(stderr=True, quiet=quiet or launched_rank() > 0)

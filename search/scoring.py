@@ -13,6 +13,7 @@ from poolshare.space import Architecture, ConfigError
 from poolshare.supernet import SuperNet
 from poolshare.supernet.data.splits import Batches
 
+SCORING_BATCH = 256  # images
 # logits (B, classes), labels (B,) → (B,) bool, whether each answer counts as right
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

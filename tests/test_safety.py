@@ -1,5 +1,6 @@
 """What must not happen: damage taken for a result, a stranger's file that reaches out, a traceback, a lost search."""
 
+import csv
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search.exported.export import load_export
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.job.records import read_json, write_json
+from poolshare.search.job.records import read_csv, read_json, write_csv, write_json
 from poolshare.space import CostTable, PoolshareError, RunError, SearchSpace
 from poolshare.space.files import held
 from poolshare.supernet import SuperNet
@@ -105,9 +107,7 @@ def test_damaged_tables_of_latency_and_trust_are_refused(made, verb, tmp_path):
     assert status == 0, err
     folder = RunFolder.open(run)
     space = SearchSpace(2, (64, 16))
-    nanoseconds = CostTable(
-        "nanoseconds", 5, {64: 90, 16: 30}, {64: 70, 16: 20}, {("max2d", 64, 16): 3}, {64: 9, 16: 2}
-    )
+    nanoseconds = CostTable("latency", 5, {64: 90, 16: 30}, {64: 70, 16: 20}, {("max2d", 64, 16): 3}, {64: 9, 16: 2})
     folder.write_latency(Latency(nanoseconds, 1, "cpu", 1, "fp32", ((str(space[0]), 200, 194),)))
     assert folder.read_latency().table.total(space[0]) == nanoseconds.total(space[0])
     for name, read in (("latency.json", folder.read_latency), ("trust.json", folder.read_trust)):
@@ -415,3 +415,16 @@ def test_a_read_only_disk_is_a_clear_error(made, verb, disk):
     for words in (["pareto", disk / "run"], ["evaluate", disk / "export", "-q"]):  # reading is allowed
         status, _, err = verb(*words)
         assert status == 0, err
+
+
+def test_a_table_that_a_spreadsheet_saved_is_no_damage_and_another_value_is(tmp_path):
+    frame = pd.DataFrame({"architecture": ["64*2", "64 16@max2d"], "top1": [100 / 3, 93.0], "macs": [10**12, 7]})
+    write_csv(tmp_path / "table.csv", frame, checked=True)
+    pd.testing.assert_frame_equal(read_csv(tmp_path / "table.csv"), frame)
+    saved = pd.read_csv(tmp_path / "table.csv").round({"top1": 9})
+    saved.to_csv(tmp_path / "table.csv", index=False, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
+    pd.testing.assert_frame_equal(read_csv(tmp_path / "table.csv"), frame)
+    for column, value in (("macs", 8), ("architecture", "64 64"), ("top1", 93.0001)):
+        saved.assign(**{column: [saved[column][0], value]}).to_csv(tmp_path / "table.csv", index=False)
+        with pytest.raises(ValueError, match="do not fit its checksum"):
+            read_csv(tmp_path / "table.csv")

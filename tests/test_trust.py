@@ -17,7 +17,7 @@ from poolshare.search.job import job as job_module
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.job import run_job
 from poolshare.search.job.prepare import prepare
-from poolshare.search.job.records import read_json, write_csv, write_json
+from poolshare.search.job.records import read_csv, read_json, write_csv, write_json
 from poolshare.search.report.report import load_report
 from poolshare.space import Architecture, ConfigError, RunError
 
@@ -123,20 +123,21 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     assert [len(point["retrained_top1"]) for point in found["points"]].count(2) == 2
 
     # Cut off after the second training: the rest is trained again, to the same numbers.
-    table[:2].to_csv(run.path / "trust.csv", index=False)
+    write_csv(run.trust_rows, read_csv(run.trust_rows)[:2], checked=True)
     plan = Plan(architectures=4, twice=2, bands=2)
     assert measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu") == found
     pd.testing.assert_frame_equal(pd.read_csv(run.path / "trust.csv"), table)
 
     # An architecture keeps the score it was ranked by, though here (or on a GPU) one image more would be right.
+    table = read_csv(run.trust_rows)
     kept = table[:4].assign(supernet_correct=table["supernet_correct"][:4] + 1)
-    write_csv(run.trust_rows, kept.drop(columns="check"), checked=True)
+    write_csv(run.trust_rows, kept, checked=True)
     again = measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu")
     assert again["tau"] == found["tau"]
     written = pd.read_csv(run.trust_rows)
     assert written.groupby("architecture")["supernet_correct"].nunique().max() == 1
     assert written["supernet_correct"].tolist() == (table["supernet_correct"] + 1).tolist()
-    table.to_csv(run.trust_rows, index=False)
+    write_csv(run.trust_rows, table, checked=True)
 
     # A run of before a field of the recipe was there.
     older = read_json(run.trust)

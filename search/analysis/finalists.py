@@ -22,13 +22,12 @@ from poolshare.supernet.training.loop import check_batches, steps_per_epoch, tra
 from poolshare.supernet.training.recipe import Recipe
 
 from ..job.folder import FINALISTS, RunFolder
-from ..job.job import SCORING_BATCH
 from ..job.prepare import Job, checked_recipe, load_weights, prepare, supernet_recipe
 from ..job.records import write_csv
 from ..progress import advance_step, progress_bar
 from ..report.report import load_report
 from ..report.write import write_report
-from ..scoring import Metric, count_right, top1
+from ..scoring import SCORING_BATCH, Metric, count_right, top1
 from .pareto import TRAINED, ranked
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.space.band import even_borders
 from poolshare.space.files import held, reading
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
@@ -23,13 +24,12 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..job.folder import RunFolder
-from ..job.job import SCORING_BATCH
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
 from ..progress import advance_step, progress_bar
 from ..report.report import Report, load_report
 from ..report.write import write_report
-from ..scoring import Metric, count_correct, count_right, top1
+from ..scoring import SCORING_BATCH, Metric, count_correct, count_right, top1
 
 RESAMPLES = 2000  # of the architectures, for the intervals
 POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
@@ -192,8 +192,7 @@ def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
     Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
     latency). Where one runs out of members the others give more.
     """
-    low, high = job.allowed.low, job.allowed.high
-    borders = [low + (high + 1 - low) * index // plan.bands for index in range(plan.bands + 1)]
+    borders = even_borders(job.allowed.low, job.allowed.high, plan.bands)
     members: list[list[Architecture]] = []
     for band, (start, stop) in enumerate(pairwise(borders)):
         rng = random.Random(f"trust {plan.seed} {band}")

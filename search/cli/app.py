@@ -8,48 +8,37 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
+from poolshare.space.processes import launched_rank
 
-from ..console import PlainConsole, never_fail, printable
+from ..config import checked_config
+from ..console import PlainConsole, never_fail, printable, progress_console
 from . import judging, looking, using
 from .options import (
-    Amp,
     Budget,
-    ClassMap,
     DataDir,
     DataHere,
-    DataName,
     Device,
-    Download,
     ImgSize,
     InChans,
     Json,
-    LatencyDtype,
     Levels,
     MaxRun,
     ModelArgs,
     Operators,
     Quiet,
-    RecipeChanges,
-    Seed,
     Sharing,
     Storage,
     Threads,
-    Weights,
     Workers,
-    helping,
-    integers,
-    make_config,
-    model_args_of,
     print_json,
-    progress_console,
-    recipe_of,
-    words,
+    read_options,
+    with_search_options,
 )
 
 app = typer.Typer(
@@ -109,18 +98,17 @@ def space(
     from ..job.prepare import make_supernet, model_options, pick_device, with_card
 
     given = {
-        "model": model, "levels": integers("--levels", levels), "operators": words(operators), "max_run": max_run,
-        "sharing": sharing, "budget": budget, "img_size": img_size, "in_chans": in_chans,
-        "model_args": model_args_of(model, model_args),
+        "model": model, "levels": levels, "operators": operators, "max_run": max_run, "sharing": sharing, "budget": budget,
+        "img_size": img_size, "in_chans": in_chans, "model_args": model_args,
     }  # fmt: skip
-    config = make_config(data="", **with_card(given))
+    config = checked_config(data="", **with_card(read_options(given)))
     model = config.model
     options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
     net = make_supernet(config, options)
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
     costs = macs
-    if budget is not None and budget_quantity(budget) == "nanoseconds":
+    if budget is not None and budget_quantity(budget) == "latency":
         net.to(pick_device(None))
         with computing_with(choose_threads(threads, None, net).number):
             latency = measure_latency_table(net)
@@ -140,8 +128,8 @@ def space(
         "within_budget": allowed.size,
         "within_budget_is_exact": allowed.exact,
         "budget_macs": limit if costs is macs else None,
-        "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
-        "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
+        "budget_latency_ms": None if costs is macs or limit is None else costs.value(limit),
+        "dense_latency_ms": None if costs is macs else costs.value(costs.total(dense)),
         "notes": cropped(net),
         "scoring_all_macs_per_image": whole.cost,
         "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
@@ -180,74 +168,13 @@ def space(
     epilog="Examples:  poolshare search --data digits --out runs/digits    "
     "poolshare search --data photos/ --model vit_tiny_patch16_224 --pretrained --budget 60% --out runs/photos"
 )
+@with_search_options
 def search(
-    data: DataName,
     out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: "
-            "vit_tiny_patch16_224."
-        ),
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
-    weights: Weights = None,
-    class_map: ClassMap = None,
-    budget: Budget = None,
-    levels: Levels = None,
-    operators: Operators = None,
-    max_run: MaxRun = None,
-    sharing: Sharing = "qk",
-    sampler: Annotated[
-        Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"],
-        typer.Option(help="auto scores the whole space where affordable."),
-    ] = "auto",
-    objective: Annotated[
-        Literal["macs", "latency"] | None,
-        typer.Option(
-            help="Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
-        ),
-    ] = None,
-    latency_batch: Annotated[int, typer.Option(min=1, help="Images in the batch whose latency counts.")] = 1,
-    latency_dtype: LatencyDtype = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
-    ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
-    epochs: Annotated[
-        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 10.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 2e-3, warm start 3e-4.")] = None,
-    img_size: ImgSize = None,
-    in_chans: InChans = None,
-    model_args: ModelArgs = None,
-    data_dir: DataDir = None,
-    download: Download = False,
-    search_fraction: Annotated[
-        float | None, typer.Option(help="Share of the training images to score on. Default: 0.2, digits 0.3.")
-    ] = None,
-    search_data: Annotated[
-        str | None,
-        typer.Option(
-            help="Score on these class folders instead. Default: val/ where there is a test/ beside it.",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    scale_16bit: Annotated[
-        bool, typer.Option("--scale-16bit", help="Take 16-bit grey images, 65,535 as white; else they are refused.")
-    ] = False,
-    workers: Workers = 0,
-    amp: Amp = "none",
-    recipe: RecipeChanges = None,
-    seed: Seed = 0,
-    device: Device = None,
-    threads: Threads = None,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Train the supernet, score architectures, report.
 
@@ -255,25 +182,15 @@ def search(
     """
     from .. import search as run_search
 
-    found = run_search(
-        data, out=out, storage=storage, quiet=quiet,
-        data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
-        scale_16bit=scale_16bit, model=model, model_args=model_args_of(model, model_args),
-        pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
-        recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
-        max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
-        objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,
-        include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
-        workers=workers, seed=seed, device=device, threads=threads,
-    )  # fmt: skip
-    if helping():
+    result = run_search(options.pop("data"), out=out, storage=storage, quiet=quiet, **read_options(options))
+    if launched_rank():
         return None
     if as_json:
-        return print_json(looking.outcome(found.run, found.report, found.report.cost))
-    looking.present(found.report, found.report.cost)
-    if quiet:  # else they were said at the beginning
-        using.print_notes(found.run.read_summary().get("notes", []))
-    looking.hint(found.run, found.report)
+        return print_json(looking.outcome(result.run, result.report, result.report.cost))
+    looking.present(result.report, result.report.cost)
+    if quiet:  # otherwise they were printed at the beginning
+        using.print_notes(result.run.read_summary().get("notes", []))
+    looking.hint(result.run, result.report)
 
 
 @app.command(epilog="Example:  poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)")
@@ -349,11 +266,11 @@ def main() -> None:
         with _stopping_on_signals():
             app()
     except PoolshareError as error:
-        where = f" in process {os.environ['RANK']}" if helping() else ""
+        where = f" in process {rank}" if (rank := launched_rank()) else ""
         print(printable(f"error{where}: {error}"), file=sys.stderr)
         sys.exit(error.exit_status)
     except _Stopped:
-        if not helping():
+        if not launched_rank():
             print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has seen enough

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import PlainConsole
+from ..console import PlainConsole, progress_console
 from .options import (
     Budget,
     DataDir,
@@ -22,7 +22,6 @@ from .options import (
     Threads,
     Workers,
     print_json,
-    progress_console,
 )
 
 

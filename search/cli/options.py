@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from poolshare.space.errors import ConfigError, ModelError, SpaceError
 
-from ..console import PlainConsole
+from ..config import SearchConfig, check_recipe_names
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 
@@ -23,83 +27,49 @@ def _hush(quiet: bool) -> bool:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.", callback=_hush)]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="Per image: 60% (of the dense model's MACs, or latency where that is the objective), 0.7G or 350M MACs, or "
-        "12ms (latency of one image in a batch of --latency-batch).",
-        metavar="BUDGET",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="Begin with these instead: a safetensors or torch file for --model, or a folder with timm's config.json.",
-        metavar="FILE",
-    ),
-]
-ClassMap = Annotated[
-    str | None,
-    typer.Option(
-        help="The classes of the weights' head: one folder's name a line, in the order of its outputs; or JSON. Default: "
-        "as the weights say, else in the data's order.",
-        metavar="FILE",
-    ),
-]
-Levels = Annotated[
-    str | None,
-    typer.Option(
-        help="Patch-token counts, falling, e.g. 196,100,49. Default: all, a half, a quarter.", metavar="N,N,…"
-    ),
-]
-Operators = Annotated[
-    str | None, typer.Option(help="Pooling operators to choose from, e.g. max2d,avg2d.", metavar="NAME,…")
-]
-MaxRun = Annotated[
-    int | None, typer.Option(help="How many layers in a row may use one attention map, at most (1: no sharing).")
-]
-Sharing = Annotated[
-    Literal["qk", "map"],
-    typer.Option(
-        help="How attention is shared: by queries and keys (fused kernels), or by a written map (fewer MACs)."
-    ),
-]
-LatencyDtype = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None,
-    typer.Option(help="Precision of the models whose latency is measured. Default: bf16 with --amp bf16, else fp32."),
-]
-ModelArgs = Annotated[
-    str | None,
-    typer.Option(help="Options for timm.create_model, e.g. depth=6,patch_size=4.", metavar="KEY=VALUE,…"),
-]
-ImgSize = Annotated[int | None, typer.Option(help="Side of the square input image in pixels. Default: the model's.")]
-InChans = Annotated[
-    int | None, typer.Option(help="Channels of the input: 3, or 1 for grey image files. Default: the model's.")
-]
-DataName = Annotated[
-    str,
-    typer.Option(
-        "--data", help="digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
-    ),
-]
-OtherData = Annotated[
-    str | None, typer.Option("--data", help="Default: what the model was searched on.", metavar="DATA")
-]
+
+
+def option(name: str, *declarations: str, help: str | None = None) -> Any:
+    """The option of a verb that is a field of SearchConfig: its help, limits and name there."""
+    field = SearchConfig.model_fields[name]
+    extra: Any = field.json_schema_extra or {}
+    limits = {
+        key: value for part in field.metadata for key in ("ge", "le") if (value := getattr(part, key, None)) is not None
+    }
+    return typer.Option(
+        *declarations,
+        help=help or field.description,
+        metavar=extra.get("metavar"),
+        min=limits.get("ge"),
+        max=limits.get("le"),
+    )
+
+
+Budget = Annotated[str | None, option("budget")]
+ImgSize = Annotated[int | None, option("img_size")]
+InChans = Annotated[int | None, option("in_chans")]
+Levels = Annotated[str | None, option("levels")]
+MaxRun = Annotated[int | None, option("max_run")]
+ModelArgs = Annotated[str | None, option("model_args")]
+Operators = Annotated[str | None, option("operators")]
+Sharing = Annotated[Literal["qk", "map"], option("sharing")]
+RecipeChanges = Annotated[str | None, option("recipe")]
+DataDir = Annotated[str | None, option("data_dir")]
+Download = Annotated[bool, option("download", "--download")]
+Device = Annotated[str | None, option("device")]
+Threads = Annotated[int | None, option("threads")]
+Workers = Annotated[int, option("workers")]
+Amp = Annotated[Literal["none", "bf16"], option("amp")]
+Seed = Annotated[int, option("seed")]
+OtherData = Annotated[str | None, option("data", "--data", help="Default: what the model was searched on.")]
 DataHere = Annotated[
-    str | None,
-    typer.Option("--data", help="Where the search's images lie here. Default: as there.", metavar="DATA"),
+    str | None, option("data", "--data", help="Where the search's images lie here. Default: as there.")
 ]
-DataDir = Annotated[str | None, typer.Option(help="Where torch/… and hfds/… data lie.", metavar="FOLDER")]
-Download = Annotated[bool, typer.Option("--download", help="Let timm download the data set into --data-dir.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=1024,
-        help="Of PyTorch on a CPU. Default: OMP_NUM_THREADS where it is set; else as recorded; else the fastest by timed "
-        "steps.",
-    ),
+SearchAmp = Annotated[
+    Literal["none", "bf16"] | None, option("amp", help="Automatic mixed precision. Default: as in the search.")
+]
+SearchBatch = Annotated[
+    int | None, option("batch_size", help="Images of one training step. Default: as in the search.")
 ]
 Storage = Annotated[
     str | None,
@@ -111,36 +81,39 @@ Storage = Annotated[
         show_envvar=True,
     ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-Amp = Annotated[Literal["none", "bf16"], typer.Option(help="Automatic mixed precision in training.")]
-SearchAmp = Annotated[
-    Literal["none", "bf16"] | None, typer.Option("--amp", help="Automatic mixed precision. Default: as in the search.")
-]
-SearchBatch = Annotated[
-    int | None,
-    typer.Option("--batch-size", min=1, help="Images of one training step. Default: as in the search."),
-]
-RecipeChanges = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        help="More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; "
-        "the README lists all.",
-        metavar="KEY=VALUE,…",
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="What all random choices are keyed by.")]
+
+
+def with_search_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with every option of SearchConfig before its own; it gets them as its last parameter, **options."""
+    *own, _ = inspect.signature(verb, eval_str=True).parameters.values()
+    found = [_parameter(name, field) for name, field in SearchConfig.model_fields.items() if field.description]
+    parameters = [*found, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in own)]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {part.name: part.annotation for part in parameters}
+    return verb
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A field as typer takes a parameter: lists and settings as text, for `read_options`."""
+    annotation: Any = field.annotation
+    default, flag = field.default, f"--{name.replace('_', '-')}"
+    if "Default:" in (field.description or ""):  # as the help says, and only known once all is given
+        annotation, default = annotation | None, None
+    if name in READERS:
+        annotation, default = str | None, None
+    elif name == "include":
+        annotation, default = list[str] | None, None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is PydanticUndefined else default,
+        annotation=Annotated[annotation, option(name, flag)],
+    )
 
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, indent=2, default=str))
-
-
-def make_config(**values: Any) -> Any:
-    from ..config import checked_config
-
-    return checked_config(**values)
 
 
 def words(text: str | None) -> tuple[str, ...] | None:
@@ -191,18 +164,21 @@ def recipe_of(text: str | None) -> dict[str, Any]:
     changes = settings_of(text, "--recipe", "mixup=0.8,label_smoothing=0.1")
     if not changes:
         return {}
-    from ..config import check_recipe_names
     from ..job.prepare import read_recipe
 
     check_recipe_names(changes)
     return read_recipe(changes)
 
 
-def helping() -> bool:
-    """Whether torchrun started this process to help another one, which writes and prints."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+READERS: dict[str, Callable[[str], Any]] = {
+    "levels": partial(integers, "--levels"), "operators": words, "model_args": settings_of, "recipe": recipe_of,
+}  # fmt: skip
 
 
-def progress_console(quiet: bool) -> PlainConsole:
-    """Where progress goes: standard error."""
-    return PlainConsole(stderr=True, quiet=quiet or helping())
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a search with those that are lists or settings read; what was not given is left out."""
+    given = {name: value for name, value in options.items() if value is not None}
+    found = {name: READERS[name](value) if name in READERS else value for name, value in given.items()}
+    return found | (
+        {"model_args": model_args_of(given.get("model"), given["model_args"])} if "model_args" in given else {}
+    )

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from poolshare.space.errors import BrokenDataError, ConfigError
+from poolshare.space.processes import launched_rank
 
-from ..console import PlainConsole
+from ..console import PlainConsole, progress_console
 from .options import (
     Amp,
     Budget,
@@ -25,9 +26,7 @@ from .options import (
     Seed,
     Threads,
     Workers,
-    helping,
     print_json,
-    progress_console,
     recipe_of,
 )
 
@@ -115,7 +114,7 @@ def retrain(
         teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads,
         console=progress_console(quiet),
     )  # fmt: skip
-    if helping():
+    if launched_rank():
         return None
     if as_json:
         return print_json({"out": str(target), **facts})

@@ -253,9 +253,10 @@ class RunFolder:
                 Architecture.parse(text)
             if not frame["architecture"].is_unique or frame["total"].nunique() > 1:
                 raise ValueError("an architecture stands twice, or numbers of images differ")
-            if not np.allclose(frame["top1"], 100 * frame["correct"] / frame["total"]):
+            top1 = 100 * frame["correct"] / frame["total"]
+            if not np.allclose(frame["top1"], top1):
                 raise ValueError("a top1 is not correct / total")
-            return frame
+            return frame.assign(top1=top1)
 
     def read_finalists(self) -> pd.DataFrame:
         """The finalists that were trained with the present weights, columns FINALISTS; none before the verb has run.

@@ -1,11 +1,10 @@
-"""Records as files: JSON objects and tables that carry a checksum, written whole or not at all."""
+"""Records as files: JSON objects and tables, each with a checksum, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from io import StringIO
@@ -17,6 +16,7 @@ import pandas as pd
 from poolshare.space.files import write_whole
 
 FORMAT = 1
+CHECKSUM = "checksum "  # with it begins the name of the last column of a checked table
 
 
 def versions() -> dict[str, str]:
@@ -50,24 +50,29 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 
 def write_csv(path: Path, frame: pd.DataFrame, checked: bool = False) -> None:
-    """Write a table, whole or not at all; checked: with a checksum in each row, for `read_csv`."""
-    text = frame.to_csv(index=False, lineterminator="\n")
+    """Write a table, whole or not at all; checked: with a checksum of its values as the name of a last, empty column."""
     if checked:
-        head, *rows = text.splitlines()
-        text = "\n".join([f"{head},check", *map(checked_row, rows)]) + "\n"
+        frame = frame.assign(**{_column(frame): ""})
+    text = frame.to_csv(index=False, lineterminator="\n")
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def checked_row(row: str) -> str:
-    """A row of a table with its checksum."""
-    return f"{row},{zlib.crc32(row.encode())}"
-
-
 def read_csv(path: Path) -> pd.DataFrame:
-    """The table that `write_csv` wrote with checksums. Raises OSError, or ValueError for anything else."""
-    text = path.read_text(encoding="utf-8")
-    for number, row in enumerate(text.splitlines()[1:], start=1):
-        if row != checked_row(row.rpartition(",")[0]):
-            raise ValueError(f"row {number} does not fit its checksum, so it was edited or damaged")
-    frame = pd.read_csv(StringIO(text))
-    return frame.drop(columns="check", errors="ignore")
+    """A table that `write_csv` wrote, or a spreadsheet saved since. Raises OSError, or ValueError for anything else.
+
+    The checksum is of values, whatever their quotes and line ends; a table without one is read as it is.
+    """
+    frame = pd.read_csv(StringIO(path.read_text(encoding="utf-8")))
+    column = str(frame.columns[-1])
+    if column.startswith(CHECKSUM):
+        frame = frame.drop(columns=column)
+        if column != _column(frame):
+            raise ValueError("its values do not fit its checksum, so it was edited or damaged")
+    return frame
+
+
+def _column(frame: pd.DataFrame) -> str:
+    """Numbers count with nine digits, which every program keeps."""
+    cells = [list(frame.columns), *frame.itertuples(index=False, name=None)]
+    texts = [[f"{cell:.9g}" if isinstance(cell, float) else str(cell) for cell in row] for row in cells]
+    return f"{CHECKSUM}{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"

@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from poolshare.space import Architecture
+from poolshare.space import BY_COLUMN, Architecture
 from poolshare.space.files import write_whole
 
 from ..analysis.layers import in_words
-from ..units import COSTS, quantity
+from ..analysis.pareto import binomial_interval
 from .report import Report
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
@@ -56,6 +56,7 @@ def page_data(report: Report) -> dict[str, Any]:
         correct = round(dense["top1"] * report.images / 100)
         rows = pd.concat([rows, pd.DataFrame([dense | {"correct": correct}])], ignore_index=True)
     index = {text: row for row, text in enumerate(rows["architecture"])}
+    counts = sorted(set(_integers(rows["correct"])))
     shares = report.layer_shares()
     progress = report.progress()
     return {
@@ -67,12 +68,19 @@ def page_data(report: Report) -> dict[str, Any]:
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
         | {cost: _numbers(rows[cost]) for cost in report.costs},
+        "intervals": {
+            count: [_short(low), _short(high)]
+            for count, low, high in zip(counts, *binomial_interval(counts, report.images), strict=True)
+        },
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [
-            {"name": cost, "label": COSTS[cost]} for cost in sorted(report.costs, key=lambda cost: cost != report.cost)
+            {"name": cost, "label": BY_COLUMN[cost].label}
+            for cost in sorted(report.costs, key=lambda cost: cost != report.cost)
         ],
-        "limits": {cost: {"value": limit, "text": quantity(limit, cost)} for cost, limit in report.limits.items()},
+        "limits": {
+            cost: {"value": limit, "text": BY_COLUMN[cost].format(limit)} for cost, limit in report.limits.items()
+        },
         # Row by row of those that were scored, as characters: whole models that were timed may overrule the limits.
         "allowed": "".join("01"[int(fits)] for fits in report.candidates.index.isin(report.allowed.index)),
         "dense": index[dense["architecture"]],
@@ -115,8 +123,12 @@ def _integers(column: pd.Series) -> list[int]:
 
 
 def _numbers(column: pd.Series) -> list[float]:
-    """Whole where they can be, else with what an eye or a command could want of them."""
-    return [int(value) if float(value).is_integer() else float(f"{value:.6g}") for value in column]
+    return [_short(value) for value in column]
+
+
+def _short(value: float) -> float:
+    """Whole where it can be, else in the six digits that an eye or a command could want."""
+    return int(value) if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _numbers_in_space(report: Report, rows: pd.DataFrame) -> list[int] | None:

@@ -17,13 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from poolshare.space.processes import launched, launched_rank
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the first process may be checking images while the others wait
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 def launched_size() -> int:
@@ -40,7 +37,7 @@ def rank() -> int:
     """Which of all processes this is; the first one, 0, writes and prints."""
     if dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ["RANK"]) if launched() else 0
+    return launched_rank()
 
 
 def world_size() -> int:

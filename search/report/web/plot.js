@@ -4,13 +4,8 @@ const rows = data.candidates;
 const total = rows.architecture.length;
 const top1 = Float64Array.from(rows.correct, (correct) => (100 * correct) / data.images);
 
-/* Wilson's 95 % interval in percent, as pareto.binomial_interval. */
-function interval(correct) {
-  const z = 1.959963984540054, n = data.images, share = correct / n;
-  const centre = (share + (z * z) / (2 * n)) / (1 + (z * z) / n);
-  const reach = (z / (1 + (z * z) / n)) * Math.sqrt((share * (1 - share)) / n + (z * z) / (4 * n * n));
-  return [correct === 0 ? 0 : 100 * (centre - reach), correct === n ? 100 : 100 * (centre + reach)];
-}
+/* The 95 % interval of so many correct answers, in percent. */
+const interval = (correct) => data.intervals[correct];
 
 /* Round numbers that divide low..high into some `wanted` steps. */
 function ticks(low, high, wanted) {
