@@ -1,14 +1,40 @@
-"""What several test files need: no GPU, timm with and without fused attention, weights that leave nothing trivial, a browser."""
+"""What several test files need: processes for the suite, verbs, one finished search, no GPU, a browser."""
 
+import contextlib
+import io
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm.layers
 import torch
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from torch import nn
 
-from poolshare.search.cli import app as cli
+from poolshare.search import cli
+
+# In CI a few examples of each kind, in the nightly run thousands: pytest -m "slow or fuzz" --hypothesis-profile=many.
+settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("many", max_examples=3000, deadline=None)
+settings.load_profile("few")
+
+# The files that take longest, and those that start processes, begin first, so that none of them is left for the end.
+FIRST = ("workers", "distributed", "cli", "safety", "kill", "train", "browser_runs", "elsewhere", "entry", "operators")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The suite runs on as many cores as there are, up to four; single files and tests in this process."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return min(4, os.cpu_count() or 1) if whole else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,6 +86,18 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             size = (2 / parameter[0].numel()) ** 0.5 if "backbone" in name and parameter.ndim > 1 else 0.2  # deep stems
             parameter.copy_(1 + 0.3 * noise if is_scale else size * noise)
     return model
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    """Run a verb in this process: (exit status, standard output, standard error)."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["poolshare", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
