@@ -23,7 +23,7 @@ from poolshare.search.config import SearchConfig, checked_config
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import matched_classes, prepare
 from poolshare.search.job.records import read_json, write_json
-from poolshare.space import Architecture, ModelError, RunError, SearchSpace
+from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
 from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_tensors
@@ -731,3 +731,11 @@ def test_training_within_a_limit_is_a_recipe_of_the_search_alone(verb, tmp_path)
     )
     assert status == 2
     assert "belongs to `poolshare search`" in errors
+
+
+def test_operators_are_listed_with_what_they_do(verb):
+    for words in (("space", "--operators", "help"), ("search", "--operators", "help")):
+        status, out, _ = verb(*words)
+        assert status == 0
+        assert [line.split()[0] for line in out.splitlines()] == list(OPERATORS)
+        assert "ToMe: bipartite merging by keys" in out

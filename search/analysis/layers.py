@@ -8,8 +8,6 @@ import pandas as pd
 
 from poolshare.space import Architecture
 
-KINDS = ("tokens", "drops", "shares")
-
 
 def layer_shares(architectures: Sequence[str]) -> pd.DataFrame:
     """The share, 0 to 1, of the architectures that do something at a layer.

@@ -172,9 +172,7 @@ def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str
     if not table.exists():
         return []
     earlier = folder.read_trust()
-    # An older recipe lacks the fields that are newer than it, and had what is now their default.
-    there = {**(earlier or {}), "recipe": Recipe().model_dump() | (earlier or {}).get("recipe", {})}
-    changed = [name for name in ("plan", "recipe") if there.get(name) != header[name]]
+    changed = [name for name in ("plan", "recipe") if (earlier or {}).get(name) != header[name]]
     if changed:
         raise RunError(
             f"{table} was begun with another {' and '.join(changed)}; repeat the earlier call, or move {table} away"

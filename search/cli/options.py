@@ -13,6 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from poolshare.space import OPERATORS
 from poolshare.space.errors import ConfigError, ModelError, SpaceError
 
 from ..config import SearchConfig, check_recipe_names
@@ -42,7 +43,17 @@ def option(name: str, *declarations: str, help: str | None = None) -> Any:
         metavar=extra.get("metavar"),
         min=limits.get("ge"),
         max=limits.get("le"),
+        callback=_list_operators if name == "operators" else None,
+        is_eager=name == "operators",
     )
+
+
+def _list_operators(text: str | None) -> str | None:
+    if text == "help":
+        for operator in OPERATORS.values():
+            print(f"{operator.name:<11} {operator.summary}")
+        raise typer.Exit
+    return text
 
 
 Budget = Annotated[str | None, option("budget")]

@@ -30,7 +30,7 @@ FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "super
 
 
 class RunFolder:
-    """A folder with the files of one search; made by `create`, found by `open`."""
+    """A folder with the files of one search; made by `claim`, read by `open`."""
 
     def __init__(self, path: Path, config: SearchConfig):
         self.path, self.config = path, config
@@ -44,7 +44,7 @@ class RunFolder:
         self.pareto = path / "pareto.csv"
         self.summary = path / "summary.json"
         self.trust = path / "trust.json"
-        self.trust_rows = path / "trust.csv"  # what it was reckoned from
+        self.trust_rows = path / "trust.csv"  # what it was computed from
         self.images = path / "images.csv"  # training images that are files, so that a changed one can be named
         self.report = path / "report.html"
         self.figure = path / "pareto.png"
@@ -267,10 +267,6 @@ class RunFolder:
             return pd.DataFrame(columns=list(FINALISTS))
         with reading(self.finalists, "move it away to train finalists again"):
             frame = read_csv(self.finalists)
-            if "lr" not in frame:  # of before these were recorded: they were the search's, and the usual rate
-                config = self.config
-                frame = frame.assign(batch_size=config.batch_size, lr=config.finetune_lr, amp=config.amp)
-                frame = frame[[name for name in FINALISTS if name in frame]]
             if tuple(frame.columns) != FINALISTS or frame.isna().any(axis=None):
                 raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
             for text in frame["architecture"]:

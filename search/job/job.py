@@ -209,8 +209,6 @@ def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = 
 def study_name(job: Job, folder: RunFolder) -> str:
     """The study of this configuration, these images and these trained weights: no worker can score with others."""
     ours = folder.config.model_dump(mode="json", exclude=set(MAY_DIFFER))
-    if ours["metric"] == top1.__name__:  # studies of before there was a choice
-        del ours["metric"]
     if not job.exhaustive:  # all scores of a space are the same whatever is looked for
         ours |= {"budget": job.config.budget, "sampler": job.config.sampler, "generation": GENERATION}
         if job.config.objective == "latency":
@@ -249,7 +247,7 @@ def score_candidates(
 
 
 def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
-    """Score what is to be scored; returns the candidates frame and the seconds spent."""
+    """Score the candidates; returns the candidates frame and the seconds spent."""
     start = time.monotonic()
     task = make_task(job, _record(folder))
     frame = score_candidates(job, task, folder, console, storage)

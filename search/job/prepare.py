@@ -46,8 +46,8 @@ from ..progress import Advance, progress_bar
 from ..scoring import Metric, check_metric, metric_name, top1
 from .folder import RunFolder
 
-# "auto" scores the whole space where that costs no more than so many single evaluations: what a published ViT search
-# spends on the candidates it happens to try (ALGORITHMS: 3,350).
+# "auto" scores the whole space where that costs no more than so many single evaluations: about what a published ViT
+# search spends on its candidates.
 EXHAUSTIVE_PRICE = 3000
 
 

@@ -78,7 +78,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
 
 
 def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | None = None) -> Table:
-    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns run.FINALISTS.
+    """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns `folder.FINALISTS`.
 
     Below `WIDE` columns costs and intervals are left out. baseline: top-1 in percent of the most frequent class alone.
     """

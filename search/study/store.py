@@ -1,4 +1,4 @@
-"""Where a study is kept, as its workers see it; the choice between a journal file and PostgreSQL."""
+"""Where a study is kept, as its workers see it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Store(ABC):
         with self.errors(), self.lock():
             if self.name not in optuna.get_all_study_names(self.storage):
                 optuna.create_study(storage=self.storage, study_name=self.name, directions=["maximize", "minimize"])
-            # Workers only take what is queued, see `study`: no sampler has a say in it.
+            # Workers only take what is queued: no sampler has a say in it.
             study = optuna.load_study(study_name=self.name, storage=self.storage, sampler=RandomSampler())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the names are for dashboards
