@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     timm.layers.set_fused_attn(before)
 
 
+def one_of_each(values: Iterable[Any], *representatives: Any) -> list[Any]:
+    """For a parametrisation that takes long: one value of each structure in CI, the others under -m slow."""
+    values = list(values)
+    assert {*representatives} <= {*values}
+    return [one if one in representatives else pytest.param(one, marks=pytest.mark.slow) for one in values]
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter random and of a size that matters: layer scales, norms, tokens and biases included."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +124,7 @@ class Forked:
         try:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             os.environ.update(environment)
             target(*arguments)
             status = 0
@@ -138,9 +145,9 @@ class Forked:
 
         return cls(run, **environment)
 
-    @property
-    def err(self) -> str:
-        path = self.folder / "err"
+    def said(self, name: str) -> str:
+        """What it has printed so far to "out" or to "err"."""
+        path = self.folder / name
         return path.read_text() if path.exists() else ""
 
     def ended(self) -> bool:
@@ -152,17 +159,19 @@ class Forked:
         while not holds() and not self.ended():
             time.sleep(0.002)
 
+    def wait_for(self, text: str, name: str = "err") -> None:
+        """Return when it has printed this, or has ended."""
+        self.wait_until(lambda: text in self.said(name))
+
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> tuple[int, str, str]:
         """(Exit status, or minus the signal that killed it; standard output; standard error)."""
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        out, err = (
-            (self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err")
-        )
+        found = status, self.said("out"), self.said("err")
         shutil.rmtree(self.folder)
-        return status, out, err
+        return found
 
 
 def call(*words: object) -> tuple[int, str, str]:
@@ -199,8 +208,8 @@ DIGITS += ("--device", "cpu", "--epochs", "2")
 
 class DigitsRun(NamedTuple):
     folder: Path
-    out: str
-    err: str
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="session")

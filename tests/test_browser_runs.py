@@ -2,12 +2,11 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pandas as pd
 import torch
 from browser import Opened
+from conftest import DIGITS, call
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,9 +14,7 @@ from sklearn.datasets import load_digits
 def test_from_the_page_alone_to_a_model_in_timm(browser, tmp_path, monkeypatch):
     """Open, copy, run what was copied: the cheapest within half a point of dense, exported and loaded."""
     monkeypatch.chdir(tmp_path)
-    poolshare = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
-    words = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--epochs", "2"]
-    subprocess.run([*poolshare, *words, "-q", "--device", "cpu", "--out", "runs/my digits"], check=True, timeout=300)
+    assert call(*DIGITS, "-q", "--out", "runs/my digits")[0] == 0
     opened = Opened(browser, tmp_path / "runs" / "my digits" / "report.html")
 
     def copied(name):
@@ -28,7 +25,7 @@ def test_from_the_page_alone_to_a_model_in_timm(browser, tmp_path, monkeypatch):
     opened.page.locator("#picks button", has_text="Half a point from dense").click()
     command = shlex.split(copied("export"))
     assert command[0] == "poolshare"
-    subprocess.run([*poolshare, *command[1:]], check=True, timeout=300)
+    assert call(*command[1:])[0] == 0
     names: dict = {}
     exec(compile(copied("load"), "the page", "exec"), names)
     assert str(names["model"].architecture) == opened.text("#architecture")
@@ -53,11 +50,10 @@ def test_a_data_set_with_hostile_names_is_text_in_terminal_and_page(browser, tmp
             Image.fromarray((image * 15).astype("uint8")).save(folder / f"{index}.png")
     words = ["search", "--data", attack, "--model", "digits_vit", "--model-args", "depth=3,embed_dim=16,num_heads=2"]
     words += ["--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out", attack.replace("/", "-")]
-    command = "from poolshare.search.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert attack in done.stdout
-    assert "\x1b" not in done.stdout + done.stderr
+    status, out, err = call(*words)
+    assert status == 0, err
+    assert attack in out
+    assert "\x1b" not in out + err
     opened = Opened(browser, tmp_path / attack.replace("/", "-") / "report.html")
     opened.page.wait_for_timeout(200)  # an alert would need a moment
     assert opened.problems == []

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import Forked
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -41,15 +42,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(digits_run):
     """A finished search over digits with a small model."""
-    folder = tmp_path_factory.mktemp("main") / "run"
-    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", "search", *SMALL]
-    finished = subprocess.run(
-        [*command, "--epochs", "2", "--out", str(folder)], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return folder, finished
+    return digits_run.folder, digits_run
 
 
 def test_search_announces_its_time_shows_progress_and_ends_with_frontier_report_and_export_command(run):
@@ -361,19 +356,19 @@ def test_foreign_damaged_and_changed_run_folders_are_refused_untouched(tmp_path)
 def test_a_run_folder_in_use_names_its_owner(tmp_path):
     path = tmp_path / "run"
     begin(path)
-    script = (
-        "import sys\nfrom poolshare.search.run import *\n"
-        "with RunFolder.claim(sys.argv[1], SearchConfig(data='digits')):\n"
-        "    print('held', flush=True)\n    sys.stdin.read()\n"
-    )
     before = (path / "config.json").read_text()
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"in use by process {other.pid} on"):
-            begin(path, trials=7)
-        other.kill()
+
+    def hold():
+        with RunFolder.claim(path, SearchConfig(data="digits")):
+            print("held", flush=True)
+            time.sleep(600)
+
+    other = Forked(hold)
+    other.wait_for("held", "out")
+    with pytest.raises(RunError, match=f"in use by process {other.pid} on"):
+        begin(path, trials=7)
+    other.send(signal.SIGKILL)
+    assert other.wait()[0] == -signal.SIGKILL
     assert (path / "config.json").read_text() == before
     begin(path)  # a killed owner leaves no lock behind
     assert str(os.getpid()) in (path / ".lock").read_text()
@@ -432,20 +427,15 @@ def test_an_edited_export_is_refused(run, verb, tmp_path):
     assert verb("evaluate", export, "-q")[0] == 0
 
 
-def test_a_refused_or_stopped_search_leaves_its_folder_as_it_was(run):
+def test_a_refused_or_stopped_search_leaves_its_folder_as_it_was(run, verb):
     before = {path.name: path.read_bytes() for path in run[0].iterdir() if path.name != ".lock"}
-    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", "search", *SMALL]
-    fewer = subprocess.run([*command, "--epochs", "1", "--out", run[0]], capture_output=True, text=True, check=False)
-    assert (fewer.returncode, "was trained for 2 epochs already" in fewer.stderr) == (1, True)
-    with subprocess.Popen(
-        [*command, "--epochs", "50", "--out", run[0].with_name("other")], stderr=subprocess.PIPE, text=True
-    ) as other:
-        for line in other.stderr:
-            if "training the supernet for 50 epochs" in line:
-                other.send_signal(signal.SIGINT)
-                break
-        rest = other.stderr.read()
-    assert (other.returncode, "stopped; the same command continues" in rest) == (1, True), rest
+    status, _, err = verb("search", *SMALL, "--epochs", "1", "--out", run[0])
+    assert (status, "was trained for 2 epochs already" in err) == (1, True)
+    other = Forked.verb("search", *SMALL, "--epochs", "50", "--out", run[0].with_name("other"))
+    other.wait_for("training the supernet for 50 epochs")
+    other.send(signal.SIGINT)
+    status, _, rest = other.wait()
+    assert (status, "stopped; the same command continues" in rest) == (1, True), rest
     assert "Traceback" not in rest
     assert {path.name: path.read_bytes() for path in run[0].iterdir() if path.name != ".lock"} == before
 
@@ -546,16 +536,14 @@ def test_a_retraining_stopped_by_sigterm_continues_to_the_same_weights_and_holds
     assert verb("export", run[0], "--budget", "60%", "--out", export)[0] == 0
     words = ("retrain", export, "--epochs", "6", "-q", "--out")
     assert verb(*words, tmp_path / "undisturbed")[0] == 0
-    command = [sys.executable, "-c", "from poolshare.search.cli import main; main()", *map(str, words[:-2]), "--out"]
     state = tmp_path / ".out.retraining" / "training.safetensors"
-    with subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True) as other:
-        while not state.exists():
-            time.sleep(0.01)
-        status, _, err = verb(*words, out)
-        assert (status, f"is in use by process {other.pid} on" in err) == (1, True), err
-        other.send_signal(signal.SIGTERM)
-        said = other.stderr.read()
-    assert (other.returncode, "stopped; the same command continues" in said) == (1, True), said
+    other = Forked.verb("retrain", export, "--epochs", "6", "--out", out)
+    other.wait_until(state.exists)
+    status, _, err = verb(*words, out)
+    assert (status, f"is in use by process {other.pid} on" in err) == (1, True), err
+    other.send(signal.SIGTERM)
+    status, _, said = other.wait()
+    assert (status, "stopped; the same command continues" in said) == (1, True), said
     assert "which is saved" in said
     assert not out.exists()
     status, _, err = verb(*words, out, "--lr", "0.1")

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import Forked, call
 from safetensors.torch import load_file, save_file
 
 from poolshare.space import SearchSpace
@@ -72,8 +73,7 @@ def digits():
 
 
 def in_each_process(folder):
-    """What torchrun runs. The second process begins with other weights: the first one's count."""
-    torch.set_num_threads(1)
+    """With the environment that torchrun sets. The second process begins with other weights: the first one's count."""
     data = digits()
     with distributed.joined(torch.device("cpu")):
         rank = distributed.rank()
@@ -99,8 +99,14 @@ def torchrun(*words, **options):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    finished = torchrun(__file__, folder)
-    assert finished.returncode == 0, finished.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told |= {"TORCHELASTIC_RUN_ID": "none"}
+    both = [Forked(in_each_process, folder, RANK=str(rank), LOCAL_RANK=str(rank), **told) for rank in (0, 1)]
+    for status, _, err in [process.wait() for process in both]:
+        assert status == 0, err
     return folder
 
 
@@ -145,19 +151,15 @@ def test_the_command_trains_in_two_processes_of_which_one_writes_and_prints(tmp_
     json.loads(finished.stdout)
     assert load_tensors(tmp_path / "run" / "training.safetensors")[1]["epochs"] == 2
     assert len(pd.read_csv(tmp_path / "run" / "candidates.csv")) == 10
-    alone = subprocess.run(
-        [sys.executable, "-m", "poolshare.search.cli", *words, "--epochs", "3"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert "training the supernet for 1 epochs" in alone.stderr
+    status, _, err = call(*words, "--epochs", "3")
+    assert status == 0, err
+    assert "training the supernet for 1 epochs" in err
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_refuses_ends_both(digits_run):
+    words = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
+    words += ["--device", "cpu", "--out", str(digits_run.folder)]
     refused = torchrun("-m", "poolshare.search.cli", *words, "--epochs", "3", "--lr", "0.5")
     assert refused.returncode != 0
     assert "lr: 0.002 there, 0.5 now" in refused.stderr
-
-
-if __name__ == "__main__":
-    in_each_process(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Mutated inputs, a few hundred here and thousands under -m slow: only our own errors come out, and what is accepted is what it says."""
+"""Mutated inputs, hundreds or (-m slow) thousands: only our own errors come out, and what is accepted is what it says."""
 
 import math
 from pathlib import Path

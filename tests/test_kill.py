@@ -4,88 +4,47 @@ What is left must be what an undisturbed run leaves, byte for byte. Commands run
 imported everything, so that a restart costs tenths of a second.
 """
 
-import contextlib
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
 import pytest
+from conftest import Forked
 
 from poolshare.supernet.training.checkpoint import load_tensors
-
-NURSERY = """
-import json, os, sys
-import torch
-import poolshare.search.cli, poolshare.search.exported.export, poolshare.search.job.job, matplotlib.figure
-torch.set_num_threads(1)
-for line in sys.stdin:
-    words, log = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(file, number)
-        sys.argv = ["poolshare", *words]
-        status = 1
-        try:
-            poolshare.search.cli.main()
-            status = 0
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 class Nursery:
     """Runs poolshare's commands in forked processes; `killed` counts those that were killed."""
 
-    def __init__(self, folder):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.log, self.killed = folder / "log", 0
+    def __init__(self):
+        self.child, self.killed = None, 0
 
     def run(self, *words, wait_for=None, delay=None):
         """(seconds, whether it ended by itself). With `delay` it is killed so long after `wait_for()` holds."""
-        self.log.unlink(missing_ok=True)
         start = time.time()
-        print(json.dumps([list(map(str, words)), str(self.log)]), file=self.process.stdin, flush=True)
-        child = int(self.process.stdout.readline())
+        child = self.child = Forked.verb(*words)
         if delay is not None:
-            running = f"/proc/{child}/exe"
-            while wait_for is not None and not wait_for(start) and os.access(running, os.R_OK):
-                time.sleep(0.002)
+            if wait_for is not None:
+                child.wait_until(lambda: wait_for(start))
             end = time.time() + delay
-            while time.time() < end and os.access(running, os.R_OK):
-                time.sleep(0.002)
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself
-                os.kill(child, signal.SIGKILL)
-        status = int(self.process.stdout.readline())
+            child.wait_until(lambda: time.time() >= end)
+            child.send(signal.SIGKILL)  # nothing happens where it ended by itself
+        status, out, err = child.wait()
         self.killed += status == -signal.SIGKILL
         if status != -signal.SIGKILL:
-            assert status == 0, self.log.read_text()
+            assert status == 0, out + err
         return time.time() - start, status == 0
 
     def announced(self, start):
         """Whether the command has told how long it will take: training or scoring is next."""
-        return self.log.exists() and "scoring" in self.log.read_text()
+        return "scoring" in self.child.said("err")
 
 
 @pytest.fixture
-def nursery(tmp_path):
-    made = Nursery(tmp_path)
-    yield made
-    made.process.stdin.close()
-    made.process.wait()
+def nursery():
+    return Nursery()
 
 
 def content(run, export):
@@ -148,7 +107,7 @@ SMALL = ("--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "64
 
 def test_a_small_job_killed_in_every_phase_ends_like_one_that_was_not(nursery, tmp_path):
     words = (*SMALL, "--epochs", "4", "--sampler", "evolution", "--trials", "60")
-    disturb_and_compare(nursery, tmp_path, words, kills=(3, 2, 1, 1), seed=random.randrange(2**32))
+    disturb_and_compare(nursery, tmp_path, words, kills=(3, 2, 1, 1), seed=0)
     assert nursery.killed >= 3
 
 
@@ -161,5 +120,5 @@ def test_the_main_job_killed_thirty_times_ends_like_one_that_was_not(sampler, nu
         rounds += 1
         folder = tmp_path / str(rounds)
         folder.mkdir()
-        disturb_and_compare(nursery, folder, words, kills=(16, 12, 6, 4), seed=random.randrange(2**32))
+        disturb_and_compare(nursery, folder, words, kills=(16, 12, 6, 4), seed=rounds)
     print(f"{nursery.killed} kills in {rounds} rounds")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import one_of_each, randomise
 from timm.layers import RmsNorm, get_act_layer
 from torch import nn
 
@@ -87,7 +87,17 @@ def raw_fvcore(model: nn.Module, images: torch.Tensor) -> int:
     return int(total)
 
 
-SLOW_CASES = [pytest.param(case, marks=pytest.mark.slow) if "ResNet" in case else case for case in CASES]
+SOME = (
+    "cls",
+    "registers",
+    "query-key norm",
+    "layer scale",
+    "attention-pooled",
+    "hybrid, stem alone",
+    "RMSNorm",
+    "digits",
+)
+SLOW_CASES = one_of_each(CASES, *SOME)
 
 
 @pytest.mark.parametrize("case", SLOW_CASES)
@@ -100,7 +110,7 @@ def test_the_table_is_fvcore_on_the_exported_model_to_the_integer(case: str):
         assert table.total(architecture) == count_macs(model, (image_for(net),)), str(architecture)
 
 
-@pytest.mark.parametrize("case", ["cls", "attention-pooled", "digits"])
+@pytest.mark.parametrize("case", one_of_each(("cls", "attention-pooled", "digits"), "cls"))
 @pytest.mark.parametrize("sharing", ["qk", "map"])
 def test_the_table_is_fvcore_in_both_sharings_with_fused_attention_and_without(case: str, sharing: str, kernel: str):
     net = make(case, sharing)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+from conftest import one_of_each
 
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import grid_stride
@@ -39,7 +40,15 @@ def images_for(net, count=3):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("kind", "sharing"), [("cls", "qk"), ("cls", "map"), ("no cls", "qk"), ("registers", "map")])
+@pytest.mark.parametrize(
+    ("kind", "sharing"),
+    [
+        ("cls", "qk"),
+        pytest.param("cls", "map", marks=pytest.mark.slow),
+        pytest.param("no cls", "qk", marks=pytest.mark.slow),
+        ("registers", "map"),
+    ],
+)
 def test_mixed_operators_in_one_supernet_keep_all_equalities(kind, sharing):
     net = make(kind, tuple(OPERATORS), sharing=sharing)
     macs, parameters = measure_macs(net), measure_parameters(net)
@@ -163,7 +172,7 @@ def test_what_scores_by_attention_is_the_same_after_a_follower_and_an_owner_and_
             assert torch.equal(Subnet.from_supernet(net, architecture)(images), logits)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", one_of_each(OPERATORS, "max2d", "wkmedoids"))
 def test_exported_programs_and_half_precision(operator):
     net = make("cls", (operator,), levels=(64, 16) if "max1d" not in operator else (64, 32), depth=2)
     model = Subnet.from_supernet(net, net.space[net.space.size - 1]).eval()

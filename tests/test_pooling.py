@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import one_of_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -207,8 +208,8 @@ class Exportable(nn.Module):
         return self.pooling(tokens, Attended(queries, keys))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("operator", one_of_each(OPERATORS, "max2d", "kmeans", "tome"))
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"])
 def test_exported_programs_take_any_batch_size(operator, strict):
     before, after = before_and_after(operator)
     module = Exportable(make(operator, before, after)).eval()

@@ -6,9 +6,9 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import Forked, call
 from safetensors.torch import load_file, save_file
 
 from poolshare.search.exported.export import load_export
@@ -27,7 +28,6 @@ from poolshare.supernet import SuperNet
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.training.checkpoint import load_tensors
 
-MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
 SEARCH += ["--epochs", "2", "--sampler", "evolution", "--trials", "20", "--device", "cpu", "-q"]
 
@@ -37,8 +37,8 @@ def made(tmp_path_factory):
     """A finished search and an export of it."""
     folder = tmp_path_factory.mktemp("made")
     for words in ([*SEARCH, "--out", folder / "run"], ["export", folder / "run", "--out", folder / "export"]):
-        done = subprocess.run([*MAIN, *map(str, words)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        status, _, err = call(*words)
+        assert status == 0, err
     return folder
 
 
@@ -260,16 +260,6 @@ def test_an_export_of_a_stranger_runs_no_code_and_reads_no_other_file(with_timm,
 
 
 def test_sizes_and_shapes_of_a_stranger_are_refused_before_anything_is_allocated(made, tmp_path):
-    script = (
-        "import resource, sys, torch, poolshare.search.export as e\n"
-        "from poolshare.space import PoolshareError\n"
-        "e.load_export(sys.argv[1])\n"
-        "limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for path in sys.argv[2:]:\n"
-        "    try: e.load_export(path); print('loaded', path)\n"
-        "    except PoolshareError as error: pass\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit)\n"
-    )
     sizes = (
         {"embed_dim": 10**9, "num_heads": 1}, {"embed_dim": 10**5}, {"depth": 10**6}, {"depth": 1e9}, {"depth": -1},
         {"img_size": 10**6}, {"img_size": 10**9}, {"reg_tokens": 10**9}, {"mlp_ratio": 1e300}, {"mlp_ratio": 1e6},
@@ -293,13 +283,18 @@ def test_sizes_and_shapes_of_a_stranger_are_refused_before_anything_is_allocated
          {"test_top1": 1e9}, {"batch_size": 1.5}, {"runs": []}, {"architecture": "64"}, {"format": 9})
     ):  # fmt: skip
         folders.append(forge(made / "export", tmp_path / f"facts{i}", **facts))
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(made / "export"), *map(str, folders)],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    *loaded, grown = done.stdout.split("\n")[:-1]
-    assert loaded == []
+
+    def load_all():  # in a process of its own, whose largest size is its own
+        load_export(made / "export")
+        largest = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = largest()
+        for path in folders:
+            with pytest.raises(PoolshareError):
+                load_export(path)
+        print(largest() - before)
+
+    status, grown, err = Forked(load_all).wait()
+    assert status == 0, err
     assert int(grown) < 300_000  # KiB
 
 

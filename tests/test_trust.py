@@ -91,8 +91,8 @@ def test_a_score_that_was_counted_again_and_flipped_changes_nothing():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return run_job(SearchConfig(**SMALL, epochs=1), tmp_path_factory.mktemp("trust") / "run")
+def run(digits_run):
+    return RunFolder.open(digits_run.folder)
 
 
 def test_draws_come_from_all_bands_in_turn_each_once(run):

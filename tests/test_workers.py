@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import Forked, call
 from optuna.trial import TrialState
 
 from poolshare.search.job.folder import RunFolder
@@ -37,15 +37,6 @@ QUOTED = "se%7Bc%7Dret%2520p%40ss%3Aw%2Ford"  # as an address has it
 TRIALS = 200
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=6,embed_dim=16,num_heads=2", "--batch-size", "128"]
 SEARCH += ["--levels", "64,36,16,4", "--epochs", "1", "--sampler", "evolution", "--device", "cpu"]
-MAIN = [sys.executable, "-c", "from poolshare.search.cli import main; main()"]
-
-
-def verb(*words, **environment):
-    """A verb in a process of its own: (exit status, standard output, standard error)."""
-    done = subprocess.run(
-        [*MAIN, *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | environment
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +74,7 @@ def postgres():
 def alone(tmp_path_factory):
     """A search that one undisturbed process did, over the journal."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    status, _, err = verb(*SEARCH, "--trials", TRIALS, "--out", folder, "-q")
+    status, _, err = call(*SEARCH, "--trials", TRIALS, "--out", folder, "-q")
     assert status == 0, err
     return folder
 
@@ -176,6 +167,7 @@ def whole_space(job, place):
     return score_everything(make_task(job), place[1](), no_progress)
 
 
+@pytest.mark.parametrize("place", ["journal", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, job, monkeypatch):
     monkeypatch.setattr("poolshare.search.samplers.exhaustive.SUBTREE", 1)  # cut as finely as a large space
     monkeypatch.setattr("poolshare.search.samplers.exhaustive.WALK", 4)
@@ -200,17 +192,16 @@ def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, 
 def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(tmp_path, request):
     alone = tmp_path / "alone"
     words = [*SEARCH, "--sampler", "exhaustive", "-q", "--out"]
-    status, _, err = verb(*words, alone)
+    status, _, err = call(*words, alone)
     assert status == 0, err
     for kind in ("journal", "postgresql"):
         folder = begun(alone, tmp_path / kind, kind).path
         hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | hidden}
-        with subprocess.Popen([*MAIN, "worker", str(folder), "--json", "-q"], **pipes) as worker:
-            status, _, err = verb(*words, folder, **hidden)
-            out, errors = worker.communicate()
+        worker = Forked.verb("worker", folder, "--json", "-q", **hidden)
+        status, _, err = Forked.verb(*words, folder, **hidden).wait()
         assert status == 0, err
-        assert worker.returncode == 0, errors
+        status, out, err = worker.wait()
+        assert status == 0, err
         assert json.loads(out)["candidates"] == len(pd.read_csv(alone / "candidates.csv"))
         for name in ("candidates.csv", "pareto.csv"):
             assert (folder / name).read_bytes() == (alone / name).read_bytes()
@@ -225,17 +216,16 @@ def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_passw
         (ready / "supernet.safetensors").unlink()
         folder = tmp_path / kind
         hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | hidden}
-        with subprocess.Popen([*MAIN, "worker", str(folder), "--json"], **pipes) as worker:
-            assert "waiting 10 minutes for `poolshare search` to begin it" in worker.stderr.readline()
-            ready.rename(folder)
-            assert "waiting for `poolshare search` to train it" in worker.stderr.readline()
-            words = [*SEARCH, "--trials", str(TRIALS), "--out", str(folder), "--json"]
-            search = subprocess.Popen([*MAIN, *words], **pipes)
-            rest = search.communicate()
-            out, err = worker.communicate()
-        assert worker.returncode == 0, err
-        assert search.returncode == 0, rest
+        worker = Forked.verb("worker", folder, "--json", **hidden)
+        worker.wait_for("waiting 10 minutes for `poolshare search` to begin it")
+        ready.rename(folder)
+        worker.wait_for("waiting for `poolshare search` to train it")
+        search = Forked.verb(*SEARCH, "--trials", str(TRIALS), "--out", folder, "--json", **hidden)
+        status, *rest = search.wait()
+        assert status == 0, rest
+        status, out, err = worker.wait()
+        assert status == 0, err
+        assert "waiting for `poolshare search` to train it" in err
         address = None if kind == "journal" else request.getfixturevalue("postgres")
         with open_store(folder / "study.journal", address, study_name(job, RunFolder.open(folder))) as store:
             trials = store.study().get_trials(states=(TrialState.COMPLETE,))
@@ -251,9 +241,9 @@ def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_passw
         texts = [out, err, *rest, *(path.read_bytes().decode(errors="replace") for path in folder.iterdir())]
         assert not any(secret in text for text in texts for secret in (PASSWORD, QUOTED))
         assert (folder / "study.journal").exists() == (kind == "journal")
-    status, _, err = verb("worker", folder)
+    status, _, err = call("worker", folder)
     assert (status, "is in a postgresql: give --storage" in err) == (1, True), err
-    status, _, err = verb("worker", alone, "--storage", request.getfixturevalue("postgres"))
+    status, _, err = call("worker", alone, "--storage", request.getfixturevalue("postgres"))
     assert (status, "is in a journal: leave out --storage" in err) == (1, True), err
 
 
@@ -326,7 +316,7 @@ def test_a_worker_with_other_images_or_another_supernet_is_refused_or_apart(alon
     folder = begun(alone, tmp_path / "run")
     config = read_json(folder.path / "config.json")
     write_json(folder.path / "config.json", config | {"data": "other images"})
-    status, _, err = verb("worker", folder.path)
+    status, _, err = call("worker", folder.path)
     assert (status, "are not those" in err) == (1, True), err
     write_json(folder.path / "config.json", config)
     job = prepare(folder.config)
