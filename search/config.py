@@ -29,6 +29,9 @@ SEARCHING = (
     "include",
 )  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
+# The path of a pretrained model (results/defaults): with its retraining it costs less than twice the dense tuning.
+TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 200
+RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
@@ -66,8 +69,11 @@ class SearchConfig(BaseModel):
     latency_batch: int = Field(1, ge=1)  # images of one forward whose latency counts
     latency_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the models that are timed; None: see `deployed`
     include: tuple[str, ...] = ()  # architectures of the user's own
-    trials: int = Field(1000, ge=1)
-    epochs: int = Field(ge=0)
+    trials: int = Field(ge=1)
+    tune_epochs: int = Field(ge=0)  # of the dense model, before the supernet
+    epochs: int = Field(ge=0)  # of the supernet
+    guided: bool | None = None  # whether the supernet learns from the dense model; None: the model's head decides
+    drawn_within: float | None = None  # share of the dense MACs that a guided training keeps to: the first budget's
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -93,7 +99,11 @@ class SearchConfig(BaseModel):
             "batch_size": 32 if digits else 64,  # and enough steps
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
+            "trials": 1000,
+            "tune_epochs": 0,
         }
+        if warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
+            decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
         if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
@@ -151,7 +161,13 @@ class SearchConfig(BaseModel):
     @property
     def within(self) -> float | None:
         """Share of the dense MACs that the supernet's training keeps to; None: it trains the whole space."""
-        return None if self.recipe.get("within") is None else float(self.recipe["within"])
+        within = self.recipe.get("within") or self.drawn_within
+        return None if within is None else float(within)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained before the search."""
+        return self.epochs > 0 or self.tune_epochs > 0
 
     @property
     def cost(self) -> str:

@@ -213,9 +213,18 @@ def search(
     include: Annotated[
         list[str] | None, typer.Option(help="Score this architecture of yours too; repeatable.", metavar="TEXT")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Architectures to try where not all are scored.")] = 1000,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Architectures to try where not all are scored. Default: 1000, after a tuning 200."),
+    ] = None,
+    tune_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Epochs of the dense model, before all else. Default: 15 for a warm start's new head."
+        ),
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 10.")
+        int | None, typer.Option(min=0, help="Supernet epochs. Default: 30, digits 40, warm start 3 after a tuning.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images of one training step. Default: 64, digits 32.")
@@ -263,7 +272,7 @@ def search(
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
         objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,
-        include=tuple(include or ()), epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
+        include=tuple(include or ()), tune_epochs=tune_epochs, epochs=epochs, batch_size=batch_size, lr=lr, amp=amp,
         workers=workers, seed=seed, device=device, threads=threads,
     )  # fmt: skip
     if helping():
