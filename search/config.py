@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from poolshare.space import ConfigError, budget_quantity
+from poolshare.space import COSTS, ConfigError, budget_quantity
 
 SEARCHING = (
     "budget",
@@ -104,7 +104,7 @@ class SearchConfig(BaseModel):
         }
         if warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
             decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
-        if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
+        if budget_quantity(str(given.get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)
@@ -172,7 +172,7 @@ class SearchConfig(BaseModel):
     @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
-        return "latency_ms" if self.objective == "latency" else "macs"
+        return COSTS[self.objective].column
 
     @property
     def without_weights(self) -> SearchConfig:

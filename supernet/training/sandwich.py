@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace
+from poolshare.space.band import even_borders
 
 # images (B, channels, H, W), architectures → logits (architectures, B, classes)
 Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
@@ -52,7 +53,7 @@ class Sandwich:
             high = space.within(costs, None, int(within * costs.total(self.largest))).high
         if guided:
             low = min(max(low, int(min(LEAST * costs.total(self.largest), high / 2))), high)
-        borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
+        borders = even_borders(low, high, bands)
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
             try:
