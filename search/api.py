@@ -20,7 +20,7 @@ from .analysis.finalists import train_finalists
 from .analysis.trust import Plan, measure_trust
 from .config import SearchConfig, checked_config
 from .console import progress_console
-from .exported.export import export_architecture, load_supernet
+from .exported.export import better_with_dense, export_architecture, load_supernet
 from .job import worker
 from .job.folder import RunFolder
 from .job.job import run_job
@@ -64,8 +64,8 @@ def search(
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
         levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
-        trials, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and data_dir,
-        download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
+        trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
+        data_dir, download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
 
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """
@@ -203,11 +203,14 @@ class SearchResult:
             self.__dict__.pop("report", None)
 
     def model(self, architecture: Architecture | Pick | str) -> Subnet:
-        """A timm model with the supernet's weights for it, in evaluation mode on the CPU.
+        """A timm model with the supernet's weights for it, in evaluation mode on the CPU; with the dense model's, where
+        the search found those better.
 
         Raises ArchitectureError for one outside the space.
         """
-        return Subnet.from_supernet(self._supernet, self._architecture(architecture)).eval()
+        wished = self._architecture(architecture)
+        better = better_with_dense(self.run, wished) is not None
+        return Subnet.from_supernet(load_supernet(self.run, wished) if better else self._supernet, wished).eval()
 
     def export(self, architecture: Architecture | Pick | str, out: str | Path) -> dict[str, Any]:
         """The same as a new folder for `timm.create_model("local-dir:OUT")`; returns what is known about it."""
@@ -229,7 +232,7 @@ class SearchResult:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    known = set(SearchConfig.model_fields) - {"data", "metric", "preprocessing"}
+    known = set(SearchConfig.model_fields) - {"data", "metric", "preprocessing", "guided", "drawn_within"}
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)

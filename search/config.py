@@ -29,6 +29,9 @@ SEARCHING = (
     "include",
 )  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
+# The path of a pretrained model (results/defaults): with its retraining it costs less than twice the dense tuning.
+TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 200
+RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
@@ -99,8 +102,13 @@ class SearchConfig(BaseModel):
         None, "Precision of the models whose latency is measured. Default: bf16 with --amp bf16, else fp32."
     )
     include: tuple[str, ...] = option((), "Score this architecture of yours too; repeatable.", metavar="TEXT")
-    trials: int = option(1000, "Architectures to try where not all are scored.", ge=1)
-    epochs: int = option(..., "Supernet epochs. Default: 30, digits 40, warm start 10.", ge=0)
+    trials: int = option(..., "Architectures to try where not all are scored. Default: 1000, after a tuning 200.", ge=1)
+    tune_epochs: int = option(
+        ..., "Epochs of the dense model, before all else. Default: 15 for a warm start's new head, else 0.", ge=0
+    )
+    epochs: int = option(..., "Supernet epochs. Default: 30, digits 40, warm start 10, after a tuning 3.", ge=0)
+    guided: bool | None = None  # whether the supernet learns from the dense model; None: the model's head decides
+    drawn_within: float | None = None  # share of the dense MACs that a guided training keeps to: the first budget's
     batch_size: int = option(..., "Images of one training step. Default: 64, digits 32.", ge=1)
     lr: float = option(..., "Peak learning rate. Default: 2e-3, warm start 3e-4.", gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -152,7 +160,11 @@ class SearchConfig(BaseModel):
             "batch_size": 32 if digits else 64,  # and enough steps
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
+            "trials": 1000,
+            "tune_epochs": 0,
         }
+        if warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
+            decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
         if budget_quantity(str(given.get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
@@ -210,7 +222,13 @@ class SearchConfig(BaseModel):
     @property
     def within(self) -> float | None:
         """Share of the dense MACs that the supernet's training keeps to; None: it trains the whole space."""
-        return None if self.recipe.get("within") is None else float(self.recipe["within"])
+        within = self.recipe.get("within") or self.drawn_within
+        return None if within is None else float(within)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained before the search."""
+        return self.epochs > 0 or self.tune_epochs > 0
 
     @property
     def cost(self) -> str:

@@ -52,6 +52,23 @@ def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tupl
     )
 
 
+WARM_OPERATORS = ("tome", "kmeans", "avg2d")  # that leave a pretrained model most of what it knows (results/defaults)
+WARM_LEVELS = 10  # about so many token counts below a pretrained model's own
+
+
+def even_levels(tokens: int) -> tuple[int, ...]:
+    """Patch-token counts from all to a twelfth, evenly spaced, on square grids where one is near: 49, 44, 40, 36, …, 4."""
+    least = max(1, tokens // 12)
+    step = (tokens - least) / WARM_LEVELS
+    counts = {tokens}
+    for index in range(WARM_LEVELS):
+        wanted = least + index * step
+        squares = [side * side for side in (isqrt(int(wanted)), isqrt(int(wanted)) + 1) if side * side < tokens]
+        nearest = min(squares, key=lambda square: abs(square - wanted), default=0)
+        counts.add(nearest if nearest and abs(nearest - wanted) <= step / 2 else round(wanted))
+    return tuple(sorted(counts, reverse=True))
+
+
 def _reach(operators: tuple[str, ...], levels: tuple[int, ...]) -> bool:
     """Whether some operator makes each of these reductions. A name that is unknown is the space's to refuse."""
     known = [OPERATORS[name] for name in operators if name in OPERATORS]
@@ -65,12 +82,21 @@ def space_for(
     levels: tuple[int, ...] | None = None,
     operators: tuple[str, ...] | None = None,
     max_run: int | None = None,
+    warm: bool = False,
 ) -> SearchSpace:
     """The preset of a timm model where it fits the patch tokens, else a derived space; given parts stand.
 
+    warm: the weights are pretrained ones, so that small steps of merging and clustering, and no sharing, harm least.
     Raises SpaceError where the parts make no space.
     """
     preset = PRESETS.get(model.split(".")[0])
+    if warm and (preset is None or preset.operators == ("max2d",)):
+        if operators is None:
+            operators = tuple(name for name in WARM_OPERATORS if is_square(tokens) or not OPERATORS[name].needs_grid)
+            levels = levels or even_levels(tokens)
+        elif levels is None and not any(OPERATORS[name].needs_grid for name in operators if name in OPERATORS):
+            levels = even_levels(tokens)
+        max_run = max_run or 1
     operators = operators or (preset.operators if preset else ("max2d",))
     if levels is None and preset and preset.levels[0] == tokens and _reach(operators, preset.levels):
         levels = preset.levels

@@ -80,14 +80,19 @@ def retrain(
     restart: Annotated[
         bool, typer.Option("--restart", help="Lose what an interrupted call with other options has trained for --out.")
     ] = False,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Default: 15, or 30 with --from-scratch.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Default: 15; taught by the run's dense model 8; --from-scratch 30.")
+    ] = None,
     batch_size: SearchBatch = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate. Default: 1e-3; from scratch 2e-3; pretrained 3e-4.")
     ] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(help="An export to learn from beside the labels, such as the dense model's.", metavar="DIR"),
+        typer.Option(
+            help="An export to learn from beside the labels, or none. Default: the run's tuned dense model, if any.",
+            metavar="DIR",
+        ),
     ] = None,
     recipe: RecipeChanges = None,
     data_dir: DataDir = None,
@@ -123,6 +128,8 @@ def retrain(
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
     PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
+    if facts["against_dense"]:
+        PlainConsole().print(facts["against_dense"], soft_wrap=True)
     if quiet:  # else they were said at the beginning
         print_notes(facts["notes"])
 
@@ -168,6 +175,8 @@ def evaluate(
     console.print(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
+    if result["against_dense"]:
+        console.print(result["against_dense"], soft_wrap=True)
     console.print(_beside(result["balanced_top1"], result["baseline"]))
     worst_first = sorted(result["per_class"], key=lambda one: (one["top1"], -one["images"]))
     for one in worst_first[:CLASSES_SHOWN]:

@@ -24,12 +24,25 @@ from poolshare.supernet.data.sources import GIVEN
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
+from ..job.dense import Tuned, load_dense, read_tuned
 from ..job.folder import RunFolder, check_outside
 from ..job.prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
 from ..job.records import read_json, versions, write_json
 
 FORMAT = 1
 FILES = ("README.md", "config.json", "model.safetensors", "architecture.json")  # the last one says that all are there
+
+
+class DenseFacts(BaseModel):
+    """The dense model of the run that an export comes from."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    architecture: str
+    weights: str  # the file
+    sha256: str
+    search_top1: float = Field(ge=0, le=100)  # percent of the search-validation images
+    test_top1: float | None = Field(None, ge=0, le=100)
 
 
 class Facts(BaseModel):
@@ -44,6 +57,7 @@ class Facts(BaseModel):
     parameters: int = Field(gt=0)
     search_top1: float | None = Field(None, ge=0, le=100)
     test_top1: float | None = Field(None, ge=0, le=100)
+    dense: DenseFacts | None = None
     data: str
     data_dir: str | None
     data_fingerprint: str
@@ -84,12 +98,34 @@ class Exported:
     digest: str  # of its weights
 
 
-def load_supernet(folder: RunFolder) -> SuperNet:
-    """The trained supernet of a finished search, in evaluation mode. Raises RunError where it is missing or damaged."""
-    config = folder.config.without_weights  # the weights come from the run
-    supernet = make_supernet(config, model_options(config) | {"num_classes": len(folder.read_summary()["classes"])})
-    load_weights(supernet, folder.supernet)
+def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -> SuperNet:
+    """The trained supernet of a finished search, in evaluation mode. Raises RunError where it is missing or damaged.
+
+    architecture: with the dense model's weights instead, where those are better for it, see `better_with_dense`.
+    """
+    config, summary = folder.config.without_weights, folder.read_summary()  # the weights come from the run
+    supernet = make_supernet(config, model_options(config) | {"num_classes": len(summary["classes"])})
+    if architecture is not None and better_with_dense(folder, architecture) is not None:
+        load_dense(supernet, folder.dense)
+    else:
+        load_weights(supernet, folder.supernet)
     return supernet
+
+
+def better_with_dense(folder: RunFolder, architecture: Architecture) -> int | None:
+    """How many search-validation images it gets right with the dense model's weights, where the supernet's are worse.
+
+    None where they are not, or where nobody tried: a search tries its frontier.
+    """
+    summary, tuned = folder.read_summary(), read_tuned(folder)
+    if tuned is None:
+        return None
+    if str(architecture) == summary["dense"]["architecture"]:
+        return tuned.correct
+    found = summary.get("with_dense_weights", {}).get(str(architecture))
+    candidates = folder.read_candidates()
+    scored = candidates[candidates["architecture"] == str(architecture)]["correct"]
+    return found if found is not None and len(scored) and found > scored.iloc[0] else None
 
 
 def export_architecture(folder: RunFolder, architecture: Architecture, out: Path) -> dict[str, Any]:
@@ -99,16 +135,24 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     check_outside(out, folder.config.data)
     config, summary = folder.config, folder.read_summary()
     classes = tuple(summary["classes"])
-    supernet = load_supernet(folder)
+    supernet, by_dense, tuned = (
+        load_supernet(folder, architecture),
+        better_with_dense(folder, architecture),
+        read_tuned(folder),
+    )
     supernet.space.check(architecture)
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
+    search_top1 = [100 * by_dense / tuned.total] if tuned and by_dense is not None else scored["top1"].tolist()
+    weights = f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
+    if by_dense is not None:
+        weights = f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
     facts = {
         "architecture": str(architecture),
         "macs": measure_macs(supernet).total(architecture),
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
-        **({"search_top1": float(scored["top1"].iloc[0])} if len(scored) else {}),
+        **({"search_top1": float(search_top1[0])} if search_top1 else {}),
         "data": config.data,
         "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
@@ -118,13 +162,24 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "batch_size": config.batch_size,
         "pretrained": config.warm,
         "threads": config.threads,
-        "weights": f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}",
+        "weights": weights,
+        **({"dense": _dense_facts(folder, tuned)} if tuned else {}),
     }
     model = Subnet.from_supernet(supernet, architecture)
     recipe = supernet_recipe(config)
     data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
     save_export(out, model, classes, data_config, facts)
     return facts
+
+
+def _dense_facts(folder: RunFolder, tuned: Tuned) -> dict[str, Any]:
+    """What an export knows about the run's dense model: it teaches when the export is retrained."""
+    return {
+        "architecture": folder.read_summary()["dense"]["architecture"],
+        "weights": str(folder.dense.resolve()),
+        "sha256": digest_of(folder.dense),
+        "search_top1": tuned.top1,
+    }
 
 
 def save_export(
@@ -254,9 +309,11 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
         f"| MACs per image | {record['macs']:,} ({record['macs'] / record['dense_macs']:.1%} of the dense model's) |"
     ]
     numbers.append(f"| parameters | {record['parameters']:,} |")
-    for key, label in (("search_top1", "top-1 in the supernet, search-validation"), ("test_top1", "top-1, test")):
+    dense = record.get("dense") or {}
+    for key, label in (("search_top1", "top-1 before retraining, search-validation"), ("test_top1", "top-1, test")):
         if key in record:
-            numbers.append(f"| {label} | {record[key]:.2f} % |")
+            beside = f" (dense model: {dense[key]:.2f} %)" if key in dense else ""
+            numbers.append(f"| {label} | {record[key]:.2f} %{beside} |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
     where = " --data FOLDER" if record["data"].startswith(GIVEN) else ""
     return f"""# {config["model_args"]["base"]}, searched by poolshare

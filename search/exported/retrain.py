@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -16,19 +16,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from poolshare.space import ConfigError, DataError
-from poolshare.space.files import held
-from poolshare.supernet import count_macs, measure_latency
+from poolshare.space import ConfigError, DataError, RunError
+from poolshare.space.files import digest_of, held
+from poolshare.supernet import Subnet, count_macs, measure_latency
 from poolshare.supernet.data.sources import folder_path
 from poolshare.supernet.data.splits import Data, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
-from poolshare.supernet.training.checkpoint import load_facts, load_state_facts
+from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, shapes_of
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
 
+from ..analysis.guard import against_dense
 from ..analysis.pareto import binomial_interval
-from ..config import WARM_LR, WARM_LR_PRETRAINED, moved, short_name
+from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, WARM_LR, WARM_LR_PRETRAINED, moved, short_name
 from ..job.folder import check_outside
 from ..job.images import difference
 from ..job.prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
@@ -63,8 +64,8 @@ def retrain(
 
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
     restart: give up what an interrupted call with other options has trained for `out`, and begin anew.
-    teacher: an exported folder of the same classes and input, from whose probabilities it learns too. threads: of PyTorch
-    on a CPU; None: see `choose_threads`.
+    teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
+    the dense model that the run has tuned, if any. threads: of PyTorch on a CPU; None: see `choose_threads`.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
@@ -76,8 +77,8 @@ def retrain(
     check_new(out)
     place = pick_device(device)
     source = load_export(exported)
-    recipe = _recipe(source, from_scratch, recipe_changes or {})
-    guide = None if teacher is None else _teacher(source, teacher)
+    guide = _teacher(source, teacher, from_scratch)
+    recipe = _recipe(source, from_scratch, guide is not None and teacher is None, recipe_changes or {})
     source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
@@ -133,6 +134,9 @@ def retrain(
             labels, predicted = answers_on_test(model, opened, workers)
         correct, images = int((labels == predicted).sum()), len(labels)
         by_class = class_report(labels, predicted, opened.classes)
+        share = source.facts["macs"] / source.facts["dense_macs"]
+        with computing_with(chosen.number):
+            dense = _dense_on_test(source, place, opened, workers)
         start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
         facts = {
             key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
@@ -145,6 +149,8 @@ def retrain(
             "test_correct": correct,
             "test_total": images,
             "notes": list(opened.notes),
+            **({"dense": dense} if dense else {}),
+            "against_dense": against_dense(correct, images, dense["test_top1"], share) if dense else "",
             "test_baseline": by_class["baseline"],
             "test_balanced_top1": by_class["balanced_top1"],
             "recipe": recipe.model_dump(),
@@ -152,7 +158,7 @@ def retrain(
             "from_scratch": from_scratch,
             "retrain_seed": seed,
             "weights": f"{start}, retrained for {recipe.epochs} epochs on {short_name(name)}"
-            + (f" with {guide.path.name} as teacher" if guide else ""),
+            + (f" with {guide.name} as teacher" if guide else ""),
         }
         save_export(out, model.cpu(), opened.classes, source.data_config, facts)
     return facts
@@ -194,15 +200,55 @@ def _remove_finished(out: Path) -> None:
                 shutil.rmtree(state.parent, ignore_errors=True)
 
 
-def _teacher(source: Exported, path: str | Path) -> Exported:
-    """The exported folder `path`, if it can teach the source."""
+class Teacher(NamedTuple):
+    """A model that knows the same classes."""
+
+    name: str
+    model: nn.Module
+    digest: str  # of its weights
+
+
+def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> Teacher | None:
+    """The exported folder `path`, if it can teach the source; None: the run's dense model, "none": nobody."""
+    if str(path) == "none":
+        return None
+    if path is None:
+        dense = source.facts.get("dense")
+        if not dense or from_scratch or dense["architecture"] == source.facts["architecture"]:
+            return None
+        if (found := _dense_model(source)) is None:
+            raise RunError(
+                f"{dense['weights']}, the dense model of the run that {source.path} comes from, is gone or another one: bring it "
+                "back, give an export of the dense model as --teacher DIR, or do without: --teacher none"
+            )
+        return Teacher("the dense model", found, dense["sha256"])
     teacher = load_export(path)
     if teacher.facts["classes"] != source.facts["classes"] or teacher.data_config != source.data_config:
         raise ConfigError(
             f"--teacher {path} knows other classes or takes other images than {source.path} ({teacher.data_config} "
             f"there, {source.data_config} here); take an export of the same search, such as its dense model"
         )
-    return teacher
+    return Teacher(teacher.path.name, teacher.model, teacher.digest)
+
+
+def _dense_model(source: Exported) -> Subnet | None:
+    """The dense model that the export's run has tuned, in evaluation mode; None where its file is gone or another."""
+    dense = source.facts.get("dense")
+    if not dense or not Path(dense["weights"]).is_file() or digest_of(Path(dense["weights"])) != dense["sha256"]:
+        return None
+    base, options = source.model.base
+    model = Subnet.from_base(base, dense["architecture"], **options)
+    model.load_state_dict(load_tensors(Path(dense["weights"]), shapes_of(model))[0])
+    return model.eval()
+
+
+def _dense_on_test(source: Exported, place: torch.device, data: Data, workers: int) -> dict[str, Any] | None:
+    """What is known about the run's dense model, with its top-1 on the test images; None: it is not there to be asked."""
+    dense, model = source.facts.get("dense"), _dense_model(source)
+    if dense is None or model is None or dense["architecture"] == source.facts["architecture"]:
+        return None
+    correct, images = accuracy(model.to(place), data, workers)
+    return {**dense, "test_top1": 100 * correct / images}
 
 
 def evaluate(
@@ -221,6 +267,8 @@ def evaluate(
     data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
     it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
     threads: of PyTorch on a CPU, which the times are of; None: see `choose_threads`.
+    dense_top1 is that of the dense model of the same run on the same images, None where it has none or its file is gone;
+    against_dense says in words what is lost.
     Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
     """
     place = pick_device(device)
@@ -237,8 +285,10 @@ def evaluate(
             batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
             for batch in LATENCY_BATCHES
         }
+        dense = _dense_on_test(source, place, opened, workers)
     correct, images = int((labels == predicted).sum()), len(labels)
     low, high = binomial_interval(correct, images)
+    share = source.facts["macs"] / source.facts["dense_macs"]
     return {
         "model": str(source.path),
         "architecture": str(model.architecture),
@@ -251,6 +301,8 @@ def evaluate(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(place),
         "notes": list(opened.notes),
+        "dense_top1": dense and dense["test_top1"],
+        "against_dense": against_dense(correct, images, dense["test_top1"], share) if dense else "",
         "threads": chosen.number if place.type == "cpu" else None,
         "latency_ms": latency,
     }
@@ -341,13 +393,13 @@ def _open_tests(source: Exported, data: str, data_dir: str | None, download: boo
     return opened
 
 
-def _recipe(source: Exported, from_scratch: bool, changes: Mapping[str, Any]) -> Recipe:
+def _recipe(source: Exported, from_scratch: bool, guided: bool, changes: Mapping[str, Any]) -> Recipe:
     if "within" in changes:
         raise ConfigError(f"--recipe within={changes['within']}: that belongs to `poolshare search`; leave it out")
     warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
     situation: dict[str, Any] = {
         "batch_size": source.facts["batch_size"],
-        "epochs": 30 if from_scratch else 15,
+        "epochs": 30 if from_scratch else RETRAIN_EPOCHS_GUIDED if guided else RETRAIN_EPOCHS,
         "lr": 2e-3 if from_scratch else WARM_LR_PRETRAINED if warm_vit else WARM_LR,
         "layer_decay": 0.75 if warm_vit else None,
     }

@@ -34,6 +34,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: SearchConfig):
         self.path, self.config = path, config
+        self.tuning = path / "tuning.safetensors"  # state of the dense model's tuning
+        self.dense = path / "dense.safetensors"  # the dense model, tuned
         self.training = path / "training.safetensors"  # state of the training; the one before it is kept beside it
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"  # the study, where it is not in a database

@@ -21,8 +21,8 @@ from ..scoring import count_correct
 from .prepare import Job
 
 
-def announce(job: Job, pace: Pace, trained: float, console: Console) -> None:
-    """Say what will be done and about how long it takes. trained: epochs that are done."""
+def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool = False) -> None:
+    """Say what will be done and about how long it takes. trained: epochs that are done. tuned: so is the dense model."""
     say = partial(console.print, markup=False, soft_wrap=True)
     space, macs, recipe = job.supernet.space, job.macs, job.recipe
     cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
@@ -39,6 +39,10 @@ def announce(job: Job, pace: Pace, trained: float, console: Console) -> None:
         allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
         say(allowed)
     step, per_mac = pace
+    if job.config.tune_epochs and not tuned:
+        images = job.config.tune_epochs * len(job.data.split("train"))
+        tuning = 3 * dense * per_mac * images  # a step takes about three forwards
+        say(f"tuning the dense model for {job.config.tune_epochs} epochs takes about {time_text(tuning)}")
     epochs = recipe.epochs - trained
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe)
@@ -72,7 +76,8 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     training: whether any is to be done. Changes no weight. Raises TrainingError where a step of it does not fit into the
     GPU's memory.
     """
-    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within)
+    guided = bool(job.config.guided)
+    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=guided)
     device = next(job.supernet.parameters()).device
     images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size())))
     share = len(images)  # of this process

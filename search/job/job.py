@@ -27,6 +27,7 @@ from poolshare.supernet.training.loop import check_batches, steps_per_epoch, tra
 from poolshare.supernet.training.recipe import Recipe
 
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
+from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
 from ..progress import advance_loss, progress_bar
 from ..report.write import write_report
@@ -35,6 +36,7 @@ from ..samplers.exhaustive import score_everything
 from ..scoring import SCORING_BATCH, Metric, count_correct, top1
 from ..study.loop import GENERATION, Task, run_study
 from ..study.open import check_storage, open_store
+from .dense import begun_tuning, phases, read_tuned, score_with_dense, tuned_model
 from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
@@ -60,7 +62,7 @@ def run_job(
     console = console or Console(quiet=True, markup=False)
     config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
     folder = RunFolder(Path(out), config)
-    begun = is_trained(folder) or load_state_facts(folder.training) is not None
+    begun = is_trained(folder) or load_state_facts(folder.training) is not None or begun_tuning(folder)
     folder.check_weights(config)
     if distributed.rank() == 0:
         _refuse_fewer_epochs(folder, supernet_recipe(config))
@@ -99,7 +101,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
             folder.write_latency(job.latency)
         for note in job.notes:
             console.print(note, markup=False, soft_wrap=True)
-        announce(job, pace, trained, console)
+        announce(job, pace, trained, console, tuned=folder.dense.exists())
         _train(job, folder, console)
         candidates, scoring = _score(job, folder, console, storage)
         _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
@@ -153,12 +155,14 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
             if folder:
                 load_weights(job.supernet, folder.supernet)
             return
+        threads = distributed.from_first(job.config.threads)  # the first one chose them
+        with computing_with(threads):
+            teacher = tuned_model(job, folder, console) if job.config.guided else None
         if folder:
             earlier = supernet_epochs(folder) or 0
             for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
                 if scored.exists():  # with weights that now change
                     scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
-        threads = distributed.from_first(job.config.threads)  # the first one chose them
         bar = progress_bar(console, "training the supernet", total, "steps")
         with computing_with(threads), bar as advance:
             train_supernet(
@@ -166,6 +170,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
                 job.data,
                 job.macs,
                 recipe,
+                teacher=teacher,
                 seed=job.config.seed,
                 workers=job.config.workers,
                 state=folder and folder.training,
@@ -297,19 +302,24 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _dense_top1(job: Job, candidates: pd.DataFrame) -> float:
+    """The dense network's with the supernet's weights, percent."""
+    dense = candidates[candidates["architecture"] == str(job.dense)]
+    if not dense.empty:
+        return float(dense["top1"].iloc[0])
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+    [correct], total = count_correct(job.supernet, [job.dense], batches, metric=job.metric)
+    return 100 * correct / total
+
+
 def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
     """Summary, page and picture, frontier. scoring: seconds of this call."""
     limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
     cost = job.config.cost
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
-    dense = candidates[candidates["architecture"] == str(job.dense)]
-    if dense.empty:
-        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        [correct], total = count_correct(job.supernet, [job.dense], batches, metric=job.metric)
-        top1 = 100 * correct / total
-    else:
-        top1 = float(dense["top1"].iloc[0])
+    tuned = read_tuned(folder)
+    top1 = tuned.top1 if tuned else _dense_top1(job, candidates)
     try:
         earlier = folder.read_summary()["seconds"]
     except RunError:  # none yet, or damaged: it is made anew
@@ -318,6 +328,14 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
         "training": _training_seconds(folder, earlier.get("training", 0.0)),
         "scoring": earlier.get("scoring", 0.0) + scoring,
     }
+    path: dict[str, Any] = {}
+    if tuned:
+        begin = time.monotonic()
+        best = frontier(candidates, cost)
+        by_dense = score_with_dense(job, folder, [*best["architecture"], *map(str, job.include)])
+        both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
+        seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
+        path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
     write_json(
         folder.summary,
         {
@@ -345,6 +363,7 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             "space_size": job.supernet.space.size,
             "cheapest": _cheapest(job),
             **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
+            **path,
             "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "versions": versions(),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -108,9 +109,14 @@ def supernet_recipe(config: SearchConfig) -> Recipe:
             raise ConfigError(
                 f"--recipe {name}={config.recipe[name]}: that belongs to `poolshare retrain`; leave it out"
             )
-    situation: dict[str, Any] = {"layer_decay": 0.75 if config.warm else None}
+    situation: dict[str, Any] = {"layer_decay": 0.75 if config.warm else None, "within": config.drawn_within}
     flags = ("epochs", "batch_size", "lr", "weight_decay", "amp")
     return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
+
+
+def tuning_recipe(config: SearchConfig) -> Recipe:
+    """How a configuration tunes the dense model: as the supernet, for epochs of its own."""
+    return supernet_recipe(config).model_copy(update={"epochs": config.tune_epochs, "within": None})
 
 
 def read_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +196,8 @@ def prepare(
     options |= {"num_classes": len(data.classes)}
     supernet = make_supernet(begin, options)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
+    if config.guided is None:
+        config = _guided(config, matched.fresh)
     if found is not None:
         notes += load_base_weights(supernet, found, config.model, matched.fresh)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
@@ -203,7 +211,9 @@ def prepare(
     timed = config.objective == "latency"
     limit = None if config.budget is None or timed else parse_budget(config.budget, dense)
     allowed = supernet.space.within(macs, None, limit)
-    if recipe.within is not None:
+    if config.guided and classes is None and limit is not None and recipe.within is None:
+        config = config.changed(drawn_within=min(1.0, math.ceil(1e4 * limit / dense) / 1e4))
+    if "within" in config.recipe and recipe.within is not None:
         try:
             supernet.space.within(macs, None, int(recipe.within * dense))
         except BudgetError as error:
@@ -219,12 +229,22 @@ def prepare(
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes, head)
 
 
+def _guided(config: SearchConfig, fresh: bool) -> SearchConfig:
+    """The configuration that knows whether there is a dense model to learn from. fresh: the head is a new one.
+
+    A head that knows these classes needs no tuning, unless it was asked for.
+    """
+    if not fresh and "tune_epochs" not in config.given:
+        config = config.changed(tune_epochs=0)
+    return config.changed(guided=config.tune_epochs > 0 or (config.warm and not fresh and config.epochs > 0))
+
+
 def matched_classes(
     config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
 ) -> Matched:
     """The classes of the model and which of them the data's are; see `match_classes`."""
     head = found.head if found else _pretrained_head(config)
-    trained = config.epochs > 0
+    trained = config.trains
     if config.warm and head is None and not trained:
         raise ModelError(
             f"{found.name if found else config.model} brings weights without a head for classes, and with --epochs 0 a new one "
@@ -348,7 +368,7 @@ def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
     depth, patches = len(base.blocks), base.patch_embed.num_patches
-    return space_for(config.model, depth, patches, config.levels, config.operators, config.max_run)
+    return space_for(config.model, depth, patches, config.levels, config.operators, config.max_run, config.warm)
 
 
 def input_config(

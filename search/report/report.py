@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -24,10 +24,11 @@ from poolshare.space import (
 )
 from poolshare.space.quantities import LATENCY, human
 
+from ..analysis.guard import against_dense
 from ..analysis.latency_budget import Timed
 from ..analysis.layers import layer_shares
 from ..analysis.pareto import PICKS, binomial_interval, compared, frontier, hypervolume, pick, progress, ranked
-from ..config import SearchConfig
+from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..console import printable
 from ..job.folder import RunFolder
 
@@ -90,6 +91,9 @@ class Report:
     untrained: bool = False  # nothing was trained, and no weights were given
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
     objective: str = "macs"  # the cost column that the search weighed against accuracy
+    with_dense: Mapping[str, int] | None = (
+        None  # right answers with the tuned dense model's weights; None: there is none
+    )
 
     def __post_init__(self) -> None:
         for name, part, needed in (
@@ -168,6 +172,17 @@ class Report:
         return frontier(self.allowed, cost)
 
     @property
+    def against_dense(self) -> str:
+        """What the default pick loses against the dense model of the same training; empty where none was tuned."""
+        if self.with_dense is None:
+            return ""
+        chosen = self.pick()
+        row = self.candidates[self.candidates["architecture"] == chosen.architecture].iloc[0]
+        correct = max(int(row["correct"]), self.with_dense.get(chosen.architecture, 0))
+        share = float(row["macs"]) / float(self.dense["macs"])
+        return against_dense(correct, self.images, float(self.dense["top1"]), share)
+
+    @property
     def warnings(self) -> list[str]:
         """The notes that must not be missed."""
         return [note for note in self.notes if note.startswith("warning:")]
@@ -186,7 +201,9 @@ class Report:
     @property
     def _certainty(self) -> str:
         untrained = ""
-        if self.within is not None:
+        if self.with_dense is not None:
+            untrained = f" Before any retraining {self.against_dense.removeprefix('warning: ')}."
+        elif self.within is not None:
             untrained = (
                 f" The supernet was trained on architectures up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
                 "ones, and of the dense network, are too low."
@@ -241,7 +258,7 @@ class Report:
             raise ConfigError("picking by 'budget' needs a budget; give --budget, or pick by another rule")
         if how == "budget" and limit is not None:
             cost = limit[0]
-        if how == "half-point" and self.within is not None:
+        if how == "half-point" and self.within is not None and self.with_dense is None:
             raise ConfigError(
                 f"the dense network took little or no part in the supernet's training (--recipe within={self.within:g}): "
                 "nothing can be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
@@ -341,8 +358,11 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         baseline=_baseline(folder.config, summary),
         notes=summary.get("notes", ()),
         untrained=folder.config.epochs == 0 and not folder.config.warm,
+        with_dense=summary.get("with_dense_weights"),
         objective=COSTS[summary.get("objective", "macs")].column,
     )
+    if (told := report.against_dense).startswith("warning:"):
+        report = replace(report, notes=(*report.notes, told))
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
 
@@ -379,9 +399,23 @@ def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dic
         space["most frequent class alone"] = f"{least:.2f} % top-1"
     space["images scored on"] = f"{images:,} (search-validation)"
     seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
+    if "phases" in summary:
+        seconds |= {phase: _phase(facts) for phase, facts in summary["phases"].items()}
     facts = {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
     notes = {str(number): note for number, note in enumerate(summary.get("notes", ()), start=1)}
     return facts | ({"Notes": notes} if notes else {})
+
+
+def _phase(facts: Mapping[str, Any]) -> str:
+    """What a phase took and gained, see `job.dense.phases`."""
+    text = f"{facts['seconds']:,.0f} s"
+    if "dense_epochs" in facts:
+        text += f", as {facts['dense_epochs']:.1f} epochs of the dense model"
+    if "top1" in facts:
+        text += f": the dense model reaches {facts['top1']:.2f} % on search-validation"
+    if "gain" in facts:
+        text += f": {facts['gain']:+.2f} points on the frontier against the dense model's weights"
+    return text
 
 
 CLASSES_SHOWN = 20
@@ -418,11 +452,14 @@ def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd
     """Reckoned from the time the supernet took on the same machine.
 
     A supernet's step trains the dense network, the cheapest, and two between them, or six from the cheapest to the
-    recipe's limit; retraining sees all the images.
+    recipe's limit, or, beside a teacher, a few up to there; retraining sees all the images.
     """
-    epochs, seconds = 15, summary["seconds"].get("training", 0)
+    epochs = RETRAIN_EPOCHS_GUIDED if config.guided else RETRAIN_EPOCHS
+    seconds = summary["seconds"].get("training", 0)
     if not seconds or not config.epochs:
         return None
     dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
     step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
+    if config.guided:
+        step = summary["phases"]["training"]["step_macs"]
     return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)

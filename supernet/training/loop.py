@@ -39,13 +39,26 @@ SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
 
 
 def train_supernet(
-    supernet: SuperNet, data: Data, costs: CostTable, recipe: Recipe, *, seed: int = 0, **options: Any
+    supernet: SuperNet,
+    data: Data,
+    costs: CostTable,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> None:
-    """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`."""
-    sandwich = Sandwich(supernet.space, costs, seed, within=recipe.within)
+    """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`.
+
+    teacher: the dense model, where they learn from it too, see `Sandwich`.
+    """
+    sandwich = Sandwich(supernet.space, costs, seed, within=recipe.within, guided=teacher is not None)
+    if teacher is not None:
+        teacher.to(next(supernet.parameters()).device).eval()
+        options["settings"] = {"guided": recipe.distill}
 
     def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return sandwich.loss(model, images, labels, step, _smoothing(recipe, labels))
+        return sandwich.loss(model, images, labels, step, _smoothing(recipe, labels), teacher, recipe.distill)
 
     fit(supernet, loss, data, recipe, seed=seed, **options)
 
@@ -171,7 +184,7 @@ def fit(
     # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a step
     # may leave out the norms of queries and keys in a layer that all of its architectures share.
     some_unused = isinstance(model, SuperNet) and (
-        recipe.within is not None or any(True for _ in model.poolings.parameters())
+        recipe.within is not None or "guided" in identity or any(True for _ in model.poolings.parameters())
     )
     trained = distributed.parallel(model, some_unused)
     model.train()

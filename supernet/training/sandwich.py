@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace
 from poolshare.space.band import even_borders
@@ -16,6 +17,8 @@ from poolshare.space.band import even_borders
 Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
 
 DRAWN = 6  # architectures of a step that trains within a limit: about the MACs of a sandwich
+GUIDED = 3  # architectures of a step that learns from a teacher
+LEAST = 0.3  # share of the dense MACs below which such a step trains nothing, unless the limit is below twice that
 
 
 class Sandwich:
@@ -27,6 +30,10 @@ class Sandwich:
     within: a share of the dense network's cost. A step then trains `DRAWN` architectures across the bands up to
     there, all on labels, and neither the largest nor the smallest: what is not searched takes no part. It ranks better
     (results/trust), and says little of dearer ones, nor of the largest where it is 1. Raises BudgetError where nothing is so cheap.
+
+    guided: a teacher's distribution takes part in the loss: the dense model that the supernet began as. A step then trains
+    `GUIDED` architectures across the bands from a `LEAST` share of the dense cost, or half of the limit, to the limit, and
+    not the largest, which the teacher is. What is far below would only undo what the others learn.
     """
 
     def __init__(
@@ -37,12 +44,15 @@ class Sandwich:
         students: int = 2,
         bands: int = 8,
         within: float | None = None,
+        guided: bool = False,
     ):
-        self.space, self.seed, self.students, self.within = space, seed, students, within
+        self.space, self.seed, self.students, self.within, self.guided = space, seed, students, within, guided
         self.largest, self.smallest = space[0], space.cheapest(costs)
         low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
         if within is not None:
             high = space.within(costs, None, int(within * costs.total(self.largest))).high
+        if guided:
+            low = min(max(low, int(min(LEAST * costs.total(self.largest), high / 2))), high)
         borders = even_borders(low, high, bands)
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
@@ -53,6 +63,8 @@ class Sandwich:
 
     def at(self, step: int) -> list[Architecture]:
         """The architectures of one step; of a sandwich the largest first."""
+        if self.guided:
+            return self._draw(random.Random(f"guided {self.seed} {step}"), GUIDED)
         if self.within is not None:
             return self._draw(random.Random(f"drawn {self.seed} {step}"), DRAWN)
         drawn = self._draw(random.Random(f"sandwich {self.seed} {step}"), self.students)
@@ -62,14 +74,31 @@ class Sandwich:
         return [rng.choice(self.bands).sample(rng) for _ in range(count)]
 
     def loss(
-        self, supernet: Forward, images: torch.Tensor, labels: torch.Tensor, step: int, label_smoothing: float = 0.0
+        self,
+        supernet: Forward,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        step: int,
+        label_smoothing: float = 0.0,
+        teacher: nn.Module | None = None,
+        distill: float = 0.5,
     ) -> torch.Tensor:
-        """The loss of one step, a scalar; images and labels as `sandwich_loss` takes them."""
+        """The loss of one step, a scalar; images and labels as `sandwich_loss` takes them.
+
+        teacher: of a guided training: images → logits (B, classes). distill: its share of the loss.
+        """
         architectures = self.at(step)
-        if self.within is None:
+        if self.within is None and not self.guided:
             return sandwich_loss(supernet, images, labels, architectures, label_smoothing)
         every = supernet(images, architectures).unbind(0)  # each (B, classes)
         losses = [F.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in every]
+        if teacher is not None:
+            with torch.no_grad():
+                targets = teacher(images).softmax(dim=-1)
+            losses = [
+                (1 - distill) * by_labels + distill * F.cross_entropy(logits, targets)
+                for by_labels, logits in zip(losses, every, strict=True)
+            ]
         return 2 * torch.stack(losses).mean()  # as much as the two parts of a sandwich, so clipping bites alike
 
 

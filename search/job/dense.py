@@ -1,0 +1,176 @@
+"""The dense model of a run: tuned on the user's images before anything else, then teacher, baseline and a start.
+
+What is searched for is a cheaper model than this one, so this one is made first. Its file, dense.safetensors, holds its
+weights, its score on the search-validation images and what it took.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from poolshare.space import OPERATORS, Architecture, RunError
+from poolshare.supernet import Subnet, SuperNet
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
+from poolshare.supernet.training.loop import steps_per_epoch, train_model
+from poolshare.supernet.training.sandwich import Sandwich
+
+from ..progress import advance_loss, progress_bar
+from ..scoring import count_correct, count_right
+from .folder import RunFolder
+from .prepare import Job, tuning_recipe
+
+SCORING_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is known about a run's dense model."""
+
+    epochs: int  # it was tuned for; 0: its head knew the classes
+    seconds: float
+    correct: int  # of the search-validation images
+    total: int
+
+    @property
+    def top1(self) -> float:
+        """Percent of the search-validation images."""
+        return 100 * self.correct / self.total
+
+
+def read_tuned(folder: RunFolder) -> Tuned | None:
+    """What dense.safetensors says of itself; None: the run has none. Raises RunError for a damaged file."""
+    if not folder.dense.exists():
+        return None
+    facts = load_facts(folder.dense)
+    return Tuned(*(facts[name] for name in ("epochs", "seconds", "correct", "total")))
+
+
+def begun_tuning(folder: RunFolder) -> bool:
+    """Whether the dense model, or a part of its tuning, is there: the weights that the run began with are not needed."""
+    return folder.dense.exists() or load_state_facts(folder.tuning) is not None
+
+
+def tuned_model(job: Job, folder: RunFolder | None, console: Console) -> Subnet:
+    """Tune the dense model, or what is missing of that, or read it. The supernet has its weights then.
+
+    folder: None in a process that only helps the first one.
+    """
+    model = Subnet.from_supernet(job.supernet, job.dense)
+    device = next(model.parameters()).device
+    there = distributed.from_first(folder is not None and folder.dense.exists())
+    if not there:
+        _tune(job, model, folder, console)
+    elif folder:
+        model.load_state_dict(load_tensors(folder.dense, shapes_of(model))[0])
+    weights = distributed.tensors_from_first(model.state_dict(), device)
+    if there:
+        model.load_state_dict(weights)
+    job.supernet.load_state_dict(weights, strict=False)  # all but learned poolings, which the dense model has not
+    return model.eval()
+
+
+def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -> None:
+    config, recipe = job.config, tuning_recipe(job.config)
+    if recipe.epochs:
+        total = recipe.epochs * steps_per_epoch(job.data, recipe)
+        with progress_bar(console, "tuning the dense model", total, "steps") as advance:
+            train_model(
+                model,
+                job.data,
+                recipe,
+                full=False,
+                seed=config.seed,
+                workers=config.workers,
+                state=folder and folder.tuning,
+                settings={"tuning": recipe.epochs},
+                progress=partial(advance_loss, advance),
+                say=partial(console.print, markup=False, soft_wrap=True),
+                otherwise="search into a new folder",
+            )
+    if folder is None:
+        return
+    model.eval()
+    batches = job.data.eval_loader("search", SCORING_BATCH, workers=config.workers)
+    correct, images = count_right(model, batches, metric=job.metric)
+    seconds = float((load_state_facts(folder.tuning) or {}).get("seconds", 0.0))
+    facts = {"epochs": recipe.epochs, "seconds": seconds, "correct": correct, "total": images}
+    save_tensors(folder.dense, model.state_dict(), facts)
+    for state in folder.path.glob(f"{folder.tuning.stem}*{folder.tuning.suffix}"):  # nothing goes on from it
+        state.unlink()
+    console.print(
+        f"the dense model{f', tuned for {recipe.epochs} epochs,' if recipe.epochs else ''} is right on "
+        f"{100 * correct / images:.2f} % of the {images:,} search-validation images",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def load_dense(supernet: SuperNet, path: Path) -> None:
+    """Put a dense model's weights into its supernet. Raises RunError where they are damaged or another's."""
+    tensors, _ = load_tensors(path, shapes_of(supernet))
+    missing = supernet.load_state_dict(tensors, strict=False).missing_keys
+    if any(not name.startswith("poolings.") for name in missing):
+        raise RunError(f"{path} lacks {missing[0]}; move it away, and search into a new folder")
+    supernet.eval()
+
+
+def takes_dense_weights(architecture: Architecture) -> bool:
+    """Whether the dense model's weights are all that it needs: no operator of it has weights of its own."""
+    return not any(layer.operator and OPERATORS[layer.operator].learned for layer in architecture.layers)
+
+
+@torch.no_grad()
+def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[str, int]:
+    """Right answers on the search-validation images with the dense model's weights, by architecture.
+
+    The supernet has its own weights again afterwards.
+    """
+    architectures = [one for one in map(Architecture.parse, dict.fromkeys(texts)) if takes_dense_weights(one)]
+    if not architectures:
+        return {}
+    own = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
+    try:
+        load_dense(job.supernet, folder.dense)
+        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+        counts, _ = count_correct(job.supernet, architectures, batches, metric=job.metric)
+    finally:
+        job.supernet.load_state_dict(own)
+    return dict(zip(map(str, architectures), counts, strict=True))
+
+
+def phases(
+    job: Job, tuned: Tuned, seconds: dict[str, float], scored: int, by_both: list[tuple[int, int]]
+) -> dict[str, Any]:
+    """What each phase took, in seconds and in epochs of the dense tuning, and what it gained; for summary.json.
+
+    by_both: right answers of the same architectures with the dense model's weights and with the supernet's.
+    """
+    epoch = tuned.seconds / tuned.epochs if tuned.epochs and tuned.seconds else math.nan
+
+    def phase(name: str, **facts: Any) -> dict[str, Any]:
+        spent = seconds.get(name, 0.0)
+        cost = {} if math.isnan(epoch) else {"dense_epochs": round(spent / epoch, 2)}
+        return {"seconds": round(spent, 1), **cost, **facts}
+
+    gain = sum(after - before for before, after in by_both) / max(1, len(by_both)) * 100 / tuned.total
+    return {
+        "tuning": phase("tuning", epochs=tuned.epochs, top1=tuned.top1),
+        "training": phase("training", epochs=job.config.epochs, gain=round(gain, 2), step_macs=_step_macs(job)),
+        "scoring": phase("scoring", architectures=scored),
+    }
+
+
+def _step_macs(job: Job, steps: int = 32) -> float:
+    """MACs of one image in a step of the guided training, all forwards: a teacher's costs a third of one with its backward."""
+    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=True)
+    drawn = sum(job.macs.total(architecture) for step in range(steps) for architecture in sandwich.at(step))
+    return drawn / steps + job.macs.total(job.dense) / 3
