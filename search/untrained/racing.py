@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -70,14 +71,22 @@ class Race:
         return False
 
     def survivors(self, architectures: Sequence[Architecture], most: int) -> list[Architecture]:
-        """Those that none of them beats; of more than `most`, those that lack least to the frontier at their cost."""
+        """Those that none of them beats, at most `most`, spread over their costs.
+
+        Costs are divided into equal cells; each gives those that lack least to the frontier at their cost, the most
+        expensive cell, where damage is smallest, first.
+        """
         left = [architecture for architecture in architectures if not self.beaten(architecture, architectures)]
         images = min(self.losses[architecture].images for architecture in architectures)
         left.sort(key=lambda a: (self.costs.total(a), self.loss(a, images)))
-        lacks: dict[Architecture, float] = {}
+        costs = [self.costs.total(architecture) for architecture in left]
+        width = (costs[-1] - costs[0]) // max(1, most // 2) + 1
+        cells: dict[int, list[tuple[float, Architecture]]] = {}
         least = np.inf
-        for architecture in left:
+        for architecture, cost in zip(left, costs, strict=True):
             loss = self.loss(architecture, images)
             least = min(least, loss)
-            lacks[architecture] = loss - least
-        return sorted(left, key=lambda a: lacks[a])[:most]
+            cells.setdefault((costs[-1] - cost) // width, []).append((loss - least, architecture))
+        queues = [sorted(cells[cell], key=lambda member: member[0]) for cell in sorted(cells)]
+        turns = zip_longest(*queues)
+        return [member[1] for turn in turns for member in turn if member is not None][:most]

@@ -74,12 +74,13 @@ def search_untrained(
     note(f"{len(singles)} single reductions on {first} of {images} images")
     race.run(singles, first)
     model = DamageModel(space, {single: race.damage(single, first)[0] for single in singles})
-    candidates: dict[Architecture, None] = {single: None for single in singles if single in allowed}
+    low = max(allowed.low, allowed.high // 2)
+    candidates = {single: None for single in singles if low <= costs.total(single) <= allowed.high}
     measured = {space[0], *singles}
     rng = np.random.default_rng(effort.seed)
     rounds = 0
     while rounds < effort.rounds:
-        proposals = _proposals(allowed, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
+        proposals = _proposals(allowed, low, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
         candidates |= dict.fromkeys(proposals)
         new = [proposal for proposal in proposals if proposal not in race.losses]
         if not new:
@@ -130,19 +131,18 @@ def _stages(first: int, images: int) -> list[int]:
     return stages
 
 
-def _proposals(allowed: Band, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
+def _proposals(allowed: Band, low: int, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
     """Half of them the best paths at costs evenly spread; the others best where the damage is as it may also be.
 
     Of these every second has the highest cost that is allowed: it is what the user asked for.
     """
     costs = allowed.costs
-    low = max(allowed.low, allowed.high // 2)
     limits = np.linspace(low, allowed.high, max(2, count - count // 2))
     found = dict.fromkeys(_best(allowed, model, limits.tolist()))
     for index in range(count // 2):
         limit = allowed.high if index % 2 else rng.uniform(low, allowed.high)
         found |= dict.fromkeys(_best(allowed, model.drawn(rng), [limit]))
-    return [architecture for architecture in found if costs.total(architecture) >= allowed.low]
+    return [architecture for architecture in found if costs.total(architecture) >= low] or list(found)
 
 
 def _best(allowed: Band, damage: EdgeDamage, limits: Sequence[float]) -> list[Architecture]:
