@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from poolshare.space import ConfigError, budget_quantity
+from poolshare.space.presets import UNTRAINED
 
 SEARCHING = (
     "budget",
@@ -29,6 +30,8 @@ SEARCHING = (
     "include",
 )  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
+ONLY_TRAINING = ("epochs", "batch_size", "lr", "weight_decay", "amp", "recipe", "search_fraction", "trials", "sampler")
+IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little more, and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
@@ -47,6 +50,9 @@ class SearchConfig(BaseModel):
     download: bool = False
     search_fraction: float = Field(gt=0, lt=1)  # of the training images, to score architectures on
     search_data: str | None = None  # a folder of images to score on instead
+    training: bool = True  # False: search the model as it is, see `search.untrained`
+    unlabelled: bool = False  # whether the images are a folder of pictures, scored by the dense model's answers alone
+    images: int | None = Field(None, ge=2)  # without training: scored on at most so many
     scale_16bit: bool = False  # whether 16-bit grey images are taken, 65,535 as white
     model: str
     model_args: dict[str, Any] = {}
@@ -94,7 +100,9 @@ class SearchConfig(BaseModel):
             "epochs": 10 if warm else 40 if digits else 30,
             "lr": 3e-4 if warm else 2e-3,
         }
-        if budget_quantity(str(given.get("budget", "%"))) == "nanoseconds":
+        if given.get("training") is False:
+            decided |= {"epochs": 0, "operators": UNTRAINED, "max_run": 1, "budget": "70%", "images": IMAGES}
+        if budget_quantity(str((decided | given).get("budget", "%"))) == "nanoseconds":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)

@@ -31,6 +31,18 @@ PRESETS: dict[str, SearchSpace] = {
 }
 
 
+# That work on a model which was not trained with them.
+UNTRAINED = ("tome", "evit", "topk", "mstm", "kmeans")
+EVEN_LEVELS = 10  # token counts below the model's own
+
+
+def even_levels(patches: int, count: int = EVEN_LEVELS) -> tuple[int, ...]:
+    """Token counts from all down to a twelfth, evenly spaced; at most `count` below the first."""
+    least = max(1, round(patches / 12))
+    step = (patches - least) / count
+    return tuple(sorted({round(least + step * index) for index in range(count + 1)}, reverse=True))
+
+
 def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tuple[int, ...]:
     """Patch-token counts: a model's own, about half of them, a quarter: 196 → 196, 100, 49 on a grid.
 

@@ -10,8 +10,9 @@ from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.search.untrained.damage import single_reductions, steps
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses
 from poolshare.search.untrained.racing import Race
-from poolshare.search.untrained.search import Effort, even_levels, gradual, search_untrained
+from poolshare.search.untrained.search import Effort, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
+from poolshare.space.presets import even_levels
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 80, 70, 60, 50, 40, 30, 20), operators=("kmeans", "tome"), max_run=1)
 BLOCK = {tokens: 1000 * tokens + 2 * tokens**2 for tokens in SPACE.levels}

@@ -23,8 +23,9 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
-from poolshare.search.untrained.search import OPERATORS, Effort, search_untrained
+from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, CostTable, Layer, SearchSpace
+from poolshare.space.presets import UNTRAINED
 from poolshare.supernet import SuperNet, measure_macs
 
 MODEL, PATCHES, DEPTH, WIDTH = "vit_tiny_patch16_224", 196, 12, 192
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("images.pt"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS)
-    parser.add_argument("--operators", nargs="+", default=OPERATORS)
+    parser.add_argument("--operators", nargs="+", default=UNTRAINED)
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--loss", default="divergence")
     parser.add_argument("--searched", type=int, default=SEARCHED)

@@ -193,6 +193,22 @@ def search(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's pretrained weights.")] = False,
     weights: Weights = None,
     class_map: ClassMap = None,
+    no_training: Annotated[
+        bool,
+        typer.Option(
+            "--no-training",
+            help="Search the model as it is, with its trained head, in minutes. --data: class folders, or any folder of "
+            "pictures. Defaults: --budget 70%, token counts evenly spaced, operators that need no training, no sharing.",
+        ),
+    ] = False,
+    unlabelled: Annotated[
+        bool,
+        typer.Option("--unlabelled", help="With --no-training: take all pictures below --data, and no labels."),
+    ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(min=2, help="With --no-training: score on at most so many. Default: 1000.", metavar="N"),
+    ] = None,
     budget: Budget = None,
     levels: Levels = None,
     operators: Operators = None,
@@ -260,6 +276,7 @@ def search(
         data_dir=data_dir, download=download, search_fraction=search_fraction, search_data=search_data,
         scale_16bit=scale_16bit, model=model, model_args=model_args_of(model, model_args),
         pretrained=pretrained, weights=weights, class_map=class_map, img_size=img_size, in_chans=in_chans,
+        training=False if no_training else None, unlabelled=unlabelled or None, images=images,
         recipe=recipe_of(recipe), levels=integers("--levels", levels), operators=words(operators),
         max_run=max_run, sharing=sharing, budget=budget, sampler=sampler, trials=trials,
         objective=objective, latency_batch=latency_batch, latency_dtype=latency_dtype,

@@ -104,7 +104,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
         announce(job, pace, trained, console)
         _train(job, folder, console)
         candidates, scoring = _score(job, folder, console, storage)
-        _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
+        conclude(job, folder, candidates, scoring, time_models(job, candidates, console))
     return folder
 
 
@@ -280,7 +280,7 @@ def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
-def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
+def time_models(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
     """What whole models take, where a latency budget is to be kept."""
     if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
         return None
@@ -300,8 +300,15 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
-    """Summary, page and picture, frontier. scoring: seconds of this call."""
+def conclude(
+    job: Job,
+    folder: RunFolder,
+    candidates: pd.DataFrame,
+    scoring: float,
+    timed: Timed | None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
     limit: float | None = None if job.config.budget is None else job.allowed.high
     cost = job.config.cost
     if cost == "latency_ms" and limit is not None:
@@ -343,7 +350,8 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             "classes": list(job.data.classes),
             "images": {
                 name: np.bincount(job.data.split(name).labels, minlength=len(job.data.classes)).tolist()
-                for name in ("train", "search")
+                for name in (("train", "search") if job.config.training else ("search",))
+                if job.data.labelled
             },
             "notes": list(folder.notes),
             "certified": len(candidates) == job.supernet.space.size,
@@ -353,6 +361,7 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
             "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "versions": versions(),
+            **(more or {}),
         },
     )
     report = write_report(folder)
