@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from poolshare.space import ConfigError, budget_quantity
+from poolshare.space import COSTS, ConfigError, budget_quantity
 from poolshare.space.presets import UNTRAINED
 
 SEARCHING = (
@@ -102,7 +102,7 @@ class SearchConfig(BaseModel):
         }
         if given.get("training") is False:
             decided |= {"epochs": 0, "operators": UNTRAINED, "max_run": 1, "budget": "70%", "images": IMAGES}
-        if budget_quantity(str((decided | given).get("budget", "%"))) == "nanoseconds":
+        if budget_quantity(str((decided | given).get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)
@@ -164,7 +164,7 @@ class SearchConfig(BaseModel):
     @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
-        return "latency_ms" if self.objective == "latency" else "macs"
+        return COSTS[self.objective].column
 
     @property
     def without_weights(self) -> SearchConfig:

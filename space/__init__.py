@@ -2,7 +2,7 @@
 
 from .architecture import Architecture, Layer, Run
 from .band import Band
-from .cost import CostTable, budget_quantity, parse_budget
+from .cost import CostTable
 from .errors import (
     ArchitectureError,
     BrokenDataError,
@@ -18,9 +18,12 @@ from .errors import (
 )
 from .operators import OPERATORS, Operator
 from .prefix_tree import Forecast, PrefixTree, forecast, forecast_space
+from .quantities import BY_COLUMN, COSTS, Cost, budget_quantity, parse_budget
 from .search_space import SearchSpace
 
 __all__ = [
+    "BY_COLUMN",
+    "COSTS",
     "OPERATORS",
     "Architecture",
     "ArchitectureError",
@@ -28,6 +31,7 @@ __all__ = [
     "BrokenDataError",
     "BudgetError",
     "ConfigError",
+    "Cost",
     "CostTable",
     "DamagedError",
     "DataError",

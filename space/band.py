@@ -160,3 +160,8 @@ def _estimated(ways: CoarseWays, depth: int, limit: int) -> int:
     units, part = divmod(2 * limit + ways.unit, 2 * ways.unit)
     before, until = ways.at_most(depth, None, units - 1), ways.at_most(depth, None, units)
     return before + (until - before) * part // (2 * ways.unit)
+
+
+def even_borders(low: int, high: int, count: int) -> list[int]:
+    """`count` bands of equal width over the whole numbers from low to high: where each begins, and high + 1."""
+    return [low + (high + 1 - low) * index // count for index in range(count + 1)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from .architecture import Architecture, Layer
-from .errors import BudgetError, SpaceError
+from .errors import SpaceError
 from .operators import OPERATORS
-
-_UNITS = {"macs": "MACs", "parameters": "parameters", "nanoseconds": "ms"}
+from .quantities import COSTS, Cost
 
 
 @dataclass(frozen=True)
@@ -20,11 +17,11 @@ class CostTable:
     """What each kind of edge costs, in one quantity, per image. Kinds never name a layer index.
 
     One multiply-add counts once in "macs": fvcore, the field's reference, calls that a flop. `first_shared` is for
-    nanoseconds of networks that share written maps (sharing="map"): an owner leaves the fused kernel for its followers,
+    the latency of networks that share written maps (sharing="map"): an owner leaves the fused kernel for its followers,
     and the first of them costs what it takes itself and what its owner then takes more; so costs stay sums over edges.
     """
 
-    quantity: str  # "macs", "parameters" or "nanoseconds"
+    quantity: str  # "macs", "parameters" or "latency": nanoseconds
     source: int  # patch and position embedding
     own: Mapping[int, int]  # patch tokens -> a block that attends with queries and keys of its own
     shared: Mapping[int, int]  # patch tokens -> a block that uses the previous block's
@@ -68,19 +65,18 @@ class CostTable:
             raise SpaceError(f"the {self.quantity} table has no entry for {tokens} tokens; measure it on this space")
         return self.sink[tokens]
 
-    def format(self, value: float) -> str:
-        """A value with its unit, for people: "1.26 G MACs", "12.3 ms"."""
-        if self.quantity == "nanoseconds":
-            return f"{value / 1e6:.4g} ms"
-        for scale, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-            if abs(value) >= scale:
-                return f"{value / scale:.4g}{prefix} {self.unit}"
-        return f"{value:.4g} {self.unit}"
-
     @property
-    def unit(self) -> str:
-        """Name of the unit, for labels."""
-        return _UNITS.get(self.quantity, self.quantity)
+    def cost(self) -> Cost:
+        """The quantity, as people read it."""
+        return COSTS[self.quantity]
+
+    def value(self, total: float) -> float:
+        """A total in the unit of records: milliseconds of latency."""
+        return total if self.cost.scale == 1 else total / self.cost.scale
+
+    def format(self, total: float) -> str:
+        """A total with its unit, for people: "1.26 G MACs", "12.3 ms"."""
+        return self.cost.format(self.value(total))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""
@@ -108,8 +104,8 @@ class CostTable:
                 operator, before, after = kind.split()
                 pool[operator, int(before), int(after)] = _count(cost)
             first = {int(tokens): _count(cost) for tokens, cost in value.get("first_shared", {}).items()}
-            if not isinstance(value["quantity"], str):
-                raise TypeError(f"quantity is {value['quantity']!r}, not a name such as 'macs'")
+            if value["quantity"] not in COSTS:
+                raise ValueError(f"quantity is {value['quantity']!r:.40}, not one of {', '.join(COSTS)}")
             return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink, first)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
@@ -124,40 +120,3 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
     return value
-
-
-_SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ms": 10**6}
-
-
-def budget_quantity(text: str) -> str | None:
-    """What a budget in words limits: "nanoseconds" for "12ms", None for a percentage, else "macs"."""
-    text = text.strip()
-    return "nanoseconds" if text.endswith("ms") else None if text.endswith("%") else "macs"
-
-
-def parse_budget(text: str, dense: int, quantity: str = "macs") -> int:
-    """A budget in words, per image: "60%" of the dense model's cost, "0.7G", "350M" or a plain number of MACs, "12ms".
-
-    dense: what the dense model costs, in units of `quantity`, "macs" or "nanoseconds"; so is the answer. Raises
-    BudgetError for anything else, and for a budget in another quantity.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|ms|[kMG]?)", text.strip())
-    if match is None:
-        raise BudgetError(
-            f"budget {text!r} is not understood; write 60% (of the dense model's), 0.7G or 350M (MACs), or 12ms, per image"
-        )
-    number, unit = Fraction(match[1]), match[2]
-    if unit == "%":
-        return int(number * Fraction(dense, 100))
-    if not unit and number < 1000:
-        raise BudgetError(
-            f"budget {text!r} has no unit; write {match[1]}% (of the dense model's), {match[1]}G or {match[1]}M (MACs), "
-            f"or {match[1]}ms, per image"
-        )
-    if budget_quantity(text) != quantity:
-        limited = "latency" if unit == "ms" else "MACs"
-        wanted = "60% or 12ms" if quantity == "nanoseconds" else "60% or 0.7G"
-        raise BudgetError(
-            f"budget {text!r} limits {limited}, which is not what is counted here; write for example {wanted}"
-        )
-    return int(number * _SCALES[unit])

@@ -1,4 +1,4 @@
-"""What each pooling operator needs, keeps and gives: declarations; the mathematics is in supernet/pooling.py."""
+"""What each pooling operator needs, keeps and gives: declarations; the mathematics is in supernet/operators."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def table_of(space: SearchSpace, costs: Mapping[Kind, int]) -> CostTable:
     shared = {level: costs.get(("shared", level), own[level]) for level in space.levels}
     pool = {reduction: costs["pool", *reduction] for reduction in space.reductions}
     first = {level: costs["first_shared", level] for level in space.levels if ("first_shared", level) in costs}
-    return CostTable("nanoseconds", costs["source",], own, shared, pool, sink, first)
+    return CostTable("latency", costs["source",], own, shared, pool, sink, first)
 
 
 # Timing

@@ -8,7 +8,7 @@ import timm.layers
 import torch
 from torch import nn
 
-from poolshare.search.cli import app as cli
+from poolshare.search import cli
 
 
 @pytest.fixture(scope="session", autouse=True)

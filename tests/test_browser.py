@@ -8,8 +8,8 @@ from browser import LAPTOP, PHONE, Opened
 from reports import ATTACK, SPACE, candidates, make_report
 
 from poolshare.search.report.page import write_html
-from poolshare.search.units import human, quantity
 from poolshare.space import Architecture, SearchSpace
+from poolshare.space.quantities import LATENCY, human
 
 WORST = 200  # of the made-up rows: dear and inaccurate, so never on a frontier
 
@@ -109,7 +109,7 @@ def test_any_point_selects_and_shows_its_numbers(browser, file, report, viewport
         assert numbers["Against dense"].lstrip("−+±").startswith(difference)
         assert numbers["MACs"].startswith(f"{human(shown['macs'])} {100 * shown['macs'] / 40e6:.1f} % of dense")
         assert numbers["Parameters"].startswith(human(shown["parameters"]))
-        assert numbers["Latency"].startswith(quantity(shown["latency_ms"], "latency_ms"))
+        assert numbers["Latency"].startswith(LATENCY.format(shown["latency_ms"]))
         better = int((report.candidates["correct"] > shown["correct"]).sum())
         assert numbers["Accuracy rank"].startswith(f"{better + 1} of 400 ")
         rank = SPACE.rank(Architecture.parse(shown.name))

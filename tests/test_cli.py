@@ -138,7 +138,7 @@ def test_pareto_names_a_point_and_writes_what_it_is_asked_for(run, verb, tmp_pat
 
 
 def test_the_walk_through_of_the_readme_works_as_written(run, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "search" / "README.md").read_text(encoding="utf-8")
     code = readme.split("<!-- walk-through -->\n```python\n")[1].split("```")[0]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(run[0])

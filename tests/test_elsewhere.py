@@ -19,7 +19,7 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 
-from poolshare.search.cli import app as cli
+from poolshare.search import cli
 from poolshare.search.exported.export import save_export
 from poolshare.search.exported.predict import predict
 from poolshare.space import OPERATORS, DataError
@@ -274,7 +274,7 @@ def test_timms_tasks_stop_and_continue_an_exported_model(export, tmp_path):
 
 def test_the_readmes_launcher_runs_a_script_that_knows_no_plugins(export, tmp_path):
     out, model = export
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "supernet" / "README.md").read_text(encoding="utf-8")
     [launcher] = re.findall(r"`with_poolshare\.py`:\n\n```python\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "with_poolshare.py").write_text(launcher)
     (tmp_path / "script.py").write_text(

@@ -603,7 +603,7 @@ def test_loaders_say_the_batch_size_and_names_belong_to_own_data(tmp_path):
 
 
 def test_the_example_of_the_readme_works_as_written(digits, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "search" / "README.md").read_text(encoding="utf-8")
     code = readme.split("<!-- own data -->\n```python\n")[1].split("```")[0]
     for index in range(90):
         label = int(digits[1][index])

@@ -21,7 +21,7 @@ from poolshare.supernet.training.checkpoint import load_tensors
 NURSERY = """
 import json, os, sys
 import torch
-import poolshare.search.cli, poolshare.search.export, poolshare.search.job, matplotlib.figure
+import poolshare.search.cli, poolshare.search.exported.export, poolshare.search.job.job, matplotlib.figure
 torch.set_num_threads(1)
 for line in sys.stdin:
     words, log = json.loads(line)

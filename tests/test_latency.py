@@ -92,7 +92,7 @@ def test_a_measured_table_holds_every_architecture_and_comes_back_from_json(net)
     calls = []
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     found = measure_latency_table(net.train(), 2, rounds=1, check=2, progress=lambda *step: calls.append(step))
-    assert found.table.quantity == "nanoseconds"
+    assert found.table.quantity == "latency"
     assert (found.batch_size, found.threads) == (2, torch.get_num_threads())
     assert all(found.table.total(architecture) > 0 for architecture in net.space)
     assert [found.table.total(Architecture.parse(text)) for text, _, _ in found.checked] == [

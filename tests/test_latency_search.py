@@ -26,7 +26,7 @@ def test_a_run_is_searched_by_latency_then_by_macs_then_whole_and_is_trained_onc
     found, folder = json.loads(printed), RunFolder.open(out)
     latency = folder.read_latency()
     assert latency is not None
-    assert (latency.batch_size, latency.table.quantity) == (32, "nanoseconds")
+    assert (latency.batch_size, latency.table.quantity) == (32, "latency")
     first = folder.read_candidates()
     sums = [latency.table.total(Architecture.parse(text)) for text in first["architecture"]]
     np.testing.assert_allclose(first["latency_ms"] * 1e6, sums, rtol=1e-12)

@@ -144,8 +144,8 @@ def test_page_survives_a_failed_write(tmp_path, monkeypatch):
 def test_every_asset_is_packaged():
     root = Path(__file__).parents[1]
     packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "poolshare.search"
+        "poolshare.search.report"
     ]
-    covered = {path.name for pattern in packaged for path in (root / "search").glob(pattern)}
-    assert covered == {path.name for path in (root / "search" / "web").iterdir()}
+    covered = {path.name for pattern in packaged for path in (root / "search" / "report").glob(pattern)}
+    assert covered == {path.name for path in (root / "search" / "report" / "web").iterdir()}
     assert covered >= {*SCRIPTS, "page.html", "style.css"}

@@ -20,8 +20,8 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import FORMAT, write_json
 from poolshare.search.report.report import load_report
 from poolshare.search.report.write import write_report
-from poolshare.search.units import human, quantity
-from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.space import COSTS, Architecture, BudgetError, ConfigError, RunError
+from poolshare.space.quantities import human
 
 
 def finished_run(path: Path, rows: pd.DataFrame | None = None, **summary) -> RunFolder:
@@ -259,9 +259,9 @@ def test_counts_are_read_in_three_digits(count, text):
 
 
 def test_quantities_carry_their_unit():
-    assert quantity(1_261_000_000, "macs") == "1.26 G MACs"
-    assert quantity(5_717_416, "parameters") == "5.72 M parameters"
-    assert quantity(12.345, "latency_ms") == "12.3 ms"
+    assert COSTS["macs"].format(1_261_000_000) == "1.26 G MACs"
+    assert COSTS["parameters"].format(5_717_416) == "5.72 M parameters"
+    assert COSTS["latency"].format(12.345) == "12.3 ms"
 
 
 def test_an_unusable_report_is_refused_when_it_is_made():
@@ -275,8 +275,8 @@ def test_an_unusable_report_is_refused_when_it_is_made():
 
 def test_importing_what_shows_a_run_loads_nothing_heavy():
     code = (
-        "import json, sys, poolshare.search.report, poolshare.search.terminal, poolshare.search.figure;"
-        "import poolshare.search.page, poolshare.search.looking;"
+        "import json, sys, poolshare.search.report.report, poolshare.search.report.terminal;"
+        "import poolshare.search.report.figure, poolshare.search.report.page, poolshare.search.cli.looking;"
         "print(json.dumps([m for m in ('matplotlib', 'plotext', 'torch', 'optuna') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

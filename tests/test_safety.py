@@ -105,9 +105,7 @@ def test_damaged_tables_of_latency_and_trust_are_refused(made, verb, tmp_path):
     assert status == 0, err
     folder = RunFolder.open(run)
     space = SearchSpace(2, (64, 16))
-    nanoseconds = CostTable(
-        "nanoseconds", 5, {64: 90, 16: 30}, {64: 70, 16: 20}, {("max2d", 64, 16): 3}, {64: 9, 16: 2}
-    )
+    nanoseconds = CostTable("latency", 5, {64: 90, 16: 30}, {64: 70, 16: 20}, {("max2d", 64, 16): 3}, {64: 9, 16: 2})
     folder.write_latency(Latency(nanoseconds, 1, "cpu", 1, "fp32", ((str(space[0]), 200, 194),)))
     assert folder.read_latency().table.total(space[0]) == nanoseconds.total(space[0])
     for name, read in (("latency.json", folder.read_latency), ("trust.json", folder.read_trust)):

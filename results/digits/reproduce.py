@@ -23,12 +23,12 @@ import pandas as pd
 from rich.console import Console
 from scipy.stats import t as student_t
 
-from poolshare.search.analysis.pareto import pick
 from poolshare.search.exported.export import export_architecture
 from poolshare.search.exported.retrain import accuracy, retrain
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import prepare
 from poolshare.search.job.records import write_csv, write_json
+from poolshare.search.report.report import load_report
 from poolshare.space import Architecture
 from poolshare.supernet import SuperNet
 from poolshare.supernet.training.checkpoint import load_tensors
@@ -79,8 +79,8 @@ def main() -> None:
     for name in ("candidates.csv", "pareto.csv", "pareto.png", "summary.json"):
         shutil.copy(run / name, HERE / name)
     summary = folder.read_summary()
-    chosen = pick(folder.read_candidates(), "budget", 0.6 * summary["dense"]["macs"])
-    architectures = {"dense": summary["dense"]["architecture"], "searched": chosen["architecture"]}
+    chosen = load_report(folder, "60%").pick("budget")
+    architectures = {"dense": summary["dense"]["architecture"], "searched": chosen.architecture}
     rows = []
     for model, text in architectures.items():
         exported = work / model

@@ -48,7 +48,7 @@ import torch
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from poolshare.search.analysis.pareto import pick
+from poolshare.search.analysis.pareto import frontier, pick
 from poolshare.search.exported.export import load_supernet
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import read_json, versions, write_csv, write_json
@@ -276,7 +276,8 @@ def architecture_of(given: Settings, one: Competitor, seed: int) -> Architecture
     folder = RunFolder.open(given.run(supernet))
     if one.name == "finalist":
         return Architecture.parse(load_report(folder).pick("finalist").architecture)
-    return Architecture.parse(pick(folder.read_candidates(), "budget", limit)["architecture"])
+    rows = folder.read_candidates()
+    return Architecture.parse(pick(frontier(rows[rows["macs"] <= limit]), "accuracy")["architecture"])
 
 
 @cache

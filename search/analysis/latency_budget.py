@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from poolshare.space import Architecture, parse_budget
+from poolshare.space.quantities import LATENCY
 
 from ..progress import Advance
 from .pareto import frontier
@@ -46,8 +47,8 @@ class Timed:
 
     def limit(self, budget: str) -> float:
         """A latency budget in words as a share of the dense model's time."""
-        dense = round(self.dense_ms * 1e6)
-        return parse_budget(budget, dense, "nanoseconds") / dense
+        dense = round(self.dense_ms * LATENCY.scale)
+        return parse_budget(budget, dense, "latency") / dense
 
     def longer(self, candidates: pd.DataFrame, dense_sum: float) -> float:
         """How much longer the candidates that were timed took than their sums: the median factor, at least 1."""
@@ -117,7 +118,7 @@ def time_frontier(
         took, shares = measure_shares(
             supernet, [Architecture.parse(text) for text in wanted], batch_size, rng, dtype=dtype
         )
-        dense_times.append(took / 1e6)
+        dense_times.append(took / LATENCY.scale)
         for text, share in zip(wanted, shares, strict=True):
             sessions.setdefault(text, []).append(share)
         new = {

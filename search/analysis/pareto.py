@@ -7,29 +7,31 @@ were scored. Every function here is pure: frames go in, new frames and numbers c
 to be kept small.
 """
 
-from statistics import NormalDist
 from typing import Any
 
 import moocore
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import ndtri
 
-from poolshare.space.errors import BudgetError, ConfigError, RunError
+from poolshare.space.errors import ConfigError, RunError
 
-_UNITS = {"macs": "MACs", "parameters": "parameters", "latency_ms": "ms"}
 PICKS = ("half-point", "knee", "budget", "accuracy")
 TRAINED = ["epochs", "batch_size", "lr", "amp"]  # how a finalist was: those compared are alike in it
 HALF_POINT = 0.5  # percent of the images
 
 
-def frontier(candidates: pd.DataFrame, cost: str = "macs", budget: float | None = None) -> pd.DataFrame:
-    """The rows that no other row beats (more `top1`, less `cost`), by rising cost; of equals the first stands.
+def frontier(candidates: pd.DataFrame, cost: str = "macs") -> pd.DataFrame:
+    """The rows that no other row beats (more `top1`, less `cost`), by rising cost; of equal rows the first.
 
-    With a `budget`, in the unit of the cost column, dearer rows are left out first. Raises BudgetError where
-    every candidate is dearer. No candidates have an empty frontier.
+    No candidates have an empty frontier.
     """
-    return _non_dominated(_within(candidates, cost, budget), cost)
+    if candidates.empty:
+        return candidates.reset_index(drop=True)
+    # keep_weakly=False keeps the first of equal points and no other.
+    best = moocore.is_nondominated(_points(candidates, cost), maximise=[True, False], keep_weakly=False)
+    return candidates[best].sort_values(cost, ignore_index=True)
 
 
 def hypervolume(candidates: pd.DataFrame, reference: tuple[float, float], cost: str = "macs") -> float:
@@ -62,49 +64,38 @@ def progress(
     counts = np.unique(np.linspace(1, len(candidates), min(points, len(candidates))).astype(int))
     best, start, reached = candidates.iloc[:0], 0, []
     for count in counts:
-        best = _non_dominated(pd.concat([best, candidates.iloc[start:count]]), cost)
+        best = frontier(pd.concat([best, candidates.iloc[start:count]]), cost)
         reached.append(hypervolume(best, reference, cost))
         start = count
     return pd.DataFrame({"evaluations": counts, "hypervolume": reached})
 
 
-def pick(
-    frontier: pd.DataFrame,
-    how: str,
-    budget: float | None = None,
-    cost: str = "macs",
-    dense_top1: float | None = None,
-) -> pd.Series:
-    """One row of the frontier; a `budget` limits the choice for every `how`, and "budget" requires it.
+def pick(frontier: pd.DataFrame, how: str, cost: str = "macs", dense_top1: float | None = None) -> pd.Series:
+    """One row of a frontier that is sorted by rising cost.
 
     - "half-point": the cheapest that loses at most half a point of top-1 against `dense_top1`, which it requires;
     - "knee": the point farthest above the chord between the frontier's ends, both axes scaled to 0..1;
-    - "budget": the most accurate within the budget;
-    - "accuracy": the most accurate; of equals, here and above, the cheapest.
+    - "budget", of a frontier within a budget, and "accuracy": the most accurate; of equals the cheapest.
 
-    Raises RunError for an empty frontier or where nothing comes close to dense, ConfigError for an unknown `how`,
-    BudgetError where nothing fits.
+    Raises RunError for an empty frontier or where nothing comes close to dense, ConfigError for an unknown `how`.
     """
     if how not in PICKS:
         raise ConfigError(f"cannot pick by {how!r}; choose one of {', '.join(PICKS)}")
-    if how == "budget" and budget is None:
-        raise ConfigError("picking by 'budget' needs a budget; give one, or pick by 'knee' or 'accuracy'")
     if frontier.empty:
         raise RunError("the frontier is empty: no candidate has been scored yet, so search first")
-    choices = _non_dominated(_within(frontier, cost, budget), cost)
     if how == "half-point":
         if dense_top1 is None:
             raise ConfigError("picking by 'half-point' needs the dense network's top-1")
-        close = choices[choices["top1"] >= dense_top1 - HALF_POINT]
+        close = frontier[frontier["top1"] >= dense_top1 - HALF_POINT]
         if close.empty:
             raise RunError(
-                f"the best of the frontier reaches {choices['top1'].max():.2f} %, more than half a point below "
+                f"the best of the frontier reaches {frontier['top1'].max():.2f} %, more than half a point below "
                 f"the dense network's {dense_top1:.2f} %; pick by 'knee' or 'accuracy'"
             )
         return close.iloc[0]
     if how == "knee":
-        return choices.iloc[_knee(choices[cost].to_numpy(float), choices["top1"].to_numpy(float))]
-    return choices.iloc[-1]  # on a frontier the dearest is the most accurate
+        return frontier.iloc[_knee(frontier[cost].to_numpy(float), frontier["top1"].to_numpy(float))]
+    return frontier.iloc[-1]  # the most expensive of a frontier is the most accurate
 
 
 def compared(finalists: pd.DataFrame) -> pd.DataFrame:
@@ -119,19 +110,16 @@ def ranked(finalists: pd.DataFrame) -> pd.DataFrame:
     return finalists.sort_values(order, ascending=[False, False, True], kind="stable", ignore_index=True)
 
 
-def binomial_interval(correct: ArrayLike, total: ArrayLike, confidence: float = 0.95) -> tuple[Any, Any]:
-    """Wilson's interval for `correct` out of `total` images: (low, high) in percent, in the inputs' shape.
+def binomial_interval(correct: ArrayLike, total: ArrayLike) -> tuple[Any, Any]:
+    """Wilson's 95 % interval for `correct` out of `total` images: (low, high) in percent, in the inputs' shape.
 
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-    Unlike the normal approximation it stays inside 0..100 and keeps a width when every image is right.
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927). The same as
+    scipy's `binomtest(…).proportion_ci(method="wilson")`, which takes milliseconds for each pair.
     """
     hits, images = np.broadcast_arrays(np.asarray(correct, float), np.asarray(total, float))
     if not (np.all(images > 0) and np.all(hits >= 0) and np.all(hits <= images)):
         raise RunError(f"{correct!r} correct of {total!r} images; need 0 <= correct <= total and total > 0")
-    if not 0 < confidence < 1:
-        raise RunError(f"the confidence is {confidence}; it must lie between 0 and 1, for instance 0.95")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = hits / images
+    share, z = hits / images, ndtri(0.975)
     centre = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     reach = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
     # At the ends the formula is exactly 0 or 1; rounding would leave 1e-17 beside it.
@@ -154,28 +142,6 @@ def _points(candidates: pd.DataFrame, cost: str) -> np.ndarray:
             "both must be finite, so score it again or leave it out"
         )
     return points
-
-
-def _within(candidates: pd.DataFrame, cost: str, budget: float | None) -> pd.DataFrame:
-    costs = _points(candidates, cost)[:, 1]
-    if budget is None or candidates.empty:
-        return candidates
-    fits = costs <= budget
-    if not fits.any():
-        cheapest = candidates.iloc[int(costs.argmin())]
-        raise BudgetError(
-            f"no candidate stays within {budget:,.0f} {_UNITS.get(cost, cost)}; the cheapest, {cheapest['architecture']}, "
-            f"needs {cheapest[cost]:,.0f}, so ask for at least that"
-        )
-    return candidates[fits]
-
-
-def _non_dominated(candidates: pd.DataFrame, cost: str) -> pd.DataFrame:
-    if candidates.empty:
-        return candidates.reset_index(drop=True)
-    # keep_weakly=False keeps the first of equal points and no other.
-    best = moocore.is_nondominated(_points(candidates, cost), maximise=[True, False], keep_weakly=False)
-    return candidates[best].sort_values(cost, ignore_index=True)
 
 
 def _knee(costs: np.ndarray, top1: np.ndarray) -> int:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
+from poolshare.space.band import even_borders
 from poolshare.space.files import held, reading
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
@@ -192,8 +193,7 @@ def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
     Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
     latency). Where one runs out of members the others give more.
     """
-    low, high = job.allowed.low, job.allowed.high
-    borders = [low + (high + 1 - low) * index // plan.bands for index in range(plan.bands + 1)]
+    borders = even_borders(job.allowed.low, job.allowed.high, plan.bands)
     members: list[list[Architecture]] = []
     for band, (start, stop) in enumerate(pairwise(borders)):
         rng = random.Random(f"trust {plan.seed} {band}")

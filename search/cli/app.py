@@ -120,7 +120,7 @@ def space(
     graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
     cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
     costs = macs
-    if budget is not None and budget_quantity(budget) == "nanoseconds":
+    if budget is not None and budget_quantity(budget) == "latency":
         net.to(pick_device(None))
         with computing_with(choose_threads(threads, None, net).number):
             latency = measure_latency_table(net)
@@ -140,8 +140,8 @@ def space(
         "within_budget": allowed.size,
         "within_budget_is_exact": allowed.exact,
         "budget_macs": limit if costs is macs else None,
-        "budget_latency_ms": None if costs is macs or limit is None else limit / 1e6,
-        "dense_latency_ms": None if costs is macs else costs.total(dense) / 1e6,
+        "budget_latency_ms": None if costs is macs or limit is None else costs.value(limit),
+        "dense_latency_ms": None if costs is macs else costs.value(costs.total(dense)),
         "notes": cropped(net),
         "scoring_all_macs_per_image": whole.cost,
         "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),

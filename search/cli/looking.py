@@ -49,6 +49,8 @@ def pareto(
 
     pareto.csv, pareto.png and report.html lie in the run folder.
     """
+    from poolshare.space import COSTS
+
     from ..job.folder import RunFolder
     from ..job.records import write_csv
     from ..report.report import load_report
@@ -58,7 +60,7 @@ def pareto(
     folder = RunFolder.open(run)
     report = load_report(folder, budget)
     others = [load_report(RunFolder.open(other), budget) for other in compare or []]
-    column = "latency_ms" if cost == "latency" else cost or report.cost
+    column = COSTS[cost].column if cost else report.cost
     frontier = report.by(column)  # what cannot be is refused before anything is written
     compared = comparison([report, *others], column)
     chosen = None if pick is None else report.pick(pick, column)
@@ -103,12 +105,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
-    from poolshare.space import Architecture, RunError
+    from poolshare.space import COSTS, Architecture, RunError
     from poolshare.space.files import reading
 
     from ..job.records import read_json
     from ..report.terminal import draw_architecture
-    from ..units import quantity
 
     facts: dict[str, Any] = {}
     if os.path.isdir(what):  # unlike Path's it takes a text of any length
@@ -129,8 +130,8 @@ def show(
     console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
     if facts:
         share = facts["macs"] / facts["dense_macs"]
-        parameters = quantity(facts["parameters"], "parameters")
-        console.print(f"{quantity(facts['macs'], 'macs')}, {share:.1%} of dense; {parameters}")
+        macs, parameters = (COSTS[name].format(facts[name]) for name in ("macs", "parameters"))
+        console.print(f"{macs}, {share:.1%} of dense; {parameters}")
 
 
 def outcome(folder: RunFolder, report: Report, cost: str) -> dict[str, Any]:

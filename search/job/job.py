@@ -284,7 +284,8 @@ def time_models(job: Job, candidates: pd.DataFrame, console: Console) -> Timed |
     """What whole models take, where a latency budget is to be kept."""
     if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
         return None
-    dense, batch, dtype = job.latency.table.total(job.dense) / 1e6, job.latency.batch_size, job.latency.dtype
+    table, batch, dtype = job.latency.table, job.latency.batch_size, job.latency.dtype
+    dense = table.value(table.total(job.dense))
     with progress_bar(console, "timing whole models", MODELS, "models") as advance:
         return time_frontier(job.supernet, candidates, dense, job.config.budget, batch, advance, dtype)
 
@@ -296,7 +297,7 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"macs": {"architecture": str(cheapest), "macs": job.macs.total(cheapest)}}
     if latency:
         fastest = space.cheapest(latency)
-        found["latency_ms"] = {"architecture": str(fastest), "latency_ms": latency.total(fastest) / 1e6}
+        found["latency_ms"] = {"architecture": str(fastest), "latency_ms": latency.value(latency.total(fastest))}
     return found
 
 
@@ -309,10 +310,8 @@ def conclude(
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
-    limit: float | None = None if job.config.budget is None else job.allowed.high
+    limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
     cost = job.config.cost
-    if cost == "latency_ms" and limit is not None:
-        limit = limit / 1e6
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     dense = candidates[candidates["architecture"] == str(job.dense)]
@@ -339,11 +338,10 @@ def conclude(
                 "top1": top1,
                 "macs": job.macs.total(job.dense),
                 "parameters": job.parameters.total(job.dense),
-                **({"latency_ms": job.latency.table.total(job.dense) / 1e6} if job.latency else {}),
+                **({"latency_ms": job.latency.table.value(job.latency.table.total(job.dense))} if job.latency else {}),
             },
             "objective": job.config.objective,
-            "budget_macs": limit if cost == "macs" else None,
-            "budget_latency_ms": limit if cost == "latency_ms" else None,
+            **{f"budget_{column}": limit if cost == column else None for column in ("macs", "latency_ms")},
             "budget": job.config.budget,
             **({"timed": timed.to_json()} if timed else {}),
             "included": list(map(str, job.include)),

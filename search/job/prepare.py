@@ -166,7 +166,7 @@ def prepare(
             raise ConfigError(f"--{name} goes with --no-training: give that too, or leave this out")
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
-        parse_budget(config.budget, 1, "nanoseconds" if config.objective == "latency" else "macs")
+        parse_budget(config.budget, 1, config.objective)
     include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
     space_of(config, outline(config.model, read_options(config.model, options)))  # a model, before images are read
     data_config = input_config(config.model, options, recipe, config.preprocessing)

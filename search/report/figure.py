@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from poolshare.space import BY_COLUMN
 from poolshare.space.files import write_whole
 
 from ..analysis.pareto import binomial_interval
 from ..job.records import write_csv
-from ..units import COSTS, amount, axis_label, axis_unit
 from .report import Report
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    divisor, letter = axis_unit(report.dense[cost], cost)
+    divisor, label = BY_COLUMN[cost].axis(report.dense[cost])
     dense_cost = report.dense[cost] / divisor
     figure = Figure(figsize=(9, 5.625), dpi=200)
     axes = figure.add_axes((0.08, 0.095, 0.9, 0.715))
@@ -47,11 +47,11 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
     )  # fmt: skip
     if cost in report.limits:
         limit = report.limits[cost]
-        text = amount(limit, cost)
-        axes.axvline(limit / divisor, color=BUDGET, linewidth=1.3, linestyle=(0, (5, 3)), label=f"budget {text}")
-    axes.set_xlabel(axis_label(cost, letter), color=INK)
+        text = f"budget {BY_COLUMN[cost].short(limit)}"
+        axes.axvline(limit / divisor, color=BUDGET, linewidth=1.3, linestyle=(0, (5, 3)), label=text)
+    axes.set_xlabel(label, color=INK)
     axes.set_ylabel("top-1 on search-validation images (%)", color=INK)
-    _style(axes, dense_cost / 100, COSTS[cost])
+    _style(axes, dense_cost / 100, BY_COLUMN[cost].label)
     scored = (
         f"Certified: all {report.space_size:,} architectures of the space are scored"
         if report.certified

@@ -14,11 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from poolshare.space import Architecture
+from poolshare.space import BY_COLUMN, Architecture
 from poolshare.space.files import write_whole
 
 from ..analysis.layers import in_words
-from ..units import COSTS, quantity
 from .report import Report
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
@@ -70,9 +69,12 @@ def page_data(report: Report) -> dict[str, Any]:
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [
-            {"name": cost, "label": COSTS[cost]} for cost in sorted(report.costs, key=lambda cost: cost != report.cost)
+            {"name": cost, "label": BY_COLUMN[cost].label}
+            for cost in sorted(report.costs, key=lambda cost: cost != report.cost)
         ],
-        "limits": {cost: {"value": limit, "text": quantity(limit, cost)} for cost, limit in report.limits.items()},
+        "limits": {
+            cost: {"value": limit, "text": BY_COLUMN[cost].format(limit)} for cost, limit in report.limits.items()
+        },
         # Row by row of those that were scored, as characters: whole models that were timed may overrule the limits.
         "allowed": "".join("01"[int(fits)] for fits in report.candidates.index.isin(report.allowed.index)),
         "dense": index[dense["architecture"]],

@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from poolshare.space import BudgetError, ConfigError, RunError, SearchSpace, budget_quantity, parse_budget
+from poolshare.space import (
+    BY_COLUMN,
+    COSTS,
+    BudgetError,
+    ConfigError,
+    RunError,
+    SearchSpace,
+    budget_quantity,
+    parse_budget,
+)
+from poolshare.space.quantities import LATENCY, human
 
 from ..analysis.latency_budget import Timed
 from ..analysis.layers import layer_shares
@@ -20,7 +30,6 @@ from ..analysis.pareto import PICKS, binomial_interval, compared, frontier, hype
 from ..config import SearchConfig
 from ..console import printable
 from ..job.folder import RunFolder
-from ..units import COSTS, human, quantity
 
 COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
 DENSE_FIELDS = ("architecture", "top1", "macs", "parameters")
@@ -96,7 +105,7 @@ class Report:
     @property
     def costs(self) -> tuple[str, ...]:
         """The cost columns that candidates and dense network both have."""
-        return tuple(cost for cost in COSTS if cost in self.candidates and cost in self.dense)
+        return tuple(cost for cost in BY_COLUMN if cost in self.candidates and cost in self.dense)
 
     @property
     def cost(self) -> str:
@@ -115,7 +124,7 @@ class Report:
         for cost, limit in self.limits.items():
             if cost not in rows:
                 raise RunError(
-                    f"the candidates of {self.run} have no {COSTS[cost]} yet, and the budget is one; let its search finish"
+                    f"the candidates of {self.run} have no {BY_COLUMN[cost].label}, and the budget is one; let its search finish"
                 )
             fits = rows[cost] <= limit
             if cost == "latency_ms" and self.timed and self.budget:
@@ -132,15 +141,15 @@ class Report:
 
     def _too_tight(self, rows: pd.DataFrame, cost: str, limit: float) -> str:
         """Why no candidate is within a limit: the space holds none, or none was scored."""
-        scored = rows.loc[rows[cost].idxmin()]
+        scored, show = rows.loc[rows[cost].idxmin()], BY_COLUMN[cost].format
         problem = (
-            f"none of the {len(rows):,} architectures that were scored stays within {quantity(limit, cost)}; the cheapest of "
-            f"them, {scored['architecture']}, needs {quantity(scored[cost], cost)}"
+            f"none of the {len(rows):,} architectures that were scored stays within {show(limit)}; the cheapest of "
+            f"them, {scored['architecture']}, needs {show(scored[cost])}"
         )
         whole = self.cheapest.get(cost)
         if whole is None or whole[cost] >= scored[cost]:
             return f"{problem}, so ask for at least that"
-        problem += f", the cheapest of the space, {whole['architecture']}, {quantity(whole[cost], cost)}"
+        problem += f", the cheapest of the space, {whole['architecture']}, {show(whole[cost])}"
         if whole[cost] > limit:
             return f"{problem}, so ask for at least that and search again"
         return f"{problem}: search with this budget, so that those within it are scored"
@@ -153,7 +162,9 @@ class Report:
     def by(self, cost: str) -> pd.DataFrame:
         """The frontier by any of `costs`, within the budget; the index is new. Raises RunError for other costs."""
         if cost not in self.costs:
-            raise RunError(f"{self.run} has no {COSTS.get(cost, cost)} of its candidates; it has {_names(self.costs)}")
+            label = BY_COLUMN[cost].label if cost in BY_COLUMN else cost
+            known = ", ".join(BY_COLUMN[one].label for one in self.costs)
+            raise RunError(f"{self.run} has no {label} of its candidates; it has {known}")
         return frontier(self.allowed, cost)
 
     @property
@@ -242,10 +253,13 @@ class Report:
         label, why = {
             "half-point": (
                 "Half a point from dense",
-                f"the least {COSTS[cost]} that loses at most half a point against the dense network's {dense:.2f} %",
+                f"the least {BY_COLUMN[cost].label} that loses at most half a point against the dense network's {dense:.2f} %",
             ),
             "knee": ("Knee", "farthest above the straight line between the frontier's ends: beyond it, gains get dear"),
-            "budget": ("Within budget", f"the most accurate within {quantity(limit[1], limit[0]) if limit else ''}"),
+            "budget": (
+                "Within budget",
+                f"the most accurate within {BY_COLUMN[cost].format(limit[1]) if limit else ''}",
+            ),
             "accuracy": ("Most accurate", "the most accurate; of equals, the cheapest"),
         }[how]
         return Pick(how, label, str(row["architecture"]), why + timed)
@@ -286,7 +300,7 @@ class Report:
             Row(
                 str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
                 100 * row[cost] / self.dense[cost], human(row["parameters"]),
-                quantity(row["latency_ms"], "latency_ms") if "latency_ms" in row else "",
+                LATENCY.format(row["latency_ms"]) if "latency_ms" in row else "",
             )
             for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
         ]  # fmt: skip
@@ -327,7 +341,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         baseline=_baseline(folder.config, summary),
         notes=summary.get("notes", ()),
         untrained=folder.config.epochs == 0 and not folder.config.warm,
-        objective="latency_ms" if summary.get("objective") == "latency" else "macs",
+        objective=COSTS[summary.get("objective", "macs")].column,
     )
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
@@ -335,18 +349,18 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
 
 def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
     """The run's own budget, or another in words; a percentage is of what the run weighed against accuracy."""
+    objective = summary.get("objective", "macs")
     if budget is None:
-        own = {"macs": summary.get("budget_macs"), "latency_ms": summary.get("budget_latency_ms")}
-        return {cost: limit for cost, limit in own.items() if limit is not None}
-    latency = summary.get("objective") == "latency"
-    if (budget_quantity(budget) or ("nanoseconds" if latency else "macs")) == "macs":
-        return {"macs": parse_budget(budget, summary["dense"]["macs"])}
-    if "latency_ms" not in summary["dense"]:
+        own = {cost.column: summary.get(f"budget_{cost.column}") for cost in COSTS.values()}
+        return {column: limit for column, limit in own.items() if limit is not None}
+    cost = COSTS[budget_quantity(budget, objective)]
+    if cost.column not in summary["dense"]:
         raise BudgetError(
-            f"budget {budget!r} is one of latency, which this run has not measured; repeat its `poolshare search` with "
+            f"budget {budget!r} is one of {cost.label}, which this run has not measured; repeat its `poolshare search` with "
             f"--budget {budget}, which trains nothing anew"
         )
-    return {"latency_ms": parse_budget(budget, round(summary["dense"]["latency_ms"] * 1e6), "nanoseconds") / 1e6}
+    dense = round(summary["dense"][cost.column] * cost.scale)
+    return {cost.column: parse_budget(budget, dense, cost.quantity) / cost.scale}
 
 
 def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dict[str, dict[str, str]]:
@@ -412,7 +426,3 @@ def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd
     dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
     step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
     return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)
-
-
-def _names(costs: Sequence[str]) -> str:
-    return ", ".join(COSTS[cost] for cost in costs)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from poolshare.space import Architecture, ConfigError, RunError
+from poolshare.space import BY_COLUMN, Architecture, ConfigError, RunError
+from poolshare.space.quantities import LATENCY, human
 
 from ..analysis.pareto import HALF_POINT, binomial_interval, hypervolume
 from ..console import printable
-from ..units import amount, axis_label, axis_unit, human, quantity
 from .report import Report
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     dense = report.dense
     cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0"}
     cells |= {"parameters": human(dense["parameters"])}
-    cells |= {"latency_ms": quantity(dense["latency_ms"], "latency_ms")} if timed else {}
+    cells |= {"latency_ms": LATENCY.format(dense["latency_ms"])} if timed else {}
     add(f"dense: {dense['architecture']}", cells)
     return table
 
@@ -118,7 +118,7 @@ def terminal_plot(
     """
     import plotext
 
-    divisor, letter = axis_unit(report.dense[cost], cost)
+    divisor, label = BY_COLUMN[cost].axis(report.dense[cost])
     figure = plotext.figure  # plotext knows this one figure only: left as clean as it was found
     tones = ("blue", "red", "green", "magenta", "cyan", "yellow")
     layers: list[tuple[pd.DataFrame, str, str]] = []
@@ -141,12 +141,12 @@ def terminal_plot(
         figure.clear()
         figure.theme("simple" if colour else "colorless")
         figure.plot_size(width, height - 1)
-        figure.label(axis_label(cost, letter), axis="x")
+        figure.label(label, axis="x")
         figure.label("top-1 %", axis="y")
         figure.ruler("y").frequency(max(2, height // 3))
         if cost in report.limits:
             figure.line(report.limits[cost] / divisor, orientation="vertical")
-            key.append(f"│ budget {amount(report.limits[cost], cost)}")
+            key.append(f"│ budget {BY_COLUMN[cost].short(report.limits[cost])}")
         for frame, marker, tone in layers:
             symbol = plotext.marker(marker, pixel=tone) if colour else marker
             figure.draw(figure.signal(list(frame[cost] / divisor), list(frame["top1"]), marker=symbol))
@@ -217,7 +217,7 @@ def comparison_table(reports: Sequence[Report], cost: str = "macs") -> Table:
             f"{record['points']}",
             f"{record['best_top1']:.2f}",
             f"{record['dense_top1']:.2f}",
-            "none" if half is None else f"{amount(half, cost)} ({record['half_point_of_dense']:.0%})",
+            "none" if half is None else f"{BY_COLUMN[cost].short(half)} ({record['half_point_of_dense']:.0%})",
             f"{record['hypervolume']:.4f}",
         )
     if len({(report.title, report.images) for report in reports}) > 1:

@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from poolshare.space import Architecture, Band, CostTable, Layer, SearchSpace
+from poolshare.space.band import even_borders
 
 from .surrogate import Surrogate, expected_gain
 
@@ -148,10 +149,10 @@ def _nearest(inside: Sequence[Scored], steps: Sequence[Scored]) -> list[Scored]:
 
 def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> list[list[Scored]]:
     """The best of each cost band, cheapest band first; empty bands are left out."""
-    width = max(1, allowed.high - allowed.low + 1)
+    borders = even_borders(allowed.low, allowed.high, bands)
     members: dict[int, list[Scored]] = {}
     for candidate in scored:
-        members.setdefault((candidate.cost - allowed.low) * bands // width, []).append(candidate)
+        members.setdefault(bisect_right(borders, candidate.cost), []).append(candidate)
     best = lambda group: sorted(group, key=lambda c: (-c.top1, c.cost, str(c.architecture)))[:elite]  # noqa: E731
     return [best(members[band]) for band in sorted(members)]
 

@@ -37,8 +37,8 @@ class Task:
     parameters: CostTable
     allowed: Band  # the budget
     score: Score
-    latency: CostTable | None = None  # nanoseconds per image, where they are known
-    by_latency: bool = False  # whether they are the objective, and not MACs
+    latency: CostTable | None = None  # where it is known
+    by_latency: bool = False  # whether that is the objective, and not MACs
     record: Mapping[Architecture, tuple[int, int]] = field(default_factory=dict)  # scored before: correct, images
 
     @property
@@ -57,7 +57,9 @@ class Task:
             "parameters": self.parameters.total(architecture),
             "generation": generation,
         }
-        return row if self.latency is None else row | {"latency_ms": self.latency.total(architecture) / 1e6}
+        if self.latency is not None:
+            row["latency_ms"] = self.latency.value(self.latency.total(architecture))
+        return row
 
 
 def run_study(
@@ -82,8 +84,8 @@ def run_study(
     whichever of them die: what is missing is queued again, what is scored stays.
     """
     with store or open_store(folder.journal, None, name) as store, store.errors():
-        cost = "latency (ns per image)" if task.objective.quantity == "nanoseconds" else task.objective.unit
-        search = _Search(task, store.study(cost), store, sampler, trials, seed)
+        label = "latency (ns per image)" if task.objective.quantity == "latency" else task.objective.cost.label
+        search = _Search(task, store.study(label), store, sampler, trials, seed)
         while True:
             with store.lock():
                 store.fail_abandoned(search.study)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace
+from poolshare.space.band import even_borders
 
 # images (B, channels, H, W), architectures → logits (architectures, B, classes)
 Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
@@ -42,7 +43,7 @@ class Sandwich:
         low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
         if within is not None:
             high = space.within(costs, None, int(within * costs.total(self.largest))).high
-        borders = [low + (high + 1 - low) * index // bands for index in range(bands + 1)]
+        borders = even_borders(low, high, bands)
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
             try:
