@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from poolshare.search import SearchResult, search
-from poolshare.search import cli
+from poolshare.search import SearchResult, cli, search
 from poolshare.search.config import SearchConfig
 from poolshare.search.exported.export import check_new, load_supernet
 from poolshare.search.exported.retrain import retrain

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
+from poolshare.search import cli
 from poolshare.search.analysis import trust
 from poolshare.search.analysis.trust import POINTS, Plan, draw, kendall_tau, measure_trust, summarise
-from poolshare.search import cli
 from poolshare.search.config import SearchConfig
 from poolshare.search.job import job as job_module
 from poolshare.search.job.folder import RunFolder

@@ -49,6 +49,7 @@ class Facts(BaseModel):
     data_fingerprint: str
     search_data: str | None = None
     scale_16bit: bool = False
+    unlabelled: bool = False  # whether the search's images had no labels
     seed: int = Field(ge=0, lt=2**32)
     batch_size: int = Field(ge=1)
     threads: int | None = Field(None, ge=1, le=1024)  # that the search was computed with
@@ -108,17 +109,21 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "macs": measure_macs(supernet).total(architecture),
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
-        **({"search_top1": float(scored["top1"].iloc[0])} if len(scored) else {}),
+        **({"search_top1": float(scored["top1"].iloc[0])} if len(scored) and summary.get("labelled", True) else {}),
+        **({"search_loss": float(scored["loss"].iloc[0])} if len(scored) and "loss" in scored else {}),
         "data": config.data,
         "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
         "search_data": config.search_data and str(Path(config.search_data).expanduser().resolve()),
         "scale_16bit": config.scale_16bit,
+        "unlabelled": config.unlabelled,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
         "threads": config.threads,
-        "weights": f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}",
+        "weights": f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
+        if config.training
+        else f"{short_name(config.weights or config.model)}, not trained any further",
     }
     model = Subnet.from_supernet(supernet, architecture)
     recipe = supernet_recipe(config)
@@ -254,11 +259,13 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
         f"| MACs per image | {record['macs']:,} ({record['macs'] / record['dense_macs']:.1%} of the dense model's) |"
     ]
     numbers.append(f"| parameters | {record['parameters']:,} |")
-    for key, label in (("search_top1", "top-1 in the supernet, search-validation"), ("test_top1", "top-1, test")):
+    if "search_loss" in record:
+        numbers.append(f"| divergence from the dense model's answers | {record['search_loss']:.4f} nats |")
+    for key, label in (("search_top1", "top-1 before retraining, search-validation"), ("test_top1", "top-1, test")):
         if key in record:
             numbers.append(f"| {label} | {record[key]:.2f} % |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
-    where = " --data FOLDER" if record["data"].startswith(GIVEN) else ""
+    where = " --data FOLDER" if record["data"].startswith(GIVEN) or record.get("unlabelled") else ""
     return f"""# {config["model_args"]["base"]}, searched by poolshare
 
 `{record["architecture"]}`: runs of tokens[@operator][*length]; a run is one attention map and the blocks that use it.

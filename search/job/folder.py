@@ -223,6 +223,14 @@ class RunFolder:
             )
         return found
 
+    def check_trains(self, verb: str) -> None:
+        """Raise RunError for a run without training, which has neither a trained supernet nor images to train on."""
+        if not self.config.training:
+            raise RunError(
+                f"{self.path} was searched without training (--no-training), so there is nothing for `poolshare {verb}`: "
+                "`poolshare export` takes a model home, `poolshare retrain` trains it further"
+            )
+
     @property
     def defaults(self) -> list[str]:
         """The options that the run's first call left to a default."""

@@ -61,11 +61,12 @@ def page_data(report: Report) -> dict[str, Any]:
         "title": report.title,
         "run": report.run,
         "images": report.images,
+        "score": report.score,
         "scored": scored,  # rows after these are shown, but were not scored by the search
         "spaceSize": report.space_size,
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
-        | {cost: _numbers(rows[cost]) for cost in report.costs},
+        | {name: _numbers(rows[name]) for name in (*report.costs, "loss", "loss_margin") if name in rows},
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [

@@ -15,6 +15,7 @@ from rich.console import Console
 from scipy import stats
 
 from poolshare.space import Architecture, ConfigError, DataError, forecast
+from poolshare.supernet.data.given import loader_batch
 from poolshare.supernet.data.listing import is_image, subfolders
 from poolshare.supernet.data.sources import folder_path
 from poolshare.supernet.data.splits import Batches, Data
@@ -95,6 +96,11 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
         )
     if distributed.launched_size() > 1:
         raise ConfigError("--no-training runs in one process: start it without torchrun")
+    if data is not None and loader_batch(data) is not None:
+        raise ConfigError(
+            f"{config.data} came as loaders, and without training images are drawn one by one: give (train, validation) as "
+            "Datasets"
+        )
     if data is not None or config.data == "digits" or config.data.startswith(NAMES):
         if config.unlabelled:
             raise ConfigError(
@@ -184,7 +190,7 @@ def _run(job: Job, out: Path, console: Console) -> RunFolder:
             candidates = _search(job, record, advance)
         spent = time.monotonic() - start
         more = {
-            "scored": len(record.losses),
+            "looked_at": len(record.losses),
             "dense_passes": round(record.spent / (dense * images), 1),
             "labelled": job.data.labelled,
         }
