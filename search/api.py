@@ -27,6 +27,7 @@ from .job.job import run_job
 from .job.prepare import open_given, with_card
 from .report.report import Pick, Report, load_report
 from .scoring import Metric, metric_name, top1
+from .untrained.job import run_untrained
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
 NOT_OWN = (
@@ -67,6 +68,8 @@ def search(
         trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
         data_dir, download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
 
+        training=False searches the model as it is, see `--no-training`; unlabelled and images belong to that.
+
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """
     _check_names(options)
@@ -85,7 +88,8 @@ def search(
     if own is None and (classes is not None or name != "data"):
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
     config = checked_config(**options, metric=metric_name(metric))
-    return SearchResult(run_job(config, out, console, storage, own, metric).path, own, metric)
+    run = run_job if config.training else run_untrained
+    return SearchResult(run(config, out, console, storage, own, metric).path, own, metric)
 
 
 def work(

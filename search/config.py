@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from poolshare.space import COSTS, ConfigError, budget_quantity
+from poolshare.space.presets import UNTRAINED
 
 SEARCHING = (
     "budget",
@@ -32,6 +33,8 @@ WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supern
 # The path of a pretrained model (results/defaults): with its retraining it costs less than twice the dense tuning.
 TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 200
 RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
+ONLY_TRAINING = ("epochs", "batch_size", "lr", "weight_decay", "amp", "recipe", "search_fraction", "trials", "sampler")
+IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little more, and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
@@ -60,6 +63,9 @@ class SearchConfig(BaseModel):
         ...,
         "A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: vit_tiny_patch16_224.",
     )
+    training: bool = True  # False: search the model as it is, see `search.untrained`
+    unlabelled: bool = option(False, "With --no-training: take all pictures below --data, and no labels.")
+    images: int | None = option(None, "With --no-training: score on at most so many. Default: 1000.", metavar="N", ge=2)
     pretrained: bool = option(False, "Begin with timm's pretrained weights.")
     weights: str | None = option(
         None,
@@ -163,9 +169,11 @@ class SearchConfig(BaseModel):
             "trials": 1000,
             "tune_epochs": 0,
         }
-        if warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
+        if given.get("training") is False:
+            decided |= {"epochs": 0, "operators": UNTRAINED, "max_run": 1, "budget": "70%", "images": IMAGES}
+        elif warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
             decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
-        if budget_quantity(str(given.get("budget", "%"))) == "latency":
+        if budget_quantity(str((decided | given).get("budget", "%"))) == "latency":
             decided["objective"] = "latency"
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)

@@ -31,6 +31,24 @@ PRESETS: dict[str, SearchSpace] = {
 }
 
 
+UNTRAINED = ("tome", "evit", "topk", "mstm", "kmeans")  # that work on a model which was not trained with them
+WARM_OPERATORS = ("tome", "kmeans", "avg2d")  # that leave a pretrained model most of what it knows (results/defaults)
+EVEN_LEVELS = 10  # about so many token counts below a pretrained model's own
+
+
+def even_levels(tokens: int, count: int = EVEN_LEVELS) -> tuple[int, ...]:
+    """Patch-token counts from all to a twelfth, evenly spaced, on square grids where one is near: 49, 44, 40, 36, …, 4."""
+    least = max(1, tokens // 12)
+    step = (tokens - least) / count
+    counts = {tokens}
+    for index in range(count):
+        wanted = least + index * step
+        squares = [side * side for side in (isqrt(int(wanted)), isqrt(int(wanted)) + 1) if side * side < tokens]
+        nearest = min(squares, key=lambda square: abs(square - wanted), default=0)
+        counts.add(nearest if nearest and abs(nearest - wanted) <= step / 2 else round(wanted))
+    return tuple(sorted(counts, reverse=True))
+
+
 def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tuple[int, ...]:
     """Patch-token counts: a model's own, about half of them, a quarter: 196 → 196, 100, 49 on a grid.
 
@@ -50,23 +68,6 @@ def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tupl
         f"{tokens} patch tokens suggest no levels for {', '.join(operators) or 'no operator'}; name the levels yourself"
         + ("" if is_square(tokens) else f"; {tokens} is not a square grid, which 2-D pooling needs")
     )
-
-
-WARM_OPERATORS = ("tome", "kmeans", "avg2d")  # that leave a pretrained model most of what it knows (results/defaults)
-WARM_LEVELS = 10  # about so many token counts below a pretrained model's own
-
-
-def even_levels(tokens: int) -> tuple[int, ...]:
-    """Patch-token counts from all to a twelfth, evenly spaced, on square grids where one is near: 49, 44, 40, 36, …, 4."""
-    least = max(1, tokens // 12)
-    step = (tokens - least) / WARM_LEVELS
-    counts = {tokens}
-    for index in range(WARM_LEVELS):
-        wanted = least + index * step
-        squares = [side * side for side in (isqrt(int(wanted)), isqrt(int(wanted)) + 1) if side * side < tokens]
-        nearest = min(squares, key=lambda square: abs(square - wanted), default=0)
-        counts.add(nearest if nearest and abs(nearest - wanted) <= step / 2 else round(wanted))
-    return tuple(sorted(counts, reverse=True))
 
 
 def _reach(operators: tuple[str, ...], levels: tuple[int, ...]) -> bool:

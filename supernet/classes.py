@@ -110,8 +110,8 @@ def match_classes(
     remedy = "name the head's outputs with --class-map FILE (in Python also classes=), folders' names one a line"
     if not trained:
         raise ModelError(
-            f"the head of {head.source} does not fit the data: {why}. With --epochs 0 a new one would stay untrained: "
-            f"{remedy}, or train (--epochs 1 or more)"
+            f"the head of {head.source} does not fit the data: {why}. Without training a new one would stay untrained: "
+            f"{remedy}; or train (--epochs 1 or more), or score without labels (--no-training --unlabelled)"
         )
     return Matched(
         tuple(classes),

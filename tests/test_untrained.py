@@ -10,8 +10,9 @@ from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.search.untrained.damage import single_reductions, steps
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses
 from poolshare.search.untrained.racing import Race
-from poolshare.search.untrained.search import Effort, even_levels, gradual, search_untrained
+from poolshare.search.untrained.search import Effort, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
+from poolshare.space.presets import even_levels
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 80, 70, 60, 50, 40, 30, 20), operators=("kmeans", "tome"), max_run=1)
 BLOCK = {tokens: 1000 * tokens + 2 * tokens**2 for tokens in SPACE.levels}
@@ -85,9 +86,11 @@ def test_it_costs_a_fraction_of_scoring_a_hundred_architectures(found):
 
 
 def test_finalists_are_scored_on_every_image_once_and_keep_the_budget(allowed, found):
-    assert len(found.finalists) == Effort().finalists
+    assert 10 <= len(found.finalists) <= Effort().finalists
     costs = [COSTS.total(architecture) for architecture in found.finalists]
     assert costs == sorted(costs)
+    assert costs[0] >= allowed.high // 2
+    assert costs[-1] > 0.97 * allowed.high
     for architecture in found.finalists:
         assert architecture in allowed
         assert found.race.losses[architecture].images == IMAGES
@@ -197,17 +200,25 @@ def test_only_a_significantly_better_one_that_costs_no_more_beats():
     assert not race.beaten(least, [least])
 
 
-def test_survivors_are_the_frontier_where_only_few_may_stay():
+def test_survivors_are_spread_over_costs_and_lack_least_there():
     race = Race(SPACE[0], COSTS, IMAGES, score)
     rng = random.Random(1)
     members = list(dict.fromkeys(SPACE.sample(rng) for _ in range(60)))
     race.run(members, IMAGES)
-    frontier = {
-        a for a in members
-        if not any(COSTS.total(b) <= COSTS.total(a) and race.loss(b) < race.loss(a) for b in members)
-    }  # fmt: skip
-    assert set(race.survivors(members, len(frontier))) == frontier
-    assert len(race.survivors(members, len(members))) > len(frontier)
+    everyone = race.survivors(members, len(members))
+    assert set(everyone) == {member for member in members if not race.beaten(member, members)}
+    few = race.survivors(members, 8)
+    costs = sorted(COSTS.total(member) for member in everyone)
+    width = (costs[-1] - costs[0]) // 4 + 1
+    cells = [{m for m in everyone if (costs[-1] - COSTS.total(m)) // width == cell} for cell in range(4)]
+    for cell in filter(None, cells):
+        chosen = cell & set(few)
+        assert chosen
+        on_frontier = [
+            m for m in cell if all(race.loss(o) >= race.loss(m) for o in everyone if COSTS.total(o) < COSTS.total(m))
+        ]
+        assert not on_frontier or chosen & set(on_frontier)
+    assert COSTS.total(few[0]) > costs[-1] - width
 
 
 def test_the_best_of_many_close_ones_survives_the_race():

@@ -22,8 +22,9 @@ from reproduce import DEPTH, LEVELS, SEARCHED, Scorer, load_images
 from poolshare.search.samplers.propose import PROPOSERS, Scored
 from poolshare.search.study.loop import GENERATION
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses
-from poolshare.search.untrained.search import OPERATORS, Effort, search_untrained
+from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, Band, SearchSpace, forecast
+from poolshare.space.presets import UNTRAINED
 
 FINALISTS = 16  # of every way, tested on the other images
 
@@ -121,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     options.loss = "divergence"
     torch.set_num_threads(1)
-    space = SearchSpace(DEPTH, LEVELS, OPERATORS, max_run=1, has_cls=True)
+    space = SearchSpace(DEPTH, LEVELS, UNTRAINED, max_run=1, has_cls=True)
     scorer = Scorer(space, load_images(options.folder, options.cache), options)
     allowed = space.within(scorer.costs, None, options.budget * scorer.costs.total(space[0]))
     rows = []

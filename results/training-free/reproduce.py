@@ -23,8 +23,9 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
-from poolshare.search.untrained.search import OPERATORS, Effort, search_untrained
+from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, CostTable, Layer, SearchSpace
+from poolshare.space.presets import UNTRAINED
 from poolshare.supernet import SuperNet, measure_macs
 
 MODEL, PATCHES, DEPTH, WIDTH = "vit_tiny_patch16_224", 196, 12, 192
@@ -67,18 +68,33 @@ def block(patches: int) -> int:
     return 12 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH + 10 * tokens * WIDTH
 
 
-def uniform(operator: str, share: float, dense: int) -> Architecture:
-    """As many tokens less before each block, one more before the first few, to cost just no more than the share."""
+def uniform(operator: str, budget: float, dense: int) -> Architecture:
+    """As many tokens less before each block, one more before the first few; blocks alone just keep the budget."""
     best: tuple[int, list[int]] = (0, [])
     for less in range(PATCHES // DEPTH):
         for longer in range(DEPTH - 1):
             counts = [PATCHES - less * index - min(index, longer) for index in range(DEPTH)]
             cost = dense - DEPTH * block(PATCHES) + sum(map(block, counts))
-            if cost <= share * dense:
+            if cost <= budget:
                 best = max(best, (cost, counts))
     counts = best[1]
     pairs = pairwise(counts)
     return Architecture((Layer(PATCHES), *(Layer(b, operator if b < a else None) for a, b in pairs)))
+
+
+def uniform_within(
+    operator: str, budget: float, dense: int, images: tuple[torch.Tensor, torch.Tensor], options: argparse.Namespace
+) -> tuple[Architecture, Scorer]:
+    """The uniform schedule that keeps the budget with its operators' own MACs, and what scores it."""
+    room = budget
+    while True:
+        schedule = uniform(operator, room, dense)
+        counts = tuple(dict.fromkeys(layer.tokens for layer in schedule.layers))
+        alone = Scorer(SearchSpace(DEPTH, counts, (operator,), 1, True), images, options)
+        excess = alone.costs.total(schedule) - budget
+        if excess <= 0:
+            return schedule, alone
+        room -= excess
 
 
 def row(name: str, architecture: Architecture, costs: CostTable, losses: ImageLosses, dense: ImageLosses) -> dict:
@@ -104,7 +120,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("images.pt"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS)
-    parser.add_argument("--operators", nargs="+", default=OPERATORS)
+    parser.add_argument("--operators", nargs="+", default=UNTRAINED)
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--loss", default="divergence")
     parser.add_argument("--searched", type=int, default=SEARCHED)
@@ -166,9 +182,7 @@ def main() -> None:
     save(rows)
     for share in sorted(SHARES, key=lambda share: abs(share - options.budget)):
         for operator in space.operators:
-            schedule = uniform(operator, share, dense)
-            counts = tuple(dict.fromkeys(layer.tokens for layer in schedule.layers))
-            alone = Scorer(SearchSpace(DEPTH, counts, (operator,), 1, True), images, options)
+            schedule, alone = uniform_within(operator, share * dense, dense, images, options)
             rows.append(row(f"uniform {operator}", schedule, alone.costs, alone([schedule], test), reference))
             note(str(rows[-1]))
         save(rows)

@@ -64,6 +64,7 @@ def train_finalists(
     """
     if count < 1 or epochs < 1:
         raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
+    folder.check_trains("finalists")
     console = console or Console(quiet=True)
     usual = {"epochs": epochs, "lr": folder.config.finetune_lr}
     wished = {"batch_size": batch_size, "lr": lr, "amp": amp}

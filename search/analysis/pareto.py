@@ -2,9 +2,10 @@
 
 A candidates frame has one row per scored architecture and these columns: `architecture` (canonical text),
 `top1` (percent on the search-validation images), `correct` and `total` (images), `macs` (per image),
-`parameters` and `generation`; `latency_ms` (per image) where it was measured. Rows stand in the order in which they
-were scored. Every function here is pure: frames go in, new frames and numbers come out. `cost` names the column
-to be kept small.
+`parameters` and `generation`; `latency_ms` (per image) where it was measured; `loss` and `loss_margin` (nats, and the
+half-width of its 95 % interval) where architectures were compared by a loss, which then decides, for it tells more of
+few images than `top1` does. Rows stand in the order in which they were scored. Every function here is pure: frames go
+in, new frames and numbers come out. `cost` names the column to be kept small.
 """
 
 from typing import Any
@@ -22,16 +23,22 @@ TRAINED = ["epochs", "batch_size", "lr", "amp"]  # how a finalist was: those com
 HALF_POINT = 0.5  # percent of the images
 
 
-def frontier(candidates: pd.DataFrame, cost: str = "macs") -> pd.DataFrame:
-    """The rows that no other row beats (more `top1`, less `cost`), by rising cost; of equal rows the first.
+def frontier(candidates: pd.DataFrame, cost: str = "macs", score: str | None = None) -> pd.DataFrame:
+    """The rows that no other row beats (better `score`, less `cost`), by rising cost; of equal rows the first.
 
-    No candidates have an empty frontier.
+    score: "top1" or "loss"; None: see `score_of`. No candidates have an empty frontier.
     """
     if candidates.empty:
         return candidates.reset_index(drop=True)
-    # keep_weakly=False keeps the first of equal points and no other.
-    best = moocore.is_nondominated(_points(candidates, cost), maximise=[True, False], keep_weakly=False)
+    score = score or score_of(candidates)
+    points, maximise = _points(candidates, cost, score), [score == "top1", False]
+    best = moocore.is_nondominated(points, maximise=maximise, keep_weakly=False)  # the first of equal points alone
     return candidates[best].sort_values(cost, ignore_index=True)
+
+
+def score_of(candidates: pd.DataFrame) -> str:
+    """The column that architectures are compared by: "loss" where there is one, else "top1"."""
+    return "loss" if "loss" in candidates else "top1"
 
 
 def hypervolume(candidates: pd.DataFrame, reference: tuple[float, float], cost: str = "macs") -> float:
@@ -64,7 +71,7 @@ def progress(
     counts = np.unique(np.linspace(1, len(candidates), min(points, len(candidates))).astype(int))
     best, start, reached = candidates.iloc[:0], 0, []
     for count in counts:
-        best = frontier(pd.concat([best, candidates.iloc[start:count]]), cost)
+        best = frontier(pd.concat([best, candidates.iloc[start:count]]), cost, "top1")
         reached.append(hypervolume(best, reference, cost))
         start = count
     return pd.DataFrame({"evaluations": counts, "hypervolume": reached})
@@ -94,7 +101,7 @@ def pick(frontier: pd.DataFrame, how: str, cost: str = "macs", dense_top1: float
             )
         return close.iloc[0]
     if how == "knee":
-        return frontier.iloc[_knee(frontier[cost].to_numpy(float), frontier["top1"].to_numpy(float))]
+        return frontier.iloc[_knee(frontier[cost].to_numpy(float), frontier[score_of(frontier)].to_numpy(float))]
     return frontier.iloc[-1]  # the most expensive of a frontier is the most accurate
 
 
@@ -128,25 +135,25 @@ def binomial_interval(correct: ArrayLike, total: ArrayLike) -> tuple[Any, Any]:
     return low[()], high[()]
 
 
-def _points(candidates: pd.DataFrame, cost: str) -> np.ndarray:
-    """(candidates, 2) array of top1 and cost, all finite."""
-    missing = [column for column in ("top1", cost) if column not in candidates]
+def _points(candidates: pd.DataFrame, cost: str, score: str = "top1") -> np.ndarray:
+    """(candidates, 2) array of score and cost, all finite."""
+    missing = [column for column in (score, cost) if column not in candidates]
     if missing:
         present = ", ".join(candidates.columns)
         raise RunError(f"the candidates have no column {missing[0]!r}; they have {present}")
-    points = candidates[["top1", cost]].to_numpy(float)
+    points = candidates[[score, cost]].to_numpy(float)
     broken = np.flatnonzero(~np.isfinite(points).all(axis=1))
     if broken.size:
         raise RunError(
-            f"candidate row {broken[0]} has top1 {points[broken[0], 0]} and {cost} {points[broken[0], 1]}; "
+            f"candidate row {broken[0]} has {score} {points[broken[0], 0]} and {cost} {points[broken[0], 1]}; "
             "both must be finite, so score it again or leave it out"
         )
     return points
 
 
-def _knee(costs: np.ndarray, top1: np.ndarray) -> int:
+def _knee(costs: np.ndarray, scores: np.ndarray) -> int:
     """Position of the knee of a frontier sorted by rising cost; its ends lie on the chord, at height 0."""
     if len(costs) < 3:
         return 0
-    heights = (top1 - top1[0]) / (top1[-1] - top1[0]) - (costs - costs[0]) / (costs[-1] - costs[0])
+    heights = (scores - scores[0]) / (scores[-1] - scores[0]) - (costs - costs[0]) / (costs[-1] - costs[0])
     return int(heights.argmax())

@@ -78,6 +78,7 @@ def measure_trust(
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
+    folder.check_trains("trust")
     given = data if isinstance(data, Data) else None
     config = folder.config.at(None if isinstance(data, Data) else data, data_dir, weights)
     config = config.changed(device=device or config.device, workers=workers)

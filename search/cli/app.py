@@ -171,6 +171,14 @@ def space(
 @with_search_options
 def search(
     out: Annotated[Path, typer.Option(help="The run folder; an existing one is continued.", metavar="RUN")],
+    no_training: Annotated[
+        bool,
+        typer.Option(
+            "--no-training",
+            help="Search the model as it is, with its trained head, in minutes. --data: class folders, or any folder of "
+            "pictures. Defaults: --budget 70%, token counts evenly spaced, operators that need no training, no sharing.",
+        ),
+    ] = False,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -182,6 +190,8 @@ def search(
     """
     from .. import search as run_search
 
+    if no_training:
+        options["training"] = False
     result = run_search(options.pop("data"), out=out, storage=storage, quiet=quiet, **read_options(options))
     if launched_rank():
         return None

@@ -63,6 +63,7 @@ class Facts(BaseModel):
     data_fingerprint: str
     search_data: str | None = None
     scale_16bit: bool = False
+    unlabelled: bool = False  # whether the search's images had no labels
     seed: int = Field(ge=0, lt=2**32)
     batch_size: int = Field(ge=1)
     threads: int | None = Field(None, ge=1, le=1024)  # that the search was computed with
@@ -145,19 +146,23 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     scored = candidates[candidates["architecture"] == str(architecture)]
     search_top1 = [100 * by_dense / tuned.total] if tuned and by_dense is not None else scored["top1"].tolist()
     weights = f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
-    if by_dense is not None:
+    if not config.training:
+        weights = f"{short_name(config.weights or config.model)}, not trained any further"
+    elif by_dense is not None:
         weights = f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
     facts = {
         "architecture": str(architecture),
         "macs": measure_macs(supernet).total(architecture),
         "dense_macs": summary["dense"]["macs"],
         "parameters": measure_parameters(supernet).total(architecture),
-        **({"search_top1": float(search_top1[0])} if search_top1 else {}),
+        **({"search_top1": float(search_top1[0])} if search_top1 and summary.get("labelled", True) else {}),
+        **({"search_loss": float(scored["loss"].iloc[0])} if len(scored) and "loss" in scored else {}),
         "data": config.data,
         "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
         "search_data": config.search_data and str(Path(config.search_data).expanduser().resolve()),
         "scale_16bit": config.scale_16bit,
+        "unlabelled": config.unlabelled,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "pretrained": config.warm,
@@ -310,12 +315,14 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
     ]
     numbers.append(f"| parameters | {record['parameters']:,} |")
     dense = record.get("dense") or {}
+    if "search_loss" in record:
+        numbers.append(f"| divergence from the dense model's answers | {record['search_loss']:.4f} nats |")
     for key, label in (("search_top1", "top-1 before retraining, search-validation"), ("test_top1", "top-1, test")):
         if key in record:
             beside = f" (dense model: {dense[key]:.2f} %)" if key in dense else ""
             numbers.append(f"| {label} | {record[key]:.2f} %{beside} |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
-    where = " --data FOLDER" if record["data"].startswith(GIVEN) else ""
+    where = " --data FOLDER" if record["data"].startswith(GIVEN) or record.get("unlabelled") else ""
     return f"""# {config["model_args"]["base"]}, searched by poolshare
 
 `{record["architecture"]}`: runs of tokens[@operator][*length]; a run is one attention map and the blocks that use it.

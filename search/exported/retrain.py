@@ -338,6 +338,10 @@ def _open(
     """
     facts = source.facts
     same = name == facts["data"]
+    if same and facts.get("unlabelled"):
+        raise DataError(
+            f"{source.path} was searched on pictures without labels ({name}): give images in class folders as --data FOLDER"
+        )
     with checking_images(console) as progress:
         opened = open_data(
             name,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # None until the model has been made
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
+MORE = ("latency_ms", "loss", "loss_margin")  # of candidates too, where they are known
 FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
 
 
@@ -40,6 +41,7 @@ class RunFolder:
         self.supernet = path / "supernet.safetensors"  # trained weights
         self.journal = path / "study.journal"  # the study, where it is not in a database
         self.candidates = path / "candidates.csv"
+        self.losses = path / "losses.safetensors"  # without training: what was scored, image by image
         self.benchmark = path / "benchmark.csv.gz"  # a whole space with its scores
         self.latency = path / "latency.json"  # the latency table, and how far it can be trusted
         self.finalists = path / "finalists.csv"  # the best ones, trained on and scored again
@@ -225,6 +227,14 @@ class RunFolder:
             )
         return found
 
+    def check_trains(self, verb: str) -> None:
+        """Raise RunError for a run without training, which has neither a trained supernet nor images to train on."""
+        if not self.config.training:
+            raise RunError(
+                f"{self.path} was searched without training (--no-training), so there is nothing for `poolshare {verb}`: "
+                "`poolshare export` takes a model home, `poolshare retrain` trains it further"
+            )
+
     @property
     def defaults(self) -> list[str]:
         """The options that the run's first call left to a default."""
@@ -246,7 +256,7 @@ class RunFolder:
             raise RunError(f"{self.path} has no candidates.csv yet; continue its search with `poolshare search`")
         with reading(path, "move it away to score again"):
             frame = read_csv(path)
-            if tuple(frame.columns) not in (CANDIDATES, (*CANDIDATES, "latency_ms")):
+            if tuple(frame.columns) != tuple(_columns(frame)):
                 raise ValueError(f"its columns are {', '.join(frame.columns)}")
             if frame.isna().any(axis=None):
                 raise ValueError("a value is missing")
@@ -276,9 +286,8 @@ class RunFolder:
             return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "lr": float, "amp": str})
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
-        """Replace candidates.csv; latencies are written where all rows have one."""
-        known = "latency_ms" in frame and frame["latency_ms"].notna().all()
-        write_csv(self.candidates, frame[[*CANDIDATES, "latency_ms"] if known else list(CANDIDATES)], checked=True)
+        """Replace candidates.csv; latencies and losses are written where all rows have one."""
+        write_csv(self.candidates, frame[_columns(frame)], checked=True)
 
     def read_latency(self) -> Latency | None:
         """The latency table that the run was searched with last; None where there is none.
@@ -338,6 +347,11 @@ class RunFolder:
             if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
+
+
+def _columns(frame: pd.DataFrame) -> list[str]:
+    """Those of candidates.csv, where these are the candidates."""
+    return [*CANDIDATES, *(name for name in MORE if name in frame and frame[name].notna().all())]
 
 
 def check_outside(out: Path, data: str) -> None:

@@ -104,7 +104,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         _train(job, folder, console)
         candidates, scoring = _score(job, folder, console, storage)
-        _conclude(job, folder, candidates, scoring, _time(job, candidates, console))
+        conclude(job, folder, candidates, scoring, time_models(job, candidates, console))
     return folder
 
 
@@ -281,7 +281,7 @@ def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
-def _time(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
+def time_models(job: Job, candidates: pd.DataFrame, console: Console) -> Timed | None:
     """What whole models take, where a latency budget is to be kept."""
     if job.latency is None or job.config.objective != "latency" or job.config.budget is None:
         return None
@@ -312,8 +312,15 @@ def _dense_top1(job: Job, candidates: pd.DataFrame) -> float:
     return 100 * correct / total
 
 
-def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: float, timed: Timed | None) -> None:
-    """Summary, page and picture, frontier. scoring: seconds of this call."""
+def conclude(
+    job: Job,
+    folder: RunFolder,
+    candidates: pd.DataFrame,
+    scoring: float,
+    timed: Timed | None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
     limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
     cost = job.config.cost
     if job.exhaustive:
@@ -355,7 +362,8 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             "classes": list(job.data.classes),
             "images": {
                 name: np.bincount(job.data.split(name).labels, minlength=len(job.data.classes)).tolist()
-                for name in ("train", "search")
+                for name in (("train", "search") if job.config.training else ("search",))
+                if job.data.labelled
             },
             "notes": list(folder.notes),
             "certified": len(candidates) == job.supernet.space.size,
@@ -366,6 +374,7 @@ def _conclude(job: Job, folder: RunFolder, candidates: pd.DataFrame, scoring: fl
             **path,
             "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "versions": versions(),
+            **(more or {}),
         },
     )
     report = write_report(folder)

@@ -29,12 +29,12 @@ from poolshare.space import (
     forecast_space,
     parse_budget,
 )
-from poolshare.space.presets import space_for
+from poolshare.space.presets import even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
 from poolshare.supernet.data.given import Parts, open_own
-from poolshare.supernet.data.splits import Data, open_data
+from poolshare.supernet.data.splits import Data, open_data, open_pictures
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.options import read_options, read_value
 from poolshare.supernet.training import distributed
@@ -95,6 +95,8 @@ class Job:
     @property
     def exhaustive(self) -> bool:
         """Whether the whole space will be scored."""
+        if not self.config.training:
+            return False
         if self.config.sampler != "auto":
             return self.config.sampler == "exhaustive"
         whole = forecast_space(self.supernet.space, self.macs)
@@ -165,6 +167,9 @@ def prepare(
             f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
             "returned, or give it to `poolshare.search.work`"
         )
+    for name in ("images", "unlabelled"):
+        if config.training and getattr(config, name):
+            raise ConfigError(f"--{name} goes with --no-training: give that too, or leave this out")
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, config.objective)
@@ -175,18 +180,25 @@ def prepare(
     found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
     if data is None:
         with checking_images(console) as progress:
-            data = open_data(
-                config.data,
-                data_dir=config.data_dir,
-                download=config.download,
-                search_fraction=config.search_fraction,
-                search_data=config.search_data,
-                scale_16bit=config.scale_16bit,
-                seed=config.seed,
-                progress=progress,
-                augmentation=recipe.augmentation,
-                **opening_options(data_config),
-            )
+            wanted = {
+                "data_dir": config.data_dir,
+                "scale_16bit": config.scale_16bit,
+                "seed": config.seed,
+                "progress": progress,
+            }
+            wanted |= opening_options(data_config)
+            if config.unlabelled:
+                data = open_pictures(config.data, **wanted)
+            else:
+                data = open_data(
+                    config.data,
+                    download=config.download,
+                    search_fraction=config.search_fraction,
+                    search_data=config.search_data,
+                    augmentation=recipe.augmentation,
+                    training=config.training,
+                    **wanted,
+                )
     matched = matched_classes(begin, data, found, classes)
     notes = data.notes + matched.notes
     if matched.classes != data.classes:
@@ -201,7 +213,7 @@ def prepare(
     if found is not None:
         notes += load_base_weights(supernet, found, config.model, matched.fresh)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
-    if head is not None:
+    if head is not None and data.labelled:
         notes += (
             f"the head of {head} was trained before: if it has seen any of these images, scores on search-validation are "
             "higher than on new ones; `poolshare evaluate` on test images that it has never seen tells",
@@ -247,9 +259,11 @@ def matched_classes(
     trained = config.trains
     if config.warm and head is None and not trained:
         raise ModelError(
-            f"{found.name if found else config.model} brings weights without a head for classes, and with --epochs 0 a new one "
+            f"{found.name if found else config.model} brings weights without a head for classes, and without training a new one "
             "would stay untrained; train (--epochs 1 or more), or give weights with their head"
         )
+    if not data.labelled:
+        return _unmatched(config, head, classes)
     if classes is None:
         class_map = None if config.class_map is None else read_class_map(config.class_map)
         return match_classes(data.classes, head, trained=trained, class_map=class_map)
@@ -263,6 +277,19 @@ def matched_classes(
     if config.warm and fresh and not trained:
         match_classes(data.classes, head, trained=False)  # says why a new head is refused
     return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
+
+
+def _unmatched(config: SearchConfig, head: Head | None, classes: Sequence[str] | None) -> Matched:
+    """The head's own classes, for images without labels."""
+    if classes is None:
+        assert head is not None  # of a run that has begun, its classes are known
+        if config.class_map is not None:
+            names = match_classes((), head, class_map=read_class_map(config.class_map)).classes
+        else:
+            names = head.named.names or tuple(map(str, range(head.count)))
+    else:
+        names = tuple(classes)
+    return Matched(names, (0,), False)
 
 
 def _pretrained_head(config: SearchConfig) -> Head | None:
@@ -368,7 +395,8 @@ def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
     depth, patches = len(base.blocks), base.patch_embed.num_patches
-    return space_for(config.model, depth, patches, config.levels, config.operators, config.max_run, config.warm)
+    levels = config.levels or (None if config.training else even_levels(patches))
+    return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm)
 
 
 def input_config(

@@ -51,6 +51,7 @@ def work(
     kind = check_storage(storage)
     _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
+    folder.check_trains("worker")
     folder.check_same(folder.data_fingerprint, kind)
     own, place = None, None
     if data is None or isinstance(data, (str, Path)):

@@ -50,10 +50,12 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
         text = f"budget {BY_COLUMN[cost].short(limit)}"
         axes.axvline(limit / divisor, color=BUDGET, linewidth=1.3, linestyle=(0, (5, 3)), label=text)
     axes.set_xlabel(label, color=INK)
-    axes.set_ylabel("top-1 on search-validation images (%)", color=INK)
+    axes.set_ylabel(f"{report.score} on search-validation images (%)", color=INK)
     _style(axes, dense_cost / 100, BY_COLUMN[cost].label)
     scored = (
-        f"Certified: all {report.space_size:,} architectures of the space are scored"
+        report.verdict.partition(";")[0]
+        if report.looked_at is not None
+        else f"Certified: all {report.space_size:,} architectures of the space are scored"
         if report.certified
         else f"Found: {len(report.candidates):,} of the space's {report.space_size:,} architectures are scored"
     )

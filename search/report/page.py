@@ -63,11 +63,12 @@ def page_data(report: Report) -> dict[str, Any]:
         "title": report.title,
         "run": report.run,
         "images": report.images,
+        "score": report.score,
         "scored": scored,  # rows after these are shown, but were not scored by the search
         "spaceSize": report.space_size,
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
-        | {cost: _numbers(rows[cost]) for cost in report.costs},
+        | {name: _numbers(rows[name]) for name in (*report.costs, "loss", "loss_margin") if name in rows},
         "intervals": {
             count: [_short(low), _short(high)]
             for count, low, high in zip(counts, *binomial_interval(counts, report.images), strict=True)

@@ -27,7 +27,17 @@ from poolshare.space.quantities import LATENCY, human
 from ..analysis.guard import against_dense
 from ..analysis.latency_budget import Timed
 from ..analysis.layers import layer_shares
-from ..analysis.pareto import PICKS, binomial_interval, compared, frontier, hypervolume, pick, progress, ranked
+from ..analysis.pareto import (
+    PICKS,
+    binomial_interval,
+    compared,
+    frontier,
+    hypervolume,
+    pick,
+    progress,
+    ranked,
+    score_of,
+)
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..console import printable
 from ..job.folder import RunFolder
@@ -47,6 +57,7 @@ class Row(NamedTuple):
     of_dense: float  # percent of the dense network's cost
     parameters: str
     latency: str  # empty where it was not measured
+    loss: str = ""  # with its margin, in nats; empty where there is none
 
 
 class Pick(NamedTuple):
@@ -90,6 +101,8 @@ class Report:
     notes: Sequence[str] = ()  # what the user should know of data and weights
     untrained: bool = False  # nothing was trained, and no weights were given
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
+    looked_at: int | None = None  # without training: how many were scored, most of them on some images only
+    labelled: bool = True  # without labels top1 is the share of images answered as the dense network does
     objective: str = "macs"  # the cost column that the search weighed against accuracy
     with_dense: Mapping[str, int] | None = (
         None  # right answers with the tuned dense model's weights; None: there is none
@@ -110,6 +123,11 @@ class Report:
     def costs(self) -> tuple[str, ...]:
         """The cost columns that candidates and dense network both have."""
         return tuple(cost for cost in BY_COLUMN if cost in self.candidates and cost in self.dense)
+
+    @property
+    def score(self) -> str:
+        """What top1 is called."""
+        return "top-1" if self.labelled else "agreement"
 
     @property
     def cost(self) -> str:
@@ -213,6 +231,13 @@ class Report:
                     " The supernet was trained on draws from the whole space, seldom on the dense network: that one's score is "
                     "too low."
                 )
+        if self.looked_at is not None:
+            answers = "right answers" if self.labelled else "answers like the dense network's"
+            return (
+                f"Found: the least damaging of {self.looked_at:,} architectures that were tried without training, of the space's "
+                f"{self.space_size:,}; {len(self.candidates)} of them were scored on all {self.images:,} images. The loss is the "
+                f"divergence from the dense network's answers in nats; {self.score} counts {answers}."
+            )
         if self.certified:
             return (
                 f"Certified: all {self.space_size:,} architectures of the space were scored, "
@@ -266,6 +291,7 @@ class Report:
         dense = float(self.dense["top1"])
         rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
         row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
+        best = "least damaging" if score_of(self.candidates) == "loss" else "most accurate"
         timed = self.timed.words(str(row["architecture"])) if self.timed else ""
         label, why = {
             "half-point": (
@@ -275,9 +301,9 @@ class Report:
             "knee": ("Knee", "farthest above the straight line between the frontier's ends: beyond it, gains get dear"),
             "budget": (
                 "Within budget",
-                f"the most accurate within {BY_COLUMN[cost].format(limit[1]) if limit else ''}",
+                f"the {best} within {BY_COLUMN[cost].format(limit[1]) if limit else ''}",
             ),
-            "accuracy": ("Most accurate", "the most accurate; of equals, the cheapest"),
+            "accuracy": (best.capitalize(), f"the {best}; of equals, the cheapest"),
         }[how]
         return Pick(how, label, str(row["architecture"]), why + timed)
 
@@ -318,6 +344,7 @@ class Report:
                 str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
                 100 * row[cost] / self.dense[cost], human(row["parameters"]),
                 LATENCY.format(row["latency_ms"]) if "latency_ms" in row else "",
+                f"{row['loss']:.4f}±{row['loss_margin']:.4f}" if "loss" in row else "",
             )
             for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
         ]  # fmt: skip
@@ -359,6 +386,8 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         notes=summary.get("notes", ()),
         untrained=folder.config.epochs == 0 and not folder.config.warm,
         with_dense=summary.get("with_dense_weights"),
+        looked_at=summary.get("looked_at"),
+        labelled=summary.get("labelled", True),
         objective=COSTS[summary.get("objective", "macs")].column,
     )
     if (told := report.against_dense).startswith("warning:"):

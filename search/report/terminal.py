@@ -47,17 +47,20 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     table = Table(title=Text(printable(report.title)), caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     timed = "latency_ms" in report.costs
     table.add_column("architecture", overflow="fold")
+    losses = "loss" in report.candidates
     headings = {
-        "top1": "top-1 % (95 %)",
+        "top1": f"{report.score} % (95 %)",
+        "loss": "loss",
         "macs": "MACs",
         "share": "% dense",
         "parameters": "params",
         "latency_ms": "latency",
     }
     if width < WIDE:
-        headings = {"top1": "top-1 %", cost: headings[cost]}
-    elif not timed:
-        del headings["latency_ms"]
+        headings = {"top1": f"{report.score} %", cost: headings[cost]}
+    else:
+        left_out = ["loss"] * (not losses) + ["parameters"] * losses + ["latency_ms"] * (not timed)
+        headings = {name: heading for name, heading in headings.items() if name not in left_out}
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
@@ -67,10 +70,10 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     for row in rows:
         interval = f" ({row.low:.1f}-{row.high:.1f})" if width >= WIDE else ""
         cells = {"top1": f"{row.top1:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
-        add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency})
+        add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency, "loss": row.loss})
     table.add_section()
     dense = report.dense
-    cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0"}
+    cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0", "loss": "0"}
     cells |= {"parameters": human(dense["parameters"])}
     cells |= {"latency_ms": LATENCY.format(dense["latency_ms"])} if timed else {}
     add(f"dense: {dense['architecture']}", cells)
@@ -142,7 +145,7 @@ def terminal_plot(
         figure.theme("simple" if colour else "colorless")
         figure.plot_size(width, height - 1)
         figure.label(label, axis="x")
-        figure.label("top-1 %", axis="y")
+        figure.label(f"{report.score} %", axis="y")
         figure.ruler("y").frequency(max(2, height // 3))
         if cost in report.limits:
             figure.line(report.limits[cost] / divisor, orientation="vertical")

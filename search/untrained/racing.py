@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -56,28 +57,34 @@ class Race:
         error = more.std(ddof=1) / np.sqrt(len(more)) if len(more) > 1 else np.inf
         return float(more.mean()) / MICRONATS, float(error) / MICRONATS
 
-    def beaten(self, architecture: Architecture, others: Sequence[Architecture]) -> bool:
-        """Whether one of the others costs no more and has a lower loss, with 95 % confidence, on the common images."""
+    def beaten(self, architecture: Architecture, others: Sequence[Architecture], images: int) -> bool:
+        """Whether one of the others costs no more and has a lower loss, with 95 % confidence, on the first so many images."""
         mine, cost = self.losses[architecture], self.costs.total(architecture)
         for other in others:
             if other == architecture or self.costs.total(other) > cost:
                 continue
             theirs = self.losses[other]
-            common = min(mine.images, theirs.images)
-            more = mine.loss[0, :common] - theirs.loss[0, :common]
-            if more.sum() > 0 and paired(mine.loss[0, :common], theirs.loss[0, :common]).low > 0:
+            more = mine.loss[0, :images] - theirs.loss[0, :images]
+            if more.sum() > 0 and paired(mine.loss[0, :images], theirs.loss[0, :images]).low > 0:
                 return True
         return False
 
-    def survivors(self, architectures: Sequence[Architecture], most: int) -> list[Architecture]:
-        """Those that none of them beats; of more than `most`, those that lack least to the frontier at their cost."""
-        left = [architecture for architecture in architectures if not self.beaten(architecture, architectures)]
-        images = min(self.losses[architecture].images for architecture in architectures)
+    def survivors(self, architectures: Sequence[Architecture], most: int, images: int) -> list[Architecture]:
+        """Those that none of them beats on the first so many images, at most `most`, spread over their costs.
+
+        Costs are divided into equal cells; each gives those that lack least to the frontier at their cost, the most
+        expensive cell, where damage is smallest, first.
+        """
+        left = [one for one in architectures if not self.beaten(one, architectures, images)]
         left.sort(key=lambda a: (self.costs.total(a), self.loss(a, images)))
-        lacks: dict[Architecture, float] = {}
+        costs = [self.costs.total(architecture) for architecture in left]
+        width = (costs[-1] - costs[0]) // max(1, most // 2) + 1
+        cells: dict[int, list[tuple[float, Architecture]]] = {}
         least = np.inf
-        for architecture in left:
+        for architecture, cost in zip(left, costs, strict=True):
             loss = self.loss(architecture, images)
             least = min(least, loss)
-            lacks[architecture] = loss - least
-        return sorted(left, key=lambda a: lacks[a])[:most]
+            cells.setdefault((costs[-1] - cost) // width, []).append((loss - least, architecture))
+        queues = [sorted(cells[cell], key=lambda member: member[0]) for cell in sorted(cells)]
+        turns = zip_longest(*queues)
+        return [member[1] for turn in turns for member in turn if member is not None][:most]

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from poolshare.space import Architecture, Band, Layer
+from poolshare.space import Architecture, Band, Layer, forecast
 
 from .cheapest import CheapestPaths, EdgeDamage
 from .damage import DamageModel, single_reductions
+from .losses import ImageLosses
 from .racing import Race, ScoreImages
 
-OPERATORS = ("tome", "kmeans", "mstm")  # that work on a model which was not trained with them
-LEVELS = 10  # token counts below the model's own
-BUDGET = "70%"
 FIRST = 0.25  # of the images: what everything is scored on before the race
+_SHARE = 0.7  # of an architecture's cost that a walk over many pays, as they share prefixes
 FEWEST = 64  # images before the race, where there are so many
 
 
@@ -50,52 +49,64 @@ class Found:
         return self.race.spent / (self.race.costs.total(self.race.dense) * self.race.images)
 
 
-def even_levels(patches: int, count: int = LEVELS) -> tuple[int, ...]:
-    """Token counts from all down to a twelfth, evenly spaced; at most `count` below the first."""
-    least = max(1, round(patches / 12))
-    return tuple(sorted({round(float(level)) for level in np.linspace(least, patches, count + 1)}, reverse=True))
-
-
 def search_untrained(
     allowed: Band,
     score: ScoreImages,
     images: int,
     effort: Effort = Effort(),
     note: Callable[[str], None] = lambda _: None,
+    known: dict[Architecture, ImageLosses] | None = None,
 ) -> Found:
     """The least damaging architectures within `allowed`, down to half of its highest cost.
 
-    score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens.
+    score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens. known:
+    what an earlier call scored, whatever became of it; it is not scored again, and this call's losses are added to it.
     """
     space, costs = allowed.space, allowed.costs
-    race = Race(space[0], costs, images, score)
-    first = min(images, max(FEWEST, round(FIRST * images)))
+    race = Race(space[0], costs, images, score, known if known is not None else {})
+    first = _first(images)
     singles = single_reductions(space)
     note(f"{len(singles)} single reductions on {first} of {images} images")
     race.run(singles, first)
     model = DamageModel(space, {single: race.damage(single, first)[0] for single in singles})
-    candidates: dict[Architecture, None] = {single: None for single in singles if single in allowed}
+    low = max(allowed.low, allowed.high // 2)
+    candidates = {single: None for single in singles if low <= costs.total(single) <= allowed.high}
     measured = {space[0], *singles}
+    seen = set(measured)  # in this call: what is known of an earlier one must not change what is proposed
     rng = np.random.default_rng(effort.seed)
     rounds = 0
     while rounds < effort.rounds:
-        proposals = _proposals(allowed, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
+        proposals = _proposals(allowed, low, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
         candidates |= dict.fromkeys(proposals)
-        new = [proposal for proposal in proposals if proposal not in race.losses]
+        new = [proposal for proposal in proposals if proposal not in seen]
         if not new:
             break
+        seen.update(new)
         rounds += 1
         note(f"round {rounds}: {len(new)} new architectures on {first} images")
         race.run(new, first)
         scored = [candidate for candidate in candidates if candidate not in measured]
         model.fit(scored, *zip(*(race.damage(candidate, first) for candidate in scored), strict=True))
-    left = list(candidates)
-    for seen in _stages(first, images):
-        most = effort.finalists * images // seen
-        left = race.survivors(left, most)
-        note(f"race: {len(left)} of {len(candidates)} architectures on {seen} of {images} images")
-        race.run(left, seen)
+    left, seen_by_all = list(candidates), first
+    for stage in _stages(first, images):
+        left = race.survivors(left, effort.finalists * images // stage, seen_by_all)
+        note(f"race: {len(left)} of {len(candidates)} architectures on {stage} of {images} images")
+        race.run(left, stage)
+        seen_by_all = stage
     return Found(sorted(left, key=costs.total), race, rounds)
+
+
+def expected_cost(allowed: Band, images: int, effort: Effort = Effort()) -> float:
+    """About what `search_untrained` spends, in units of cost, known before it begins: rather more than less."""
+    space, costs = allowed.space, allowed.costs
+    first = _first(images)
+    spent = first * forecast([space[0], *single_reductions(space)], costs).cost
+    spent += first * effort.rounds * effort.proposals * _SHARE * allowed.high
+    before = first
+    for stage in _stages(first, images):
+        spent += (stage - before) * (effort.finalists * images // stage * _SHARE * allowed.high + costs.total(space[0]))
+        before = stage
+    return spent
 
 
 def gradual(allowed: Band) -> list[Architecture]:
@@ -122,6 +133,11 @@ def gradual(allowed: Band) -> list[Architecture]:
     return list(found)
 
 
+def _first(images: int) -> int:
+    """How many images everything is scored on before the race."""
+    return min(images, max(FEWEST, round(FIRST * images)))
+
+
 def _stages(first: int, images: int) -> list[int]:
     """How many images are seen from stage to stage: each time twice as many, in the end all."""
     stages = [min(2 * first, images)]
@@ -130,19 +146,18 @@ def _stages(first: int, images: int) -> list[int]:
     return stages
 
 
-def _proposals(allowed: Band, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
+def _proposals(allowed: Band, low: int, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
     """Half of them the best paths at costs evenly spread; the others best where the damage is as it may also be.
 
     Of these every second has the highest cost that is allowed: it is what the user asked for.
     """
     costs = allowed.costs
-    low = max(allowed.low, allowed.high // 2)
     limits = np.linspace(low, allowed.high, max(2, count - count // 2))
     found = dict.fromkeys(_best(allowed, model, limits.tolist()))
     for index in range(count // 2):
         limit = allowed.high if index % 2 else rng.uniform(low, allowed.high)
         found |= dict.fromkeys(_best(allowed, model.drawn(rng), [limit]))
-    return [architecture for architecture in found if costs.total(architecture) >= allowed.low]
+    return [architecture for architecture in found if costs.total(architecture) >= low] or list(found)
 
 
 def _best(allowed: Band, damage: EdgeDamage, limits: Sequence[float]) -> list[Architecture]:

@@ -247,7 +247,9 @@ class _LoaderData(Data):
         key = self.seed, _EPOCH, epoch
         return _Epoch(self.loaders["train"], "train", key, start_step, rank, world_size, self.places)
 
-    def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
+    def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
+        if (start, stop) != (0, None):
+            raise DataError(f"{self.name} came as loaders, which give no range of their images: give Datasets")
         if split not in self.loaders:
             raise DataError(f"no loader of {split} images was given for {self.name}")
         return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)

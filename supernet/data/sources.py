@@ -415,3 +415,14 @@ def read_folder(
         np.zeros(len(items), dtype=np.uint64),
     )
     return names if known is None else tuple(known), source, notes
+
+
+def read_pictures(root: Path, scale_16bit: bool) -> tuple[Source, tuple[str, ...]]:
+    """All images in a folder, however deep, each with the label 0, and notes on what was passed over."""
+    listing = list_folder(root)
+    if not listing.paths:
+        raise DataError(f"no image ({' '.join(ENDINGS)}) in {str(root)!r}: add some")
+    items = [(os.path.join(root, path), 0) for path in listing.paths]
+    labels = np.zeros(len(items), dtype=np.int64)
+    digests = np.zeros(len(items), dtype=np.uint64)
+    return Source(Images(items, str(root), scale_16bit), labels, listing.paths, listing.sizes, digests), listing.notes

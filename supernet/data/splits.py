@@ -29,6 +29,7 @@ from .sources import (
     held_out,
     open_source,
     read_folder,
+    read_pictures,
     whole,
 )
 from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
@@ -50,7 +51,8 @@ class Data:
     """The splits of a data set, and loaders over them; made by `open_data`.
 
     classes: class names in index order. They come from strangers: text to show, never to run.
-    img_size: (H, W) in pixels. notes: what the user should know of how the splits came about.
+    img_size: (H, W) in pixels. notes: what the user should know of how the splits came about. labelled: whether the
+    labels mean anything.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Data:
     _splits: dict[str, Split] = field(repr=False)
     _open_test: Callable[[], Split] | None = field(repr=False)
     _prepare: Prepare = field(repr=False)
+    labelled: bool = True
     _tensors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def split(self, name: str) -> Split:
@@ -108,6 +111,11 @@ class Data:
             _splits={name: translated(split) for name, split in self._splits.items()},
             _open_test=open_test and (lambda: translated(open_test())),
         )
+
+    def drawn(self, split: str, positions: np.ndarray) -> "Data":
+        """The same, but of one split these images alone, (n,) positions in it, in this order."""
+        part = self.split(split)
+        return replace(self, _splits=self._splits | {split: Split(part.source, part.indices[positions])})
 
     @property
     def fingerprint(self) -> str:
@@ -177,25 +185,28 @@ class Data:
         rows = order[: steps * whole].reshape(steps, whole)[start_step:, rank * share : (rank + 1) * share]
         return _Loader(_Items(split.source, self._prepare, self.seed, epoch), rows.tolist(), workers)
 
-    def eval_loader(self, split: str, batch_size: int, *, workers: int = 0) -> Batches:
-        """All images of a split in fixed order, as evaluation sees them; the last batch may be short.
+    def eval_loader(
+        self, split: str, batch_size: int, *, workers: int = 0, start: int = 0, stop: int | None = None
+    ) -> Batches:
+        """The images of a split in fixed order, as evaluation sees them; the last batch may be short.
 
+        start, stop: a range of them; by default all.
         A split of up to CACHE_BYTES is decoded once and kept: its batches are views, not to be written to.
         """
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
         if split not in self._tensors:
-            batches = self._batches(split, batch_size, workers)
             if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
-                return batches
-            images, labels = zip(*batches, strict=True)
+                return self._batches(split, batch_size, workers, start, stop)
+            images, labels = zip(*self._batches(split, batch_size, workers), strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
-        images, labels = (kept.split(batch_size) for kept in self._tensors[split])
+        images, labels = (kept[start:stop].split(batch_size) for kept in self._tensors[split])
         return list(zip(images, labels, strict=True))
 
-    def _batches(self, split: str, batch_size: int, workers: int) -> Batches:
+    def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
         part = self.split(split)
-        rows = [part.indices[at : at + batch_size].tolist() for at in range(0, len(part), batch_size)]
+        indices = part.indices[start:stop]
+        rows = [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
         return _Loader(_Items(part.source, self._prepare, self.seed, None), rows, workers)
 
 
@@ -255,6 +266,7 @@ def open_data(
     search_data: StrPath | None = None,
     scale_16bit: bool = False,
     check: Sequence[str] = ("train",),
+    training: bool = True,
 ) -> Data:
     """Open the data set `name` and cut it into train, search and test; no test image is used until asked for.
 
@@ -270,6 +282,8 @@ def open_data(
     scale_16bit: take 16-bit grey images, 65,535 as white.
     check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
         `Data.check`. progress: called as `progress(done, total)` meanwhile.
+    training: False: nothing will be trained, so no images are set aside to score on, which all are that are not test; where a
+        class has one image, none are set aside as test either.
 
     Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
     """
@@ -295,21 +309,55 @@ def open_data(
         scale_16bit=scale_16bit,
     )
     splits, notes, full = {}, found.notes, found.train
-    if found.open_test is None:
-        images = len(full)
+    images = len(full)
+    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
+        notes += (f"{name}: none of its {images} images were set aside as test, as some class has no two of them.",)
+    elif found.open_test is None:
         splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
         )
-    if found.search is None:
-        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
-    else:
+    if found.search is not None:
         search, train = found.search, full
         full = Split(train.source, np.concatenate([train.indices, search.indices]))
+    elif training:
+        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
+    else:
+        search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
     data = Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
     data.check(check, progress)
+    return data
+
+
+def open_pictures(
+    name: str,
+    *,
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    data_dir: StrPath | None = None,
+    scale_16bit: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Data:
+    """A folder of pictures, however deep, without labels: all of them are `search`, and every label is 0.
+
+    Raises DataError where there are none, and BrokenDataError as `open_data`.
+    """
+    root = folder_path(name, data_dir)
+    if not root.is_dir():
+        raise DataError(f"no folder of pictures at {str(root)!r}: images without labels are given as a folder")
+    source, notes = read_pictures(root, scale_16bit)
+    notes += (f"the {len(source)} images of {str(root)!r} are scored without labels, by the dense model's answers.",)
+    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
+    splits = dict.fromkeys(("train", "search", "train_full"), whole(source))
+    data = Data(name, ("unlabelled",), in_chans, img_size, seed, notes, splits, None, prepare, labelled=False)
+    data.check(("train",), progress)
     return data
 
 

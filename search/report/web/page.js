@@ -5,12 +5,17 @@ const costLabel = (cost) => data.costs.find((each) => each.name === cost).label;
 const shellQuote = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
 const plot = new Plot(byId("plot"), state, (row) => select(row));
 
-/* Ranks by accuracy: how many scored candidates are better, and better at no more cost. */
+const scoreLabel = data.score[0].toUpperCase() + data.score.slice(1);
+/* By loss where there is one, else by right answers. */
+const beats = (other, row) => rows.loss ? rows.loss[other] < rows.loss[row] : rows.correct[other] > rows.correct[row];
+const [betterWord, rankWord] = rows.loss ? ["less damaging", "Loss"] : ["more accurate", "Accuracy"];
+
+/* How many scored candidates are better, and better at no more cost. */
 function ranks(row) {
   const costs = rows[state.cost];
   let better = 0, cheaperAndBetter = 0;
   for (let other = 0; other < data.scored; other++) {
-    if (rows.correct[other] > rows.correct[row]) {
+    if (beats(other, row)) {
       better++;
       if (costs[other] <= costs[row]) cheaperAndBetter++;
     }
@@ -49,10 +54,10 @@ function showSelection() {
   if (!why.length && row === data.dense) why.push("All tokens, no sharing: the base model as timm has it.");
   if (!why.length && place < 0) {
     why.push(cheaperAndBetter
-      ? `${grouped(cheaperAndBetter)} scored architecture${cheaperAndBetter > 1 ? "s are" : " is"} more accurate at no more cost.`
-      : plot.allowed(row) ? "Another is as accurate at less cost." : "Over the budget.");
+      ? `${grouped(cheaperAndBetter)} scored architecture${cheaperAndBetter > 1 ? "s are" : " is"} ${betterWord} at no more cost.`
+      : plot.allowed(row) ? "Another is as good at less cost." : "Over the budget.");
   }
-  if (!why.length) why.push("Nothing that was scored is both as cheap and more accurate.");
+  if (!why.length) why.push(`Nothing that was scored is both as cheap and ${betterWord}.`);
   byId("selection-why").textContent = why.join(" ");
   step("cheaper", "Cheaper", [...front].reverse().find((other) => costs[other] < costs[row]));
   step("dearer", "Dearer", front.find((other) => costs[other] > costs[row]));
@@ -61,10 +66,13 @@ function showSelection() {
 
   const lost = rows.correct[row] - rows.correct[data.dense];
   const facts = [
-    ["Top-1", `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
+    [scoreLabel, `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
     ["Against dense", `${signed(top1[row] - top1[data.dense], 2)} points`,
       lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
+  if (rows.loss) {
+    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `±${rows.loss_margin[row].toFixed(4)}, from the dense network's answers`]);
+  }
   for (const { name, label } of data.costs) {
     const here = rows[name][row], there = rows[name][data.dense];
     const change = here === there ? "no change" : `${here < there ? "−" : "+"}${quantity(Math.abs(here - there), name)}`;
@@ -72,7 +80,7 @@ function showSelection() {
       `${((100 * here) / there).toFixed(1)} % of dense, ${change}`]);
   }
   const scored = grouped(data.scored);
-  facts.push(["Accuracy rank", row < data.scored ? `${grouped(better + 1)} of ${scored}` : "not among the scored",
+  facts.push([`${rankWord} rank`, row < data.scored ? `${grouped(better + 1)} of ${scored}` : "not among the scored",
     `in the ${data.certified ? "whole space" : "scored part of the space"}`]);
   if (data.numbers) facts.push(["Number in the space", grouped(data.numbers[row]), `of ${grouped(data.spaceSize)}, from 0`]);
   byId("numbers").replaceChildren(...facts.map(([name, value, note]) =>
@@ -158,6 +166,7 @@ function showTable() {
       make("td", { class: "mini-cell" }, drawMini(rows.architecture[row])),
       make("td", {}, make("b", {}, `${top1[row].toFixed(2)} %`)),
       make("td", { class: "spare" }, `${low.toFixed(1)} to ${high.toFixed(1)}`),
+      ...(rows.loss ? [make("td", {}, rows.loss[row].toFixed(4))] : []),
       ...data.costs.map(({ name }) =>
         make("td", name === cost ? {} : { class: "spare" }, quantity(rows[name][row], name))),
       make("td", { class: "share" }, `${((100 * costs[row]) / costs[data.dense]).toFixed(1)} %`));

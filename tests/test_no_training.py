@@ -1,0 +1,280 @@
+"""`search --no-training`: a model with its trained head is made cheaper as it is, with labels and without them."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from poolshare.search import SearchResult, search
+from poolshare.search.config import checked_config
+from poolshare.search.job.prepare import space_of
+from poolshare.search.untrained import job as untrained_job
+from poolshare.space import PoolshareError
+from poolshare.space.presets import UNTRAINED, even_levels
+from poolshare.supernet.base import outline
+
+OPTIONS = {"depth": 4, "embed_dim": 24, "num_heads": 2}
+MODEL = {"model": "vit_tiny_patch16_224", "img_size": 64, "model_args": OPTIONS, "training": False, "device": "cpu"}
+SMALL = {"levels": (16, 8, 4), "operators": ("tome", "evit")}
+CLASSES = ("ash", "beech", "cedar")
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 64)).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Weights of a small ViT, 24 images in class folders, and 20 pictures without labels."""
+    root = tmp_path_factory.mktemp("models")
+    model = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, **OPTIONS))
+    save_file(model.state_dict(), root / "model.safetensors")
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for index in range(24):
+        picture(root / "labelled" / CLASSES[index % 3] / f"{index}.png", index)
+    for index in range(20):
+        picture(root / "pictures" / ("holiday" if index % 2 else ".") / f"{index}.png", 100 + index)
+    return root
+
+
+@pytest.fixture(scope="module")
+def labelled(place):
+    weights, data = place / "model.safetensors", place / "labelled"
+    return search(data, out=place / "run", weights=weights, quiet=True, **MODEL | {"levels": (16, 8, 4)})
+
+
+@pytest.fixture(scope="module")
+def unlabelled(place):
+    given = {"weights": place / "model.safetensors", "class_map": place / "classes.txt", "unlabelled": True}
+    return search(place / "pictures", out=place / "run-2", quiet=True, **MODEL, **given, **SMALL)
+
+
+def test_its_defaults_suit_a_model_that_is_not_trained_for_any_of_this(labelled):
+    config = labelled.run.config
+    assert (config.operators, config.max_run, config.budget, config.epochs) == (UNTRAINED, 1, "70%", 0)
+    assert labelled.frontier["macs"].max() <= 0.7 * labelled.report.dense["macs"]
+    usual = checked_config(data="photos", training=False, weights="mine.pth")
+    assert space_of(usual, outline("vit_tiny_patch16_224", {})).levels == even_levels(196)
+
+
+def test_the_model_is_the_users_own(place, labelled, tmp_path):
+    labelled.export("dense", tmp_path / "dense")
+    exported, given = load_file(tmp_path / "dense" / "model.safetensors"), load_file(place / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in given.items())
+
+
+@torch.inference_mode()
+def test_losses_and_accuracies_are_those_of_the_exported_models_on_every_image(labelled):
+    data = untrained_job.prepare(labelled.run.config.without_weights, None, None, classes=labelled.run.classes).data
+    images, labels = zip(*data.eval_loader("search", 8), strict=True)
+    images, labels = torch.cat(images), torch.cat(labels)
+    assert len(images) == 19
+    assert labelled.report.images == 19
+    dense = labelled.model("dense")(images).double().log_softmax(dim=-1)
+    assert len(labelled.candidates) > 3
+    for row in labelled.candidates.to_dict("records"):
+        logits = labelled.model(row["architecture"])(images)
+        losses = F.kl_div(logits.double().log_softmax(dim=-1), dense, reduction="none", log_target=True).sum(dim=-1)
+        assert row["loss"] == pytest.approx(float(losses.mean()), abs=2e-5)
+        assert row["loss_margin"] == pytest.approx(2.1009 * float(losses.std()) / 19**0.5, rel=1e-3, abs=2e-5)
+        assert row["correct"] == int((logits.argmax(dim=-1) == labels).sum())
+
+
+def test_its_frontier_and_picks_are_by_loss(labelled):
+    rows, candidates = labelled.frontier, labelled.candidates
+    within = candidates[candidates["macs"] <= 0.7 * labelled.report.dense["macs"]]
+    wanted = [r for r in within.to_dict("records") if not any(
+        (o["macs"] <= r["macs"] and o["loss"] < r["loss"]) or (o["macs"] < r["macs"] and o["loss"] <= r["loss"])
+        for o in within.to_dict("records")
+    )]  # fmt: skip
+    assert set(rows["architecture"]) == {row["architecture"] for row in wanted}
+    assert labelled.pick("budget").architecture == within.loc[within["loss"].idxmin(), "architecture"]
+    assert "least damaging within" in labelled.pick("budget").why
+
+
+def test_a_stopped_search_goes_on_and_finds_the_same(place, unlabelled, monkeypatch):
+    given = {"weights": place / "model.safetensors", "class_map": place / "classes.txt", "unlabelled": True}
+    walks, real = [], untrained_job.image_losses
+
+    def counted(supernet, architectures, batches, **options):
+        if "metric" in options:  # no trial for the forecast
+            walks.append(len(architectures))
+        if len(walks) == stop:
+            raise KeyboardInterrupt
+        return real(supernet, architectures, batches, **options)
+
+    monkeypatch.setattr(untrained_job, "image_losses", counted)
+
+    def again(name):
+        walks.clear()
+        return search(place / "pictures", out=place / name, quiet=True, **MODEL, **given, **SMALL)
+
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        again("stopped")
+    assert not (place / "stopped" / "candidates.csv").exists()
+    stop = 0
+    found = again("stopped")
+    resumed = list(walks)
+    again("stopped")
+    assert walks == []  # all is known
+    again("whole")
+    assert len(resumed) == len(walks) - 2
+    assert walks[2:] == resumed
+    for run in (unlabelled, SearchResult(place / "whole")):
+        assert (found.folder / "candidates.csv").read_bytes() == (run.folder / "candidates.csv").read_bytes()
+
+
+def test_pictures_without_labels_are_scored_by_agreement(place, unlabelled, verb, tmp_path):
+    report = unlabelled.report
+    assert (report.score, report.images, report.dense["top1"], report.baseline) == ("agreement", 20, 100.0, None)
+    assert unlabelled.run.classes == CLASSES
+    status, out, _ = verb("pareto", unlabelled.folder)
+    assert status == 0
+    assert "agreement %" in out
+    assert "loss" in out
+    assert "top-1" not in out
+    page = (unlabelled.folder / "report.html").read_text()
+    assert '"score":"agreement"' in page
+    assert '"loss":[' in page
+    facts = unlabelled.export(unlabelled.pick(), tmp_path / "export")
+    assert "search_top1" not in facts
+    assert facts["search_loss"] > 0
+    status, _, err = verb("evaluate", tmp_path / "export")
+    assert status == 2
+    assert "searched on pictures without labels" in err
+    assert "--data FOLDER" in err
+    status, out, err = verb("evaluate", tmp_path / "export", "--data", place / "labelled", "--json")
+    assert status == 0, err
+    assert json.loads(out)["total"] == 24
+    assert verb("predict", tmp_path / "export", place / "pictures" / "0.png")[0] == 0
+    status, _, err = verb("finalists", unlabelled.folder)
+    assert status == 1
+    assert "--no-training" in err
+
+
+def test_loose_pictures_are_noticed_without_being_told(place, tmp_path):
+    for index in range(6):
+        picture(tmp_path / "loose" / f"{index}.png", index)
+    found = search(
+        tmp_path / "loose", out=tmp_path / "run", weights=place / "model.safetensors", quiet=True, **MODEL, **SMALL
+    )
+    assert found.run.config.unlabelled
+    assert found.run.classes == ("0", "1", "2")
+    assert any("6 images tell architectures apart badly" in note for note in found.run.notes)
+
+
+def first_half(logits, labels):
+    return logits.argmax(dim=-1) // 2 == labels // 2
+
+
+class Opened:
+    def __reduce__(self):
+        return (open, ("/dev/null",))
+
+
+def make_bad(root: Path, place: Path) -> None:
+    for index in range(4):
+        picture(root / "two" / ("oak", "yew")[index % 2] / f"{index}.png", index)
+        picture(root / "part" / ("ash", "beech", "oak")[index % 3] / f"{index}.png", index)
+    picture(root / "one" / "0.png", 0)
+    (root / "none").mkdir()
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, **OPTIONS | {"embed_dim": 48})
+    save_file(other.state_dict(), root / "other.safetensors")
+    resnet = timm.create_model("resnet10t", num_classes=3)
+    save_file(resnet.state_dict(), root / "resnet.safetensors")
+    headless = {k: v for k, v in load_file(place / "model.safetensors").items() if not k.startswith("head")}
+    save_file(headless, root / "headless.safetensors")
+    (root / "code.pth").write_bytes(pickle.dumps({"model": Opened()}))
+    torch.save({"code": Opened()}, root / "code.pt")
+    named = {"state_dict": load_file(place / "model.safetensors"), "classes": list(CLASSES)}
+    torch.save(named, root / "named.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": "two"}, "it has 3 classes, the data 2"),
+        ({"data": "part", "weights": "named.pth"}, "2 of the data's 3 classes are among the names"),
+        ({"data": "one"}, "holds 1 image to score on"),
+        ({"data": "none"}, "no class folders in"),
+        ({"data": "none", "unlabelled": True}, "no image"),
+        ({"data": "absent"}, "no data at"),
+        ({"data": "absent", "unlabelled": True}, "no folder of pictures at"),
+        ({"data": "digits", "unlabelled": True}, "--unlabelled goes with a folder of pictures"),
+        ({"weights": "other.safetensors"}, "other.safetensors"),
+        ({"weights": "resnet.safetensors"}, "resnet.safetensors"),
+        ({"weights": "headless.safetensors"}, "without a head for classes"),
+        ({"weights": "code.pth"}, "code.pth"),
+        ({"weights": "code.pt"}, "code"),
+        ({"weights": None}, "has no trained weights yet"),
+        ({"data": "loose", "metric": first_half}, "the metric first_half needs labels"),
+        ({"epochs": 3}, "--epochs 3 belongs to training"),
+        ({"recipe": {"mixup": 0.5}}, "--recipe"),
+        ({"trials": 10}, "--trials 10 belongs to training"),
+        ({"images": 1}, "--images 1"),
+        ({"training": True, "images": 10}, "--images goes with --no-training"),
+        ({"training": True, "unlabelled": True}, "--unlabelled goes with --no-training"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(changes, says, place, bad, tmp_path):
+    given = MODEL | SMALL | {"data": place / "labelled", "weights": place / "model.safetensors"} | changes
+    for name in ("data", "weights"):
+        if isinstance(given[name], str) and given[name] != "digits":
+            given[name] = bad / given[name]
+    data = given.pop("data")
+    with pytest.raises(PoolshareError) as caught:
+        search(data if data == "digits" else str(data), out=tmp_path / "run", quiet=True, **given)
+    assert says in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def bad(place, tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    make_bad(root, place)
+    for index in range(4):
+        picture(root / "loose" / f"{index}.png", index)
+    return root
+
+
+def test_of_many_images_some_are_drawn_and_of_each_class_one_is_enough(place, tmp_path):
+    for index, name in enumerate(CLASSES):
+        picture(tmp_path / "data" / name / "only.png", index)
+    weights = place / "model.safetensors"
+    found = search(tmp_path / "data", out=tmp_path / "run", weights=weights, quiet=True, images=2, **MODEL, **SMALL)
+    assert found.report.images == 2
+    assert sum(found.run.read_summary()["images"]["search"]) == 2
+    assert any("2 of the 3 images are scored on" in note for note in found.run.notes)
+    assert any("none of its 3 images were set aside as test" in note for note in found.run.notes)
+
+
+def test_the_command_line_has_it(verb, place, tmp_path):
+    words = [
+        "search",
+        "--data",
+        place / "pictures",
+        "--unlabelled",
+        "--no-training",
+        "--images",
+        12,
+        "--levels",
+        "16,8",
+    ]
+    words += ["--weights", place / "model.safetensors", "--img-size", 64, "--operators", "tome"]
+    words += ["--model-args", ",".join(f"{name}={value}" for name, value in OPTIONS.items()), "--device", "cpu"]
+    status, out, err = verb(*words, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "takes about as long as the dense model on" in err  # beforehand
+    assert "tried without training" in " ".join(out.split())
+    assert "agreement" in out
