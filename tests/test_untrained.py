@@ -132,13 +132,13 @@ def two_scores(architectures, start, stop):
 @pytest.mark.parametrize(
     ("patches", "count", "levels"),
     [
-        (196, 10, (196, 178, 160, 142, 124, 106, 88, 70, 52, 34, 16)),
-        (49, 9, (49, 44, 39, 34, 29, 24, 19, 14, 9, 4)),
+        (196, 10, (196, 169, 144, 121, 100, 81, 64, 49, 36, 16)),
+        (49, 9, (49, 44, 39, 36, 29, 25, 19, 16, 9, 4)),
         (4, 10, (4, 3, 2, 1)),
         (1, 10, (1,)),
     ],
 )
-def test_levels_are_evenly_spaced_and_none_comes_twice(patches, count, levels):
+def test_levels_are_evenly_spaced_on_grids_where_one_is_near_and_none_comes_twice(patches, count, levels):
     assert even_levels(patches, count) == levels
 
 
