@@ -23,6 +23,7 @@ from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
+from ..job.dense import load_dense
 from ..job.folder import RunFolder
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
@@ -70,7 +71,7 @@ def measure_trust(
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
-    Each begins where the supernet began (at random, or from the pretrained weights) and takes the supernet's recipe
+    Each begins where the supernet began (at random, or from the pretrained or the tuned dense weights) and takes the supernet's recipe
     and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
     data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
@@ -95,6 +96,8 @@ def measure_trust(
         console = console or Console(quiet=True)
         job = prepare(config, console, given, metric, folder.classes)
         folder.check_images(job.data.fingerprint, job.data.files)
+        if folder.dense.exists():
+            load_dense(job.supernet, folder.dense)
         check_batches(job.data, recipe, 1)
         job = _within_latency(job, folder, report)
         chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
