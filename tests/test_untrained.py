@@ -109,6 +109,15 @@ def test_equal_seeds_find_equal_architectures(allowed, found):
     assert search_untrained(allowed, score, IMAGES).finalists == found.finalists
 
 
+def test_what_an_earlier_call_scored_is_not_scored_again_and_changes_nothing(allowed, found):
+    known = dict(found.race.losses)
+    again = Recorded()
+    assert search_untrained(allowed, again, IMAGES, known=known).finalists == found.finalists
+    assert again.asked == []
+    first = {architecture: losses for architecture, losses in known.items() if SPACE.rank(architecture) % 2}
+    assert search_untrained(allowed, score, IMAGES, known=first).finalists == found.finalists
+
+
 def test_few_images_are_all_looked_at_from_the_beginning(allowed):
     found = search_untrained(allowed, lambda a, start, stop: score(a, start, stop), 50, Effort(rounds=1))
     assert {losses.images for losses in found.race.losses.values()} == {50}
@@ -190,14 +199,14 @@ def test_only_a_significantly_better_one_that_costs_no_more_beats():
     rng = random.Random(0)
     members = list(dict.fromkeys(SPACE.sample(rng) for _ in range(40)))
     race.run(members, IMAGES)
-    beaten = [member for member in members if race.beaten(member, members)]
+    beaten = [member for member in members if race.beaten(member, members, IMAGES)]
     assert 0 < len(beaten) < len(members)
     for member in beaten:
         cheaper = [other for other in members if COSTS.total(other) <= COSTS.total(member) and other != member]
         assert min(map(race.loss, cheaper)) < race.loss(member)
     least = min(members, key=race.loss)
-    assert not race.beaten(least, members)
-    assert not race.beaten(least, [least])
+    assert not race.beaten(least, members, IMAGES)
+    assert not race.beaten(least, [least], IMAGES)
 
 
 def test_survivors_are_spread_over_costs_and_lack_least_there():
@@ -205,9 +214,9 @@ def test_survivors_are_spread_over_costs_and_lack_least_there():
     rng = random.Random(1)
     members = list(dict.fromkeys(SPACE.sample(rng) for _ in range(60)))
     race.run(members, IMAGES)
-    everyone = race.survivors(members, len(members))
-    assert set(everyone) == {member for member in members if not race.beaten(member, members)}
-    few = race.survivors(members, 8)
+    everyone = race.survivors(members, len(members), IMAGES)
+    assert set(everyone) == {member for member in members if not race.beaten(member, members, IMAGES)}
+    few = race.survivors(members, 8, IMAGES)
     costs = sorted(COSTS.total(member) for member in everyone)
     width = (costs[-1] - costs[0]) // 4 + 1
     cells = [{m for m in everyone if (costs[-1] - COSTS.total(m)) // width == cell} for cell in range(4)]
@@ -240,6 +249,6 @@ def test_the_best_of_many_close_ones_survives_the_race():
     left = members
     for images, most in ((100, 30), (200, 12), (400, 6)):
         race.run(left, images)
-        left = race.survivors(left, most)
+        left = race.survivors(left, most, images)
     assert members[0] in left or members[1] in left
     assert all(member in space for member in left)
