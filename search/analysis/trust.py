@@ -90,7 +90,7 @@ def measure_trust(
         recipe = checked_recipe(supernet_recipe(config).model_dump(), recipe_changes)
         header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
         rows = _earlier_rows(folder, header)
-        report = load_report(folder) if folder.summary.exists() else None  # what is damaged is said before any training
+        report = load_report(folder) if folder.summary.exists() else None  # raises for damage before any training
         console = console or Console(quiet=True)
         job = prepare(config, console, given, metric, folder.classes)
         folder.check_images(job.data.fingerprint, job.data.files)
@@ -104,8 +104,8 @@ def measure_trust(
 
 
 def _within_latency(job: Job, folder: RunFolder, report: Report | None) -> Job:
-    """The job whose budget, where it is one of latency, is kept as in the search: by sums of its table, made longer where
-    the whole models that it timed took longer."""
+    """The job with its latency budget as in the search: sums of the table, scaled up where the whole models that were timed
+    took longer."""
     config, latency = job.config, folder.read_latency()
     if config.objective != "latency":
         return job
@@ -134,7 +134,7 @@ def _measure(
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     drawn = draw(job, plan)
-    # An architecture has one score: the one it was given before its first training.
+    # An architecture has one score: the one from before its first training.
     scores = {row["architecture"]: row["supernet_correct"] for row in rows}
     new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
@@ -187,7 +187,7 @@ def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
     """The plan's architectures with their bands, each once; the first ones come from all bands in turn.
 
-    Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
+    Bands are of equal width from the cheapest to the most expensive architecture of the budget, in its own quantity (MACs or
     latency). Where one runs out of members the others give more.
     """
     borders = even_borders(job.allowed.low, job.allowed.high, plan.bands)
@@ -212,12 +212,12 @@ def _distinct(job: Job, low: int, high: int, count: int, rng: random.Random) -> 
         band = job.supernet.space.within(job.allowed.costs, low, high)
     except BudgetError:
         return []
-    found: dict[Architecture, None] = {}
+    drawn: dict[Architecture, None] = {}
     for _ in range(50 * count):
-        if len(found) == min(count, band.size):
+        if len(drawn) == min(count, band.size):
             break
-        found[band.sample(rng)] = None
-    return list(found)
+        drawn[band.sample(rng)] = None
+    return list(drawn)
 
 
 def _train_alone(
@@ -269,7 +269,7 @@ def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
         return tau, ceiling, float(mean) / ceiling if ceiling > 0 else float("nan")
 
     rng = np.random.default_rng(seed)
-    places = [np.flatnonzero(band == one) for one in np.unique(band)]
+    places = [np.flatnonzero(band == label) for label in np.unique(band)]
     resamples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(RESAMPLES)]
 
     def estimates(groups: np.ndarray, members: np.ndarray) -> dict[str, Estimate]:
