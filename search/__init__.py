@@ -1,4 +1,4 @@
-"""Which architectures to look at, and what to tell the user."""
+"""Search: the command line, the Python API, samplers, studies and reports."""
 
 from typing import TYPE_CHECKING, Any
 

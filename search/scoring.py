@@ -114,12 +114,12 @@ def answers(
     """
     model.eval()
     device = next(model.parameters()).device
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index, (images, labels) in enumerate(batches, start=1):
-        found.append((labels, model(images.to(device)).argmax(dim=-1).cpu()))
+        parts.append((labels, model(images.to(device)).argmax(dim=-1).cpu()))
         if progress:
             progress(index)
-    labels_of, predicted = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    labels_of, predicted = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return labels_of, predicted
 
 

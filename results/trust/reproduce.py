@@ -24,9 +24,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import kendalltau
 from torch import nn
 
-from poolshare.search.analysis.trust import Plan, draw, kendall_tau, summarise
+from poolshare.search.analysis.ranking import summarise
+from poolshare.search.analysis.trust import Plan, draw
 from poolshare.search.config import SearchConfig
 from poolshare.search.job.prepare import Job, make_supernet, model_options, prepare
 from poolshare.search.job.records import versions, write_csv, write_json
@@ -323,7 +325,7 @@ def compare(setting: str) -> None:
         "spread": float(first.std(ddof=1)),
         "noise": noise,
     }
-    facts |= {"tau_with_macs": kendall_tau(first, macs)}
+    facts |= {"tau_with_macs": kendalltau(first, macs).statistic}
     groups = {
         operator: (wide["architecture"].map(first_drop) == operator).to_numpy() for operator in ("random", "max2d")
     }
@@ -344,11 +346,13 @@ def compare(setting: str) -> None:
             score = wide["architecture"].map(values).to_numpy(float)
             row = {"lever": name, "seed": int(seed), "seconds": float(group["seconds"].iloc[0])}
             row["seconds"] = None if np.isnan(row["seconds"]) else row["seconds"]
-            row |= {"mean": float(score.mean()), "score_with_macs": kendall_tau(score, macs)}
-            row |= {"gap_with_macs": kendall_tau(first - score, macs), "over_plain": gain(wide, plain, score)}
+            row |= {"mean": float(score.mean()), "score_with_macs": kendalltau(score, macs).statistic}
+            row |= {"gap_with_macs": kendalltau(first - score, macs).statistic, "over_plain": gain(wide, plain, score)}
             row |= {key: result[key] for key in ("tau", "share_of_ceiling", "within")}
-            row["tau_with_plain"] = kendall_tau(score, plain)
-            row["tau_by_first_drop"] = {name: kendall_tau(score[some], first[some]) for name, some in groups.items()}
+            row["tau_with_plain"] = kendalltau(score, plain).statistic
+            row["tau_by_first_drop"] = {
+                name: kendalltau(score[some], first[some]).statistic for name, some in groups.items()
+            }
             facts |= {"ceiling": result["ceiling"], "ceiling_within": result["within"]["ceiling"]}
             found.append(row)
             minutes = "" if row["seconds"] is None else f"{row['seconds'] / 60:.0f} min"
@@ -382,7 +386,7 @@ def gain(wide: pd.DataFrame, plain: np.ndarray, score: np.ndarray) -> dict[str, 
 
     def difference(rows: np.ndarray) -> float:
         alone, before, after = values[rows].T
-        return kendall_tau(after, alone) - kendall_tau(before, alone)
+        return kendalltau(after, alone).statistic - kendalltau(before, alone).statistic
 
     samples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(2000)]
     low, high = np.percentile([difference(rows) for rows in samples], (2.5, 97.5))

@@ -1,7 +1,7 @@
-"""The last choice: the best of a search are trained a little further, each alone, and compared once more.
+"""Finalists: the best architectures of a search, trained a little further, each alone, and scored again.
 
-A supernet's scores tell what harms from what does not, but among good architectures they hardly rank, and the best of
-hundreds of scores is in part the luckiest. Finalists are judged by what they become.
+A supernet's scores separate harmful reductions from harmless ones, but hardly rank good architectures, and the best of
+hundreds of scores is partly luck. Finalists are compared after training.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ def train_finalists(
     data_dir: str | None = None,
     metric: Metric = top1,
 ) -> pd.DataFrame:
-    """Train the `count` most accurate candidates within the budget on, each alone, and score them again.
+    """Train the `count` most accurate candidates within the budget further, each alone, and score them again.
 
     Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
-    in accuracy. Those within the budget that the search was told to `--include` take part in any case. Each begins with
-    the supernet's weights and sees its training images with its augmentation, at the learning rate of `poolshare retrain`;
-    both scores are of the search-validation images, so the test images stay unseen. budget: default: the search's.
-    batch_size, lr, amp: None: as said. data, data_dir: where the search's images lie now, if elsewhere.
+    in accuracy. Architectures that the search was asked to include take part too, where they are within the budget. Each
+    begins with the supernet's weights and sees its training images with its augmentation, at the learning rate of
+    `poolshare retrain`; both scores are of the search-validation images, so the test images stay unseen. budget: default:
+    the search's.
+    batch_size, lr, amp: default: as in the search. data, data_dir: where the search's images lie now, if elsewhere.
     data, metric: those given in Python, see `prepare`.
 
     Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes

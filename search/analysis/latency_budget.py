@@ -1,4 +1,4 @@
-"""Whether models keep a latency budget: whole ones are timed beside the dense one, for sums of layers only come near."""
+"""Whether models are within a latency budget: whole models are timed, because sums of layers are approximate."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from poolshare.supernet.latency import Share
 
 TOGETHER = 6  # models timed in one session, beside the dense one
-AGAIN = 3  # sessions that a model is timed in before it is believed: they differ by more than the interval inside one
+AGAIN = 3  # sessions before a timing is trusted: sessions differ by more than the interval inside one of them
 SESSIONS = 20  # at most
 MODELS = TOGETHER * SESSIONS
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Whole models that were timed in turn with the dense one, and what that says of those that were not."""
+    """Timings of whole models, each relative to the dense one, and what they imply for models that were not timed."""
 
     dense_ms: float  # per image
     # architecture → share of the dense time: median, and of all its sessions the highest end of a 95 % interval
@@ -58,12 +58,12 @@ class Timed:
 
     @property
     def shortest(self) -> str:
-        """Of those that were timed, in words."""
+        """The fastest of those that were timed, in words."""
         text, (median, high) = min(self.shares.items(), key=lambda item: item[1][1])
         return f"{median:.1%} of the dense model's time, perhaps {high:.1%}: {text}"
 
     def words(self, architecture: str) -> str:
-        """What was timed of an architecture, to be added to a sentence."""
+        """An architecture's timing, as the end of a sentence."""
         if architecture not in self.shares:
             return "; its latency is a sum of layers, the whole model was not timed"
         median, high = self.shares[architecture]
@@ -90,30 +90,30 @@ def time_frontier(
     advance: Advance,
     dtype: str = "fp32",
 ) -> Timed:
-    """Time models of the latency frontier from its dear end on, until the most accurate that may keep the budget does.
+    """Time models of the latency frontier from the most expensive down, until one is confirmed to be within budget.
 
-    What decides is timed in `AGAIN` sessions, with models made anew and the dense one beside them each time, and must
-    keep the budget in the worst of them. candidates: with `latency_ms`, sums of the table; dense_sum: the dense
+    The one that decides is timed in `AGAIN` sessions, each with new models and the dense one beside them, and must be
+    within budget in the slowest of them. candidates: with `latency_ms`, sums of the table; dense_sum: the dense
     network's. advance: called with the number of models timed, in all sessions, and a note.
     """
     from poolshare.supernet.latency import measure_shares
 
     dense = str(supernet.space[0])
-    found = Timed(dense_sum, {dense: (1.0, 1.0)})
+    timed = Timed(dense_sum, {dense: (1.0, 1.0)})
     dense_times: list[float] = []
     sessions: dict[str, list[Share]] = {}
 
-    def believed(text: str) -> bool:
+    def confirmed(text: str) -> bool:
         return text == dense or len(sessions.get(text, ())) >= AGAIN
 
     for session in range(SESSIONS):
-        rows = frontier(candidates[found.keeps(candidates, dense_sum, budget)], "latency_ms")
+        rows = frontier(candidates[timed.keeps(candidates, dense_sum, budget)], "latency_ms")
         texts = list(rows["architecture"])
-        if not texts and not dense_times:  # by its sum alone none does, but it may
+        if not texts and not dense_times:  # none is within budget by its sum, but one may be by the clock
             texts = list(candidates.nsmallest(TOGETHER, "latency_ms")["architecture"])
-        if not texts or believed(texts[-1]):
+        if not texts or confirmed(texts[-1]):
             break
-        wanted = [text for text in texts if not believed(text)][-TOGETHER:]
+        wanted = [text for text in texts if not confirmed(text)][-TOGETHER:]
         rng = random.Random(f"frontier {session}")
         took, shares = measure_shares(
             supernet, [Architecture.parse(text) for text in wanted], batch_size, rng, dtype=dtype
@@ -125,6 +125,6 @@ def time_frontier(
             text: (statistics.median(share.median for share in each), max(share.high for share in each))
             for text, each in sessions.items()
         }
-        found = Timed(statistics.median(dense_times), {**found.shares, **new})
-        advance(sum(map(len, sessions.values())), f"dense: {found.dense_ms:.4g} ms per image")
-    return found
+        timed = Timed(statistics.median(dense_times), {**timed.shares, **new})
+        advance(sum(map(len, sessions.values())), f"dense: {timed.dense_ms:.4g} ms per image")
+    return timed

@@ -33,7 +33,7 @@ def layer_shares(architectures: Sequence[str]) -> pd.DataFrame:
 
 
 def in_words(shares: pd.DataFrame) -> str:
-    """Two sentences about what `layer_shares` found: where tokens have gone, where maps are shared most."""
+    """`layer_shares` in two sentences: where tokens are dropped, and where attention is shared most."""
     sentences = []
     tokens = shares[shares["kind"] == "tokens"]
     full = tokens[tokens["value"] == tokens["value"].iloc[0]].set_index("layer")["share"]

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -31,11 +30,9 @@ from ..progress import advance_step, progress_bar
 from ..report.report import Report, load_report
 from ..report.write import write_report
 from ..scoring import SCORING_BATCH, Metric, count_correct, count_right, top1
+from .ranking import summarise
 
-RESAMPLES = 2000  # of the architectures, for the intervals
 POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
-
-Estimate = dict[str, float | None]  # value, and the ends of its 95 % interval; None where nothing can be ranked
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def measure_trust(
         recipe = checked_recipe(supernet_recipe(config).model_dump(), recipe_changes)
         header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
         rows = _earlier_rows(folder, header)
-        report = load_report(folder) if folder.summary.exists() else None  # what is damaged is said before any training
+        report = load_report(folder) if folder.summary.exists() else None  # raises for damage before any training
         console = console or Console(quiet=True)
         job = prepare(config, console, given, metric, folder.classes)
         folder.check_images(job.data.fingerprint, job.data.files)
@@ -108,8 +105,8 @@ def measure_trust(
 
 
 def _within_latency(job: Job, folder: RunFolder, report: Report | None) -> Job:
-    """The job whose budget, where it is one of latency, is kept as in the search: by sums of its table, made longer where
-    the whole models that it timed took longer."""
+    """The job with its latency budget as in the search: sums of the table, scaled up where the whole models that were timed
+    took longer."""
     config, latency = job.config, folder.read_latency()
     if config.objective != "latency":
         return job
@@ -138,7 +135,7 @@ def _measure(
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     drawn = draw(job, plan)
-    # An architecture has one score: the one it was given before its first training.
+    # An architecture has one score: the one from before its first training.
     scores = {row["architecture"]: row["supernet_correct"] for row in rows}
     new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
@@ -191,7 +188,7 @@ def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:
     """The plan's architectures with their bands, each once; the first ones come from all bands in turn.
 
-    Bands are of equal width from the cheapest to the dearest architecture of the budget, in its own quantity (MACs or
+    Bands are of equal width from the cheapest to the most expensive architecture of the budget, in its own quantity (MACs or
     latency). Where one runs out of members the others give more.
     """
     borders = even_borders(job.allowed.low, job.allowed.high, plan.bands)
@@ -216,12 +213,12 @@ def _distinct(job: Job, low: int, high: int, count: int, rng: random.Random) -> 
         band = job.supernet.space.within(job.allowed.costs, low, high)
     except BudgetError:
         return []
-    found: dict[Architecture, None] = {}
+    drawn: dict[Architecture, None] = {}
     for _ in range(50 * count):
-        if len(found) == min(count, band.size):
+        if len(drawn) == min(count, band.size):
             break
-        found[band.sample(rng)] = None
-    return list(found)
+        drawn[band.sample(rng)] = None
+    return list(drawn)
 
 
 def _train_alone(
@@ -244,90 +241,3 @@ def _train_alone(
     model.to(device)
     train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
     return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)
-
-
-# Statistics
-
-
-def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """τ of supernet score against one training alone, its ceiling, and both within bands; all with 95 % intervals.
-
-    rows: columns POINTS; an architecture's score is that of its first row. "tau" is over all architectures;
-    "ceiling" is τ of a first against a second training, over
-    those trained twice, and "share_of_ceiling" compares like with like: among those trained twice, the mean of the
-    score's τ with either training, divided by the ceiling. "within" repeats the three with pairs of the same band alone, which
-    cost in MACs cannot decide. Intervals: percentiles of a bootstrap over architectures, band by band.
-    """
-    facts = rows.drop_duplicates("architecture").set_index("architecture")[["band", "macs", "supernet_correct"]]
-    wide = facts.join(rows.pivot(index="architecture", columns="repeat", values="correct"))
-    wide = wide.reset_index().sort_values(["band", "macs", "architecture"], ignore_index=True)
-    band, score, first = (wide[name].to_numpy() for name in ("band", "supernet_correct", 0))
-    second = wide[1].to_numpy(float) if 1 in wide else np.full(len(wide), np.nan)
-    both = ~np.isnan(second)
-
-    def taus(chosen: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
-        twice = chosen[both[chosen]]
-        tau = kendall_tau(score[chosen], first[chosen], groups[chosen])
-        ceiling = kendall_tau(first[twice], second[twice], groups[twice])
-        mean = np.mean([kendall_tau(score[twice], alone[twice], groups[twice]) for alone in (first, second)])
-        return tau, ceiling, float(mean) / ceiling if ceiling > 0 else float("nan")
-
-    rng = np.random.default_rng(seed)
-    places = [np.flatnonzero(band == one) for one in np.unique(band)]
-    resamples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(RESAMPLES)]
-
-    def estimates(groups: np.ndarray, members: np.ndarray) -> dict[str, Estimate]:
-        values = taus(members, groups)
-        inside = np.isin(np.arange(len(wide)), members)
-        spread = np.array([taus(sample[inside[sample]], groups) for sample in resamples])
-        names = ("tau", "ceiling", "share_of_ceiling")
-        return {name: _estimate(values[index], spread[:, index]) for index, name in enumerate(names)}
-
-    everyone, one_group = np.arange(len(wide)), np.zeros(len(wide), dtype=int)
-    per_band = [
-        {
-            "band": int(band[place[0]]),
-            "low_macs": int(wide["macs"][place].min()),
-            "high_macs": int(wide["macs"][place].max()),
-        }
-        | {"n": len(place)}
-        | estimates(one_group, place)
-        for place in places
-    ]
-    points = [
-        {
-            "architecture": row["architecture"],
-            "macs": int(row["macs"]),
-            "supernet_top1": 100 * row["supernet_correct"] / rows["total"].iloc[0],
-            "retrained_top1": [
-                100 * row[r] / rows["total"].iloc[0] for r in (0, 1) if r in row and not np.isnan(row[r])
-            ],
-        }
-        for row in wide.to_dict("records")
-    ]
-    return (
-        estimates(one_group, everyone)
-        | {"within": estimates(band, everyone)}
-        | {"n": len(wide), "twice": int(both.sum()), "images": int(rows["total"].iloc[0])}
-        | {"bands": per_band, "points": points}
-    )
-
-
-def kendall_tau(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """Kendall's τ-b of two (n,) rankings, over pairs of the same group alone; nan where they rank nothing.
-
-    M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
-    """
-    first, second = np.sign(np.subtract.outer(x, x)), np.sign(np.subtract.outer(y, y))
-    if groups is not None:
-        first, second = (np.where(np.equal.outer(groups, groups), one, 0) for one in (first, second))
-    scale = np.sqrt((first**2).sum() * (second**2).sum())
-    return float((first * second).sum() / scale) if scale > 0 else float("nan")
-
-
-def _estimate(value: float, spread: np.ndarray) -> Estimate:
-    spread = spread[np.isfinite(spread)]
-    if not np.isfinite(value) or not len(spread):
-        return {"value": None, "low": None, "high": None}
-    low, high = np.percentile(spread, (2.5, 97.5))
-    return {"value": value, "low": float(low), "high": float(high)}

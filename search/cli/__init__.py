@@ -1,4 +1,4 @@
-"""The command line: a module for each family of verbs, and what they share. It prints; everything else returns values."""
+"""The command line: a module for each family of verbs, and shared options. Only this package prints results."""
 
 from .app import main
 

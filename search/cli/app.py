@@ -16,23 +16,14 @@ from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
 from poolshare.space.processes import launched_rank
 
-from ..config import checked_config
 from ..console import PlainConsole, never_fail, printable, progress_console
-from . import judging, looking, using
+from . import judging, looking, sizing, using
 from .options import (
-    Budget,
     DataDir,
     DataHere,
     Device,
-    ImgSize,
-    InChans,
     Json,
-    Levels,
-    MaxRun,
-    ModelArgs,
-    Operators,
     Quiet,
-    Sharing,
     Storage,
     Threads,
     Workers,
@@ -69,99 +60,7 @@ def _options(
     """Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention."""
 
 
-@app.command(epilog="Example:  poolshare space --model vit_tiny_patch16_224 --budget 60%")
-def space(
-    model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "vit_tiny_patch16_224",
-    levels: Levels = None,
-    operators: Operators = None,
-    max_run: MaxRun = None,
-    sharing: Sharing = "qk",
-    budget: Budget = None,
-    img_size: ImgSize = None,
-    in_chans: InChans = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the head: as many as your data have. Default: the model's.")
-    ] = None,
-    model_args: ModelArgs = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Size and costs of a search space; trains nothing.
-
-    With the classes of the data it says what `search` will say.
-    """
-    from poolshare.space import budget_quantity, forecast_space, parse_budget
-    from poolshare.supernet import measure_latency_table, measure_macs, measure_parameters
-    from poolshare.supernet.base import cropped
-    from poolshare.supernet.threads import choose_threads, computing_with
-
-    from ..job.prepare import make_supernet, model_options, pick_device, with_card
-
-    given = {
-        "model": model, "levels": levels, "operators": operators, "max_run": max_run, "sharing": sharing, "budget": budget,
-        "img_size": img_size, "in_chans": in_chans, "model_args": model_args,
-    }  # fmt: skip
-    config = checked_config(data="", **with_card(read_options(given)))
-    model = config.model
-    options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
-    net = make_supernet(config, options)
-    graph, macs, parameters = net.space, measure_macs(net), measure_parameters(net)
-    cheapest, dense, whole = graph.cheapest(macs), graph[0], forecast_space(graph, macs)
-    costs = macs
-    if budget is not None and budget_quantity(budget) == "latency":
-        net.to(pick_device(None))
-        with computing_with(choose_threads(threads, None, net).number):
-            latency = measure_latency_table(net)
-        costs = latency.table
-    limit = None if budget is None else parse_budget(budget, costs.total(dense), costs.quantity)
-    allowed = graph.within(costs, None, limit)
-    result: dict[str, Any] = {
-        "model": model,
-        "num_classes": net.num_classes,
-        **graph.to_json(),
-        "size": graph.size,
-        "dense_macs": macs.total(dense),
-        "dense_parameters": parameters.total(dense),
-        "cheapest": str(cheapest),
-        "cheapest_macs": macs.total(cheapest),
-        "cheapest_parameters": parameters.total(cheapest),
-        "within_budget": allowed.size,
-        "within_budget_is_exact": allowed.exact,
-        "budget_macs": limit if costs is macs else None,
-        "budget_latency_ms": None if costs is macs or limit is None else costs.value(limit),
-        "dense_latency_ms": None if costs is macs else costs.value(costs.total(dense)),
-        "notes": cropped(net),
-        "scoring_all_macs_per_image": whole.cost,
-        "scoring_all_in_single_evaluations": round(whole.cost * whole.architectures / whole.one_by_one, 1),
-        "scoring_all_share_of_one_by_one": round(whole.share, 4),
-    }
-    if as_json:
-        return print_json(result)
-    out = PlainConsole()
-    out.print(
-        f"{model}: depth {graph.depth}, levels {', '.join(map(str, graph.levels))}, "
-        f"operators {', '.join(graph.operators)}, at most {graph.max_run} layers on one attention map"
-    )
-    out.print(f"architectures    {graph.size:,}")
-    out.print(
-        f"dense            {macs.format(result['dense_macs'])} per image, {result['dense_parameters']:,} parameters, "
-        f"with a head of {net.num_classes:,} classes" + ("" if num_classes else " (--num-classes: those of your data)"),
-        soft_wrap=True,
-    )
-    out.print(
-        f"cheapest         {macs.format(result['cheapest_macs'])} ({result['cheapest_macs'] / result['dense_macs']:.1%}), "
-        f"{result['cheapest_parameters']:,} parameters: {cheapest}"
-    )
-    if limit is not None:
-        out.print(f"within {budget:<9} {allowed.size_text} architectures cost at most {costs.format(limit)}")
-    if costs is not macs:
-        out.print(f"dense            {costs.format(costs.total(dense))} per image, {latency.conditions}")
-    out.print(
-        f"scoring all      costs {result['scoring_all_in_single_evaluations']:,.0f} single evaluations, "
-        f"{whole.share:.1%} of one by one"
-    )
-    for note in result["notes"]:
-        out.print(note)
+app.command(epilog="Example:  poolshare space --model vit_tiny_patch16_224 --budget 60%")(sizing.space)
 
 
 @app.command(

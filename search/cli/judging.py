@@ -1,4 +1,4 @@
-"""The verbs that train some architectures alone, to judge scores by what becomes of them: `trust` and `finalists`."""
+"""The verbs that train some architectures alone: `trust` and `finalists`."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def trust(
     plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
     folder = RunFolder.open(run)
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
-    found = measure_trust(
+    result = measure_trust(
         folder, plan, recipe_changes=changes, data=data, data_dir=data_dir, weights=None if weights is None else str(weights),
         workers=workers, device=device, threads=threads, console=progress_console(quiet),
     )  # fmt: skip
     if as_json:
-        return print_json(found)
+        return print_json(result)
     console = PlainConsole()
     console.print(
-        f"{found['n']} architectures trained alone for {found['recipe']['epochs']} epochs, {found['twice']} of them twice, "
-        f"scored on {found['images']:,} search-validation images; Kendall tau with 95 % intervals"
+        f"{result['n']} architectures trained alone for {result['recipe']['epochs']} epochs, {result['twice']} of them twice, "
+        f"scored on {result['images']:,} search-validation images; Kendall tau with 95 % intervals"
     )
     for title, part in [
-        ("all", found),
-        ("inside bands", found["within"]),
-        *((f"{one['low_macs'] / 1e6:.3g}-{one['high_macs'] / 1e6:.3g} M MACs", one) for one in found["bands"]),
+        ("all", result),
+        ("inside bands", result["within"]),
+        *((f"{band['low_macs'] / 1e6:.3g}-{band['high_macs'] / 1e6:.3g} M MACs", band) for band in result["bands"]),
     ]:
         cells = [
             f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
@@ -83,7 +83,7 @@ def trust(
 
 def _with_interval(estimate: dict[str, float | None]) -> str:
     if estimate["value"] is None:
-        return "not known"
+        return "unknown"
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
@@ -92,7 +92,7 @@ def finalists(
     count: Annotated[
         int,
         typer.Option(
-            min=1, help="How many of the best to train on, beside those that the search was told to --include."
+            min=1, help="How many of the best to train, besides those that the search was given by --include."
         ),
     ] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
@@ -110,9 +110,9 @@ def finalists(
 ) -> None:
     """Train the best within the budget a little further, each alone, and score them again.
 
-    The best of hundreds of scores is partly the luckiest; this decides between the best by what becomes of them. Test images
-    stay unseen. The same command continues an interrupted one. `poolshare export RUN --pick finalist` takes the winner, of
-    finalists that were trained in several ways that of the largest group.
+    The best of hundreds of scores is partly luck; this compares the best after training. Test images stay unseen. The same
+    command continues an interrupted one. `poolshare export RUN --pick finalist` exports the winner; where finalists were
+    trained in several ways, that of the largest group.
     """
     from ..analysis.finalists import train_finalists
     from ..job.folder import RunFolder

@@ -1,4 +1,4 @@
-"""The verbs that look at what was found: `pareto` a run, `show` an architecture."""
+"""The verbs that show results: `pareto` for a run, `show` for an architecture."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def pareto(
     cost: CostName = None,
     pick: PickName = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Lay another run's frontier over it; repeatable.", metavar="RUN")
+        list[Path] | None, typer.Option(help="Draw another run's frontier too; repeatable.", metavar="RUN")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the frontier as a table.", metavar="FILE")] = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw it; the numbers go beside it, with .csv in place of .png.", metavar="FILE")
     ] = None,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Write report.html, pareto.png and their numbers in the run folder anew.")
+        bool, typer.Option("--refresh", help="Rewrite report.html, pareto.png and their numbers in the run folder.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -61,7 +61,7 @@ def pareto(
     report = load_report(folder, budget)
     others = [load_report(RunFolder.open(other), budget) for other in compare or []]
     column = COSTS[cost].column if cost else report.cost
-    frontier = report.by(column)  # what cannot be is refused before anything is written
+    frontier = report.by(column)  # raises before anything is written
     compared = comparison([report, *others], column)
     chosen = None if pick is None else report.pick(pick, column)
     if csv is not None:
@@ -78,12 +78,12 @@ def pareto(
     if refresh:
         write_report(folder)
     if as_json:
-        found = outcome(folder, report, column)
+        result = outcome(folder, report, column)
         if chosen is not None:
-            found["pick"] = chosen._asdict()
+            result["pick"] = chosen._asdict()
         if others:
-            found["compared"] = compared
-        return print_json(found)
+            result["compared"] = compared
+        return print_json(result)
     present(report, column, others)
     console = PlainConsole()
     for path in (csv, png, png and png.with_suffix(".csv"), folder.report if refresh else None):
@@ -136,13 +136,13 @@ def show(
 
 def outcome(folder: RunFolder, report: Report, cost: str) -> dict[str, Any]:
     """A run in JSON: its summary, and its frontier within the report's budget."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "budget_macs": report.limits.get("macs"),
         "budget_latency_ms": report.limits.get("latency_ms"),
         "certified": report.certified,
     }
-    found |= {"hypervolume": report.hypervolume, "frontier": report.by(cost).to_dict("records")}
-    return {"run": str(folder.path), **folder.read_summary(), **found}
+    facts |= {"hypervolume": report.hypervolume, "frontier": report.by(cost).to_dict("records")}
+    return {"run": str(folder.path), **folder.read_summary(), **facts}
 
 
 def present(report: Report, cost: str, others: list[Report] | None = None) -> None:

@@ -97,8 +97,8 @@ Storage = Annotated[
 def with_search_options(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with every option of SearchConfig before its own; it gets them as its last parameter, **options."""
     *own, _ = inspect.signature(verb, eval_str=True).parameters.values()
-    found = [_parameter(name, field) for name, field in SearchConfig.model_fields.items() if field.description]
-    parameters = [*found, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in own)]
+    generated = [_parameter(name, field) for name, field in SearchConfig.model_fields.items() if field.description]
+    parameters = [*generated, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in own)]
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {part.name: part.annotation for part in parameters}
     return verb
@@ -189,7 +189,7 @@ READERS: dict[str, Callable[[str], Any]] = {
 def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a search with those that are lists or settings read; what was not given is left out."""
     given = {name: value for name, value in options.items() if value is not None}
-    found = {name: READERS[name](value) if name in READERS else value for name, value in given.items()}
-    return found | (
+    values = {name: READERS[name](value) if name in READERS else value for name, value in given.items()}
+    return values | (
         {"model_args": model_args_of(given.get("model"), given["model_args"])} if "model_args" in given else {}
     )

@@ -1,4 +1,4 @@
-"""The verbs of exported models: `export` one, `retrain` it, `evaluate` it, let it `predict`."""
+"""The verbs for exported models: `export`, `retrain`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def export(
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Take one architecture home as a timm model.
+    """Export one architecture as a timm model.
 
     It is chosen by budget, the search's own or another, by text, or as the frontier's knee.
     """
     from .. import SearchResult
 
-    found = SearchResult(run)
+    result = SearchResult(run)
     if architecture is None:
-        chosen = found.pick(pick, budget).architecture
+        chosen = result.pick(pick, budget).architecture
     elif budget or pick:
         raise ConfigError("--architecture names the architecture; leave out --budget and --pick, or leave out that")
     else:
         chosen = architecture
-    facts = found.export(chosen, out)
+    facts = result.export(chosen, out)
     if as_json:
         return print_json({"out": str(out), **facts})
     console = PlainConsole()
@@ -76,9 +76,10 @@ def retrain(
     exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make. Default: DIR-retrained.", metavar="DIR")] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the supernet's weights.")] = False,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin without the supernet's weights.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Lose what an interrupted call with other options has trained for --out.")
+        bool,
+        typer.Option("--restart", help="Discard what an interrupted call with other options has trained for --out."),
     ] = False,
     epochs: Annotated[
         int | None, typer.Option(min=0, help="Default: 15; taught by the run's dense model 8; --from-scratch 30.")
@@ -130,12 +131,12 @@ def retrain(
     PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
     if facts["against_dense"]:
         PlainConsole().print(facts["against_dense"], soft_wrap=True)
-    if quiet:  # else they were said at the beginning
+    if quiet:  # otherwise they were printed at the beginning
         print_notes(facts["notes"])
 
 
 def print_notes(notes: list[str]) -> None:
-    """What an accuracy is of: quiet or not, it belongs to the result."""
+    """Notes on data and weights, which belong to the result, quiet or not."""
     for note in notes:
         PlainConsole().print(note, soft_wrap=True)
 
@@ -182,7 +183,7 @@ def evaluate(
     for one in worst_first[:CLASSES_SHOWN]:
         console.print(f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images", soft_wrap=True)
     if len(worst_first) > CLASSES_SHOWN:
-        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes that it knows better; --json lists all")
+        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes with a higher accuracy; --json lists all")
     print_notes(result["notes"])
     console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
     threads = result["threads"]
@@ -205,15 +206,15 @@ def predict(
     from ..exported.predict import predict as run_predict
 
     aside = PlainConsole(stderr=True, soft_wrap=True)
-    found = run_predict(exported, images, top=top, device=device, say=aside.print, console=progress_console(False))
-    broken = [one["error"] for one in found if "error" in one]
+    answers = run_predict(exported, images, top=top, device=device, say=aside.print, console=progress_console(False))
+    broken = [one["error"] for one in answers if "error" in one]
     if as_json:
-        print_json(found)
+        print_json(answers)
     console = PlainConsole()
-    for one in [] if as_json else found:
+    for one in [] if as_json else answers:
         if "error" in one:
             continue
         named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
         console.print(f"{one['image']}: {named}", soft_wrap=True)
     if broken:
-        raise BrokenDataError(f"{len(broken)} of {len(found)} images cannot be read: {'; '.join(broken)}")
+        raise BrokenDataError(f"{len(broken)} of {len(answers)} images cannot be read: {'; '.join(broken)}")

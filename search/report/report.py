@@ -1,6 +1,6 @@
-"""One run ready to be shown: its candidates, the frontier by any cost, the points worth a look and why, its facts.
+"""The report of a run: its candidates, the frontier by any cost, notable points and why, facts.
 
-How it is shown stands apart: `terminal` in characters, `figure` as a PNG, `page` as one HTML file.
+How it is shown lies elsewhere: `terminal` in characters, `figure` as a PNG, `page` as one HTML file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DENSE_FIELDS = ("architecture", "top1", "macs", "parameters")
 
 
 class Row(NamedTuple):
-    """One architecture as people read it: percentages as numbers, counts with their unit."""
+    """One line of a table: percentages as numbers, counts with their unit."""
 
     architecture: str
     top1: float  # percent
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """An architecture worth a look."""
+    """A notable architecture."""
 
     how: str  # "finalist" or one of pareto.PICKS
     label: str
@@ -70,7 +70,7 @@ class Pick(NamedTuple):
 
 
 class Retraining(NamedTuple):
-    """What the time of retraining is reckoned from."""
+    """What the time of retraining is computed from."""
 
     epochs: int  # by default
     seconds: float  # that these epochs would take if each step took as long as one of the supernet's
@@ -96,7 +96,7 @@ class Report:
     finalists: pd.DataFrame | None = None  # finalists.csv; None: none were trained
     space: SearchSpace | None = None
     cheapest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # cost column → the cheapest of the space
-    retraining: Retraining | None = None  # None where its time cannot be told
+    retraining: Retraining | None = None  # None where its time is unknown
     baseline: float | None = None  # top-1 in percent of always answering with the most frequent class
     notes: Sequence[str] = ()  # what the user should know of data and weights
     untrained: bool = False  # nothing was trained, and no weights were given
@@ -131,7 +131,7 @@ class Report:
 
     @property
     def cost(self) -> str:
-        """The cost column that counts where nobody names one: latency under a budget of latency, else the objective."""
+        """The default cost column: latency under a budget of latency, else the objective."""
         return "latency_ms" if "latency_ms" in self.limits else self.objective
 
     @property
@@ -202,7 +202,7 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """The notes that must not be missed."""
+        """The notes that begin with "warning:"."""
         return [note for note in self.notes if note.startswith("warning:")]
 
     @property
@@ -223,8 +223,8 @@ class Report:
             untrained = f" Before any retraining {self.against_dense.removeprefix('warning: ')}."
         elif self.within is not None:
             untrained = (
-                f" The supernet was trained on architectures up to {self.within:.0%} of the dense MACs alone: the scores of dearer "
-                "ones, and of the dense network, are too low."
+                f" The supernet was trained on architectures up to {self.within:.0%} of the dense MACs alone: the scores of more "
+                "expensive ones, and of the dense network, are too low."
             )
             if self.within == 1:
                 untrained = (
@@ -298,7 +298,10 @@ class Report:
                 "Half a point from dense",
                 f"the least {BY_COLUMN[cost].label} that loses at most half a point against the dense network's {dense:.2f} %",
             ),
-            "knee": ("Knee", "farthest above the straight line between the frontier's ends: beyond it, gains get dear"),
+            "knee": (
+                "Knee",
+                "farthest above the straight line between the frontier's ends: beyond it, gains get expensive",
+            ),
             "budget": (
                 "Within budget",
                 f"the {best} within {BY_COLUMN[cost].format(limit[1]) if limit else ''}",
@@ -328,13 +331,13 @@ class Report:
 
     def picks(self, cost: str | None = None) -> list[Pick]:
         """Every pick that this run has; cost: None: that of the report."""
-        found = []
+        picks = []
         for how in ("finalist", *PICKS):
             try:
-                found.append(self.pick(how, cost))
+                picks.append(self.pick(how, cost))
             except (ConfigError, RunError):
                 continue
-        return found
+        return picks
 
     def rows(self, frame: pd.DataFrame, cost: str = "macs") -> list[Row]:
         """A frame's rows as people read them, `of_dense` by `cost`."""
@@ -350,7 +353,7 @@ class Report:
         ]  # fmt: skip
 
     def export_command(self, architecture: str) -> str:
-        """The shell command that takes an architecture home."""
+        """The shell command that exports an architecture."""
         out = f"{self.run}-export"
         return shlex.join(["poolshare", "export", self.run, "--architecture", architecture, "--out", out])
 
@@ -478,7 +481,7 @@ def _plain(value: Any) -> str:
 
 
 def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:
-    """Reckoned from the time the supernet took on the same machine.
+    """Estimated from the time the supernet took on the same machine.
 
     A supernet's step trains the dense network, the cheapest, and two between them, or six from the cheapest to the
     recipe's limit, or, beside a teacher, a few up to there; retraining sees all the images.

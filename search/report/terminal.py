@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDE = 72  # columns that tables need to show everything
-RUN_MARKS = "OXHVWZ"  # one per run that is compared: told apart without colour
+RUN_MARKS = "OXHVWZ"  # one per run that is compared: readable without colour
 
 
 def terminal_table(report: Report, limit: int | None = None, cost: str = "macs", width: int = WIDE) -> Table:
@@ -122,7 +122,7 @@ def terminal_plot(
     import plotext
 
     divisor, label = BY_COLUMN[cost].axis(report.dense[cost])
-    figure = plotext.figure  # plotext knows this one figure only: left as clean as it was found
+    figure = plotext.figure  # plotext has this one global figure: it is cleared afterwards
     tones = ("blue", "red", "green", "magenta", "cyan", "yellow")
     layers: list[tuple[pd.DataFrame, str, str]] = []
     key = []
@@ -175,10 +175,10 @@ def _centred(parts: Iterable[str], width: int) -> str:
 def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, Any]]:
     """One record per run, made comparable: hypervolumes of all runs have the first run's dense cost and the worst top-1.
 
-    Raises ConfigError for more runs than can be told apart.
+    Raises ConfigError for more runs than there are marks.
     """
     if len(reports) > len(RUN_MARKS):
-        raise ConfigError(f"{len(reports)} runs cannot be told apart in one plot; compare at most {len(RUN_MARKS)}")
+        raise ConfigError(f"{len(reports)} runs are too many for one plot; compare at most {len(RUN_MARKS)}")
     reference = min(report.reference[0] for report in reports), float(reports[0].dense[cost])
     records = []
     for report in reports:

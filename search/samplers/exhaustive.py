@@ -150,7 +150,7 @@ class _Whole:
         return sum(self.pieces[first].cost for first in self.counts) / self.cost
 
     def queue(self) -> bool:
-        """Queue the pieces that nobody has scored or will score; returns whether all are scored."""
+        """Queue the pieces that are neither scored nor queued; returns whether all are scored."""
         present: set[int] = set()
         failures: Counter[int] = Counter()
         for trial in self.study.get_trials(deepcopy=False):
@@ -198,8 +198,8 @@ class _Whole:
             counts, images = self.task.score(list(chain.from_iterable(members)), progress)
             rest = iter(counts)
             for (trial, _), architectures in zip(taken, members, strict=True):
-                found = [next(rest) for _ in architectures]
-                tell(trial, self._values(architectures, found, images), {"counts": found, "images": images})
+                correct = [next(rest) for _ in architectures]
+                tell(trial, self._values(architectures, correct, images), {"counts": correct, "images": images})
 
     def candidates(self) -> pd.DataFrame:
         """The candidates frame, once all is scored: piece by piece, for a column takes less than its values in rows."""

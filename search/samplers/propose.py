@@ -1,4 +1,4 @@
-"""Who comes next: proposers are plain functions; Optuna's samplers see architectures through a total encoding."""
+"""Samplers: our own are plain functions; Optuna's see architectures through a total encoding."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_draws(allowed: Band, costs: CostTable, scored: Sequence[Scored], key:
 def evolution(
     allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int, bands: int = 10, elite: int = 3
 ) -> list[Architecture]:
-    """Those of many offspring that a model of accuracy expects to push the frontier farthest.
+    """The offspring that a model of accuracy expects to improve the frontier most.
 
     allowed: the budget. scored: everything scored so far. key: what the randomness is keyed by; equal keys and
     equal records give equal proposals. The first generation is drawn below limits that grow by equal factors, with
@@ -70,7 +70,7 @@ def evolution(
 def _founders(
     allowed: Band, costs: CostTable, seen: set[Architecture], key: str, count: int, bands: int
 ) -> list[Architecture]:
-    found: dict[Architecture, None] = {}
+    children: dict[Architecture, None] = {}
     founders = (allowed.space.cheapest(costs), allowed.space[0])
     for index in range(count):
         rng = random.Random(f"{key} {index}")
@@ -78,8 +78,8 @@ def _founders(
         limit = max(allowed.low, _between(allowed, (index % bands + 1) / bands))
         child = child or allowed.space.within(costs, None, limit).sample(rng)
         if child in allowed and child not in seen:
-            found[child] = None
-    return list(found)
+            children[child] = None
+    return list(children)
 
 
 def _between(allowed: Band, share: float) -> int:
@@ -193,15 +193,15 @@ def _fill(
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """One level, one share bit and (with several operators) one operator for every layer but the first."""
-    found: dict[str, BaseDistribution] = {}
+    parameters: dict[str, BaseDistribution] = {}
     for index in range(1, space.depth):
         if len(space.levels) > 1:
-            found[f"level_{index}"] = IntDistribution(0, len(space.levels) - 1)
+            parameters[f"level_{index}"] = IntDistribution(0, len(space.levels) - 1)
         if space.max_run > 1:
-            found[f"share_{index}"] = IntDistribution(0, 1)
+            parameters[f"share_{index}"] = IntDistribution(0, 1)
         if len(space.operators) > 1:
-            found[f"operator_{index}"] = CategoricalDistribution(space.operators)
-    return found
+            parameters[f"operator_{index}"] = CategoricalDistribution(space.operators)
+    return parameters
 
 
 def decode(params: dict[str, Any], space: SearchSpace) -> Architecture:

@@ -1,4 +1,4 @@
-"""A Gaussian process of accuracy over architectures: what scores say of what was not scored, and how surely.
+"""A Gaussian process of accuracy over architectures: predictions with their uncertainty.
 
 C. Rasmussen and C. Williams, "Gaussian Processes for Machine Learning", 2006, algorithm 2.1. Two architectures are as
 alike as exp(-rate · distance), their distance the token levels between them and the layers that share or pool in
@@ -29,7 +29,7 @@ class Surrogate:
         known, self._pool = _coordinates(space, architectures), _coordinates(space, pool)
         values = np.asarray(top1, float)
         middle, between = float(values.mean()), _distance(known, known)
-        self._rate, ratio, variance = max(_left_out(between, values - middle), key=lambda found: found[0])[1:]
+        self._rate, ratio, variance = max(_left_out(between, values - middle), key=lambda fit: fit[0])[1:]
         root = np.linalg.cholesky(np.exp(-self._rate * between) + ratio * np.eye(len(values)))
         # (scored, pool): explained of each member's variance
         self._explained = solve_triangular(root, np.exp(-self._rate * _distance(known, self._pool)), lower=True)
@@ -55,8 +55,8 @@ def _coordinates(space: SearchSpace, architectures: Sequence[Architecture]) -> n
     level = {tokens: index for index, tokens in enumerate(space.levels)}
     ways: dict[tuple[bool, str | None], int] = {(False, None): 0, (True, None): 1}
     ways |= {(False, name): 2 + index for index, name in enumerate(space.operators)}
-    found = [[(level[layer.tokens], ways[layer.shared, layer.operator]) for layer in a.layers] for a in architectures]
-    return np.array(found, np.int8).reshape(len(architectures), space.depth, 2)
+    rows = [[(level[layer.tokens], ways[layer.shared, layer.operator]) for layer in a.layers] for a in architectures]
+    return np.array(rows, np.int8).reshape(len(architectures), space.depth, 2)
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def _left_out(between: np.ndarray, values: np.ndarray) -> list[tuple[float, floa
 
     The likelihood is that of each value given all others.
     """
-    found = []
+    fits = []
     for rate in _RATES:
         sizes, axes = np.linalg.eigh(np.exp(-rate * between))
         along = axes.T @ values  # (n,)
@@ -83,8 +83,8 @@ def _left_out(between: np.ndarray, values: np.ndarray) -> list[tuple[float, floa
             missed = axes @ (along / total)
             variance = max(float((missed**2 / precision).mean()), 1e-6)
             likelihood = 0.5 * (float(np.log(precision).sum()) - len(values) * np.log(variance))
-            found.append((likelihood, rate, float(ratio), variance))
-    return found
+            fits.append((likelihood, rate, float(ratio), variance))
+    return fits
 
 
 def expected_gain(mean: np.ndarray, spread: np.ndarray, best: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class Journal(BaseJournalBackend):
             self._depth -= 1
             if self._depth == 0:
                 held, self._held = self._held, None
-                with suppress(OSError):  # what could not be written was told by then, and tries itself once more
+                with suppress(OSError):  # a failed write was reported by then; closing tries it once more
                     held.close()  # with it the lock
 
     def _open_locked(self) -> BinaryIO:
@@ -111,7 +111,7 @@ class Journal(BaseJournalBackend):
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
-                f"{self.path} is damaged or not ours: line {number} ({type(error).__name__}: {str(error)[:80]}); "
+                f"{self.path} is damaged or not a poolshare journal: line {number} ({type(error).__name__}: {str(error)[:80]}); "
                 "restore it from a copy, or move it away to search again from the trained supernet"
             ) from None
 
@@ -148,7 +148,7 @@ class JournalStore(Store):
             raise
         except Exception as error:  # what replaying a strange journal may raise is anything
             raise RunError(
-                f"{self.journal.path} is damaged or not ours ({type(error).__name__}: {str(error)[:80]}); "
+                f"{self.journal.path} is damaged or not a poolshare journal ({type(error).__name__}: {str(error)[:80]}); "
                 "restore it from a copy, or move it away to search again from the trained supernet"
             ) from None
 

@@ -147,7 +147,7 @@ class _Search:
     def read(self) -> tuple[list[_Slot], list[_Slot]]:
         """The scored slots, and the open ones that wait or are being scored, by generation and position.
 
-        Read at once, for trials are told without the lock. Raises RunError where one cannot be ours.
+        Read in one go, because trials end without the lock. Raises RunError for one that this search cannot have written.
         """
         trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
         slots = sorted(map(self._slot, trials), key=lambda slot: (slot.generation, slot.position))

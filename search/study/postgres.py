@@ -76,8 +76,8 @@ class PostgresStore(Store):
             "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
         with self._engine.connect() as connection:
-            found = int(connection.execute(self._text(query), {"key": self._key}).scalar_one())
-        return max(1, found)  # a connection that broke off took our own lock with it
+            alive = int(connection.execute(self._text(query), {"key": self._key}).scalar_one())
+        return max(1, alive)  # a connection that broke off took our own lock with it
 
     def take(self, study: optuna.Study) -> Trial:
         with warnings.catch_warnings():

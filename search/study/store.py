@@ -65,7 +65,7 @@ class Store(ABC):
     def working(self, study: optuna.Study, trials: Sequence[Trial]) -> Iterator[Tell]:
         """Work on trials that were taken; yields a function that ends one, with its values and user attributes.
 
-        What is not told when this ends, after an error for instance, goes back to the queue at once.
+        A trial that has not ended by then, after an error for instance, goes back to the queue at once.
         """
         untold = {trial.number for trial in trials}
 
