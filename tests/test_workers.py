@@ -267,9 +267,8 @@ def test_database_errors_say_what_to_do_and_nothing_of_the_address(postgres):
         assert not any(piece in told for piece in (PASSWORD, QUOTED, "c}ret", "ss:w", "searcher", "7Bc")), told
 
 
+@pytest.mark.parametrize("place", ["postgresql"], indirect=True)  # a journal has no server
 def test_a_database_that_breaks_off_is_a_clear_error_and_the_search_goes_on(place, postgres, alone, job, monkeypatch):
-    if isinstance(place[1](), JournalStore):
-        pytest.skip("a journal has no server")
     psycopg = pytest.importorskip("psycopg")
     others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
     propose = PROPOSERS["evolution"]
