@@ -172,11 +172,17 @@ def stop_at(*steps):
     "changes",
     [
         {},
-        {"ema": 0.9},
-        {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
-        {"accumulate": 3},
-        {"drop_path": 0.5},
-        {"amp": "bf16"},
+        {"ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "accumulate": 3, "drop_path": 0.5},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"ema": 0.9},
+                {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+                {"accumulate": 3},
+                {"drop_path": 0.5},
+                {"amp": "bf16"},
+            )
+        ),
     ],
 )
 def test_training_stopped_in_the_middle_of_epochs_ends_bit_for_bit_like_one_that_was_not(changes, digits, tmp_path):
