@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise
+from conftest import one_of_each, randomise
 from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -55,7 +55,7 @@ def images_for(batch: int = 3, seed: int = 1) -> torch.Tensor:
 # The supernet's logits
 
 
-@pytest.mark.parametrize("kind", VITS)
+@pytest.mark.parametrize("kind", one_of_each(VITS, "cls", "registers, no cls", "query-key norm", "attention-pooled"))
 @pytest.mark.usefixtures("kernel")
 def test_logits_are_the_supernets_bit_for_bit(kind: str):
     net, images = supernet(kind), images_for()
@@ -337,7 +337,7 @@ def test_drop_path_is_timms_and_works_in_training_alone():
         assert not torch.allclose(model(images), model(images))
 
 
-@pytest.mark.parametrize("text", [DENSE, POOLED, "16*3 4@max2d"])
+@pytest.mark.parametrize("text", one_of_each([DENSE, POOLED, "16*3 4@max2d"], POOLED))
 def test_torch_export_gives_the_same_logits(text: str):
     model, images = exported(text), images_for()
     program = torch.export.export(model, (images,))

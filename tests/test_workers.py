@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Forked, call
+from conftest import Forked, call, one_of_each
 from optuna.trial import TrialState
 
 from poolshare.search.job.folder import RunFolder
@@ -151,7 +151,7 @@ def crew_killed_at_random(workers, kills, target, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("workers", "trials", "kills"), [(2, 60, 4), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
+    ("workers", "trials", "kills"), [(2, 40, 3), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
 )
 def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(workers, trials, kills, place, alone, job):
     killed = crew_killed_at_random(workers, kills, searcher, job, place, trials)
@@ -189,58 +189,60 @@ def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, 
     print(f"{killed} kills, {len(complete)} sub-trees, {len(found) - len(complete)} given back")
 
 
-def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(tmp_path, request):
+@pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "journal"))
+def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(kind, tmp_path, request):
     alone = tmp_path / "alone"
     words = [*SEARCH, "--sampler", "exhaustive", "-q", "--out"]
     status, _, err = call(*words, alone)
     assert status == 0, err
-    for kind in ("journal", "postgresql"):
-        folder = begun(alone, tmp_path / kind, kind).path
-        hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
-        worker = Forked.verb("worker", folder, "--json", "-q", **hidden)
-        status, _, err = Forked.verb(*words, folder, **hidden).wait()
-        assert status == 0, err
-        status, out, err = worker.wait()
-        assert status == 0, err
-        assert json.loads(out)["candidates"] == len(pd.read_csv(alone / "candidates.csv"))
-        for name in ("candidates.csv", "pareto.csv"):
-            assert (folder / name).read_bytes() == (alone / name).read_bytes()
-        pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
+    folder = begun(alone, tmp_path / kind, kind).path
+    hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
+    worker = Forked.verb("worker", folder, "--json", "-q", **hidden)
+    status, _, err = Forked.verb(*words, folder, **hidden).wait()
+    assert status == 0, err
+    status, out, err = worker.wait()
+    assert status == 0, err
+    assert json.loads(out)["candidates"] == len(pd.read_csv(alone / "candidates.csv"))
+    for name in ("candidates.csv", "pareto.csv"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+    pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
 
 
+@pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "postgresql"))
 def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(
-    alone, job, tmp_path, request
+    kind, alone, job, tmp_path, request
 ):
-    for kind in ("journal", "postgresql"):
-        ready = begun(alone, tmp_path / f"{kind} to be", kind).path
-        (ready / "supernet.safetensors").unlink()
-        folder = tmp_path / kind
-        hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
-        worker = Forked.verb("worker", folder, "--json", **hidden)
-        worker.wait_for("waiting 10 minutes for `poolshare search` to begin it")
-        ready.rename(folder)
-        worker.wait_for("waiting for `poolshare search` to train it")
-        search = Forked.verb(*SEARCH, "--trials", str(TRIALS), "--out", folder, "--json", **hidden)
-        status, *rest = search.wait()
-        assert status == 0, rest
-        status, out, err = worker.wait()
-        assert status == 0, err
-        assert "waiting for `poolshare search` to train it" in err
-        address = None if kind == "journal" else request.getfixturevalue("postgres")
-        with open_store(folder / "study.journal", address, study_name(job, RunFolder.open(folder))) as store:
-            trials = store.study().get_trials(states=(TrialState.COMPLETE,))
-        # Those without a worker were answered from the record.
-        names = [trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs]
-        by_worker = sum(f"-{worker.pid}-" in name for name in names)
-        by_search = sum(f"-{search.pid}-" in name for name in names)
-        assert by_worker + by_search == len(names)
-        assert json.loads(out) == {"run": str(folder), "scored": by_worker, "candidates": TRIALS}
-        for name in ("candidates.csv", "pareto.csv"):
-            assert (folder / name).read_bytes() == (alone / name).read_bytes()
-        assert not list(folder.glob(".worker-*"))
-        texts = [out, err, *rest, *(path.read_bytes().decode(errors="replace") for path in folder.iterdir())]
-        assert not any(secret in text for text in texts for secret in (PASSWORD, QUOTED))
-        assert (folder / "study.journal").exists() == (kind == "journal")
+    ready = begun(alone, tmp_path / f"{kind} to be", kind).path
+    (ready / "supernet.safetensors").unlink()
+    folder = tmp_path / kind
+    hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
+    worker = Forked.verb("worker", folder, "--json", **hidden)
+    worker.wait_for("waiting 10 minutes for `poolshare search` to begin it")
+    ready.rename(folder)
+    worker.wait_for("waiting for `poolshare search` to train it")
+    search = Forked.verb(*SEARCH, "--trials", str(TRIALS), "--out", folder, "--json", **hidden)
+    status, *rest = search.wait()
+    assert status == 0, rest
+    status, out, err = worker.wait()
+    assert status == 0, err
+    assert "waiting for `poolshare search` to train it" in err
+    address = None if kind == "journal" else request.getfixturevalue("postgres")
+    with open_store(folder / "study.journal", address, study_name(job, RunFolder.open(folder))) as store:
+        trials = store.study().get_trials(states=(TrialState.COMPLETE,))
+    # Those without a worker were answered from the record.
+    names = [trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs]
+    by_worker = sum(f"-{worker.pid}-" in name for name in names)
+    by_search = sum(f"-{search.pid}-" in name for name in names)
+    assert by_worker + by_search == len(names)
+    assert json.loads(out) == {"run": str(folder), "scored": by_worker, "candidates": TRIALS}
+    for name in ("candidates.csv", "pareto.csv"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+    assert not list(folder.glob(".worker-*"))
+    texts = [out, err, *rest, *(path.read_bytes().decode(errors="replace") for path in folder.iterdir())]
+    assert not any(secret in text for text in texts for secret in (PASSWORD, QUOTED))
+    assert (folder / "study.journal").exists() == (kind == "journal")
+    if kind == "journal":
+        return
     status, _, err = call("worker", folder)
     assert (status, "is in a postgresql: give --storage" in err) == (1, True), err
     status, _, err = call("worker", alone, "--storage", request.getfixturevalue("postgres"))
@@ -267,9 +269,8 @@ def test_database_errors_say_what_to_do_and_nothing_of_the_address(postgres):
         assert not any(piece in told for piece in (PASSWORD, QUOTED, "c}ret", "ss:w", "searcher", "7Bc")), told
 
 
+@pytest.mark.parametrize("place", ["postgresql"], indirect=True)  # a journal has no server
 def test_a_database_that_breaks_off_is_a_clear_error_and_the_search_goes_on(place, postgres, alone, job, monkeypatch):
-    if isinstance(place[1](), JournalStore):
-        pytest.skip("a journal has no server")
     psycopg = pytest.importorskip("psycopg")
     others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
     propose = PROPOSERS["evolution"]
