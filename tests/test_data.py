@@ -233,7 +233,7 @@ def test_an_epoch_takes_each_image_once_and_drops_the_short_batch(folder):
         assert set(images) == as_evaluated
         orders.append(images)
     assert orders[0] != orders[1]
-    full = gather(data.train_loader(0, 10_000, full=True))[1]
+    full = gather(data.full.train_loader(0, 10_000))[1]
     assert sorted(full.tolist()) == sorted(data.split("train_full").labels.tolist())
 
 

@@ -85,7 +85,7 @@ def in_each_process(folder):
             shutil.copy(folder / "stopped.safetensors", state)
         net, _ = train(data, 50 + rank, state)
         model = make_net(rank)
-        train_model(model, data, Recipe(epochs=1, batch_size=256, drop_path=0.3), seed=3)
+        train_model(model, data.full, Recipe(epochs=1, batch_size=256, drop_path=0.3), seed=3)
         save_file(net.state_dict() | {"alone": model.head.weight.data.clone()}, folder / f"end-{rank}.safetensors")
 
 

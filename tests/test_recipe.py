@@ -28,7 +28,7 @@ PLAIN = {"epochs": 1, "batch_size": 1000, "clip_grad": None, "warmup": 0.0}  # o
 
 @pytest.fixture(scope="module")
 def digits():
-    return open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
+    return open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,)).full
 
 
 def make_model(seed=0, **options):
@@ -52,7 +52,7 @@ def first_gradients(digits, recipe, **options):
 
 def by_hand(digits, loss_of):
     model = make_model().train()
-    images, labels = next(iter(digits.train_loader(0, 1000, full=True)))
+    images, labels = next(iter(digits.train_loader(0, 1000)))
     loss = loss_of(model, images, labels)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
@@ -102,9 +102,9 @@ def test_batches_that_cannot_be_paired_are_refused_with_one_that_can(images, pro
     mixed = Recipe(cutmix=1.0, batch_size=images)
     says = f"{share} of them in a step: give a --batch-size whose share is even, such as {better}$"
     with pytest.raises(ConfigError, match=says):
-        check_batches(digits, mixed, processes, full=True)
-    check_batches(digits, mixed.model_copy(update={"batch_size": better}), processes, full=True)
-    check_batches(digits, mixed.model_copy(update={"cutmix": 0.0}), processes, full=True)
+        check_batches(digits, mixed, processes)
+    check_batches(digits, mixed.model_copy(update={"batch_size": better}), processes)
+    check_batches(digits, mixed.model_copy(update={"cutmix": 0.0}), processes)
 
 
 def test_mixing_and_smoothing_reach_the_loss_and_a_mixed_step_differs_from_a_plain_one(digits):
@@ -216,7 +216,7 @@ def test_evaluation_takes_whole_images_where_training_took_no_crops():
         ({"drop_path": 0.1}, "--recipe drop_path=0.1: that belongs to `poolshare retrain`"),
         ({"mixupp": 0.1}, "--recipe mixupp=0.1: Extra inputs are not permitted; there are epochs, batch_size"),
         ({"ema": 1.5}, "--recipe ema=1.5: Input should be less than 1"),
-        ({"auto_augment": 3}, "--recipe auto_augment=3: Input should be a valid string"),
+        ({"auto_augment": 3}, "--recipe auto_augment=3 cannot be read: input should be a valid string"),
     ],
 )
 def test_what_a_recipe_cannot_be_is_named(changes, says):

@@ -137,7 +137,7 @@ def epoch(folder: str, batch: int, repeats: int) -> dict[str, Any]:
     seconds = interleaved(
         repeats,
         supernet=lambda: train_supernet(net, data, costs, recipe),
-        timm=lambda: train_model(model, data, recipe, full=False),
+        timm=lambda: train_model(model, data, recipe),
     )
     ratio = seconds["supernet"] / seconds["timm"]
     found = {

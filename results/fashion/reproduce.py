@@ -218,10 +218,10 @@ def main() -> None:
             model = fresh(architecture, patch, wide)
             macs = macs_of(model)
             model.to(device)
-            total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
+            total = recipe.epochs * steps_per_epoch(data.full, recipe)
             with progress_bar(console, f"{name}, seed {seed}", total, "steps") as advance:
                 train_model(
-                    model, data, recipe, seed=seed,
+                    model, data.full, recipe, seed=seed,
                     progress=partial(advance_loss, advance),
                 )  # fmt: skip
             correct, images = accuracy(model, data)

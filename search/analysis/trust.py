@@ -241,7 +241,7 @@ def _train_alone(
     if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
-    train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
+    train_model(model, job.data, recipe, seed=seed, workers=workers, progress=progress)
     return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)
 
 

@@ -103,8 +103,9 @@ def retrain(
         "data": opened.fingerprint,
     }
     first = distributed.rank() == 0
-    check_batches(opened, recipe, distributed.launched_size(), full=True)
-    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
+    training = opened.full
+    check_batches(training, recipe, distributed.launched_size())
+    total = recipe.epochs * steps_per_epoch(training, recipe)
     with _workplace(out, restart) if first else nullcontext() as kept:
         state = kept and kept / "training.safetensors"
         with ExitStack() as stack:
@@ -116,7 +117,7 @@ def retrain(
             advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
                 model,
-                opened,
+                training,
                 recipe,
                 teacher=guide.model if guide else None,
                 seed=seed,

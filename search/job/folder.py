@@ -15,9 +15,10 @@ import pandas as pd
 from pydantic import ValidationError
 
 from poolshare.space import Architecture, RunError
+from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, held, reading
 
-from ..config import ADDRESSES, MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
+from ..config import ADDRESSES, MAY_DIFFER, PLACES, SearchConfig, first_problem
 from .images import changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
 
@@ -341,7 +342,7 @@ class RunFolder:
 
 def check_outside(out: Path, data: str) -> None:
     """Raise RunError for a folder among the class folders of the data, where it would count as a class itself."""
-    if not data or data == "digits" or data.startswith(NAMES):
+    if not data or DataKind.of(data) is not DataKind.FOLDER:
         return
     from poolshare.supernet.data.sources import TEST_FOLDERS, TRAIN_FOLDERS
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .pictures import Progress, digest
-from .sources import GIVEN, Source, Split
+from .sources import Source, Split
 from .splits import Batches, Data
 from .transforms import Draw, keyed_generators
 
@@ -80,7 +81,7 @@ def open_own(
     both = np.concatenate([one.split.labels for one in found])
     digests = np.concatenate([one.split.source.digests for one in found])  # type: ignore[misc]
     options: dict[str, Any] = {
-        "name": f"{GIVEN}{name}",
+        "name": f"{DataKind.GIVEN.value}{name}",
         "classes": names,
         "in_chans": channels,
         "img_size": (height, width),
@@ -224,7 +225,11 @@ class _LoaderData(Data):
         earlier = range(len(self.classes)) if self.places is None else self.places
         return replace(data, places=tuple(indices[place] for place in earlier))
 
-    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+    @property
+    def full(self) -> Data:
+        raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
+
+    def batch_sizes(self, batch_size: int) -> tuple[int, ...]:
         """Those of the training loader, whatever is asked for."""
         return self.sizes
 
@@ -233,15 +238,12 @@ class _LoaderData(Data):
         epoch: int,
         batch_size: int,
         *,
-        full: bool = False,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
     ) -> Batches:
         """One epoch of the user's training loader; each rank takes its share of every batch."""
-        if full:
-            raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
         for images in self.sizes:
             _check_share(images, world_size)
         key = self.seed, _EPOCH, epoch

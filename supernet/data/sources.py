@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from timm.data import create_dataset
 
+from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import DataError
 
 from .listing import ENDINGS, class_name, list_folder, readable, some, subfolders
 from .pictures import Images, digest
 
 DIGITS_TEST = 540  # of 1,797 images
-GIVEN = "python/"  # begins the name of data that were given in Python
 TRAIN_FOLDERS = ("train", "training")  # in any case of letters, as the two below
 TEST_FOLDERS = ("test", "testing")
 VALIDATION_FOLDERS = ("val", "valid", "validation")
@@ -118,15 +118,16 @@ def open_source(
     scale_16bit: bool = False,
 ) -> Found:
     """Find the data set `name`, decoding nothing; the arguments and the errors are those of `open_data`."""
-    if search_data is not None and (name == "digits" or name.startswith(("torch/", "hfds/", GIVEN))):
+    kind = DataKind.of(name)
+    if search_data is not None and kind is not DataKind.FOLDER:
         raise DataError(
             f"--search-data {str(search_data)!r} goes with a folder of images, and the data are {name}: leave it out"
         )
-    if name == "digits":
+    if kind is DataKind.DIGITS:
         found = _open_digits()
-    elif name.startswith(("torch/", "hfds/")):
+    elif kind.by_timm:
         found = _open_timm(name, data_dir, download, image_key, label_key, scale_16bit)
-    elif name.startswith(GIVEN):
+    elif kind is DataKind.GIVEN:
         raise DataError(
             f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
             "`poolshare.search.work`; of exported models --data FOLDER"
@@ -161,7 +162,7 @@ def _open_digits() -> Found:
 def _open_timm(
     name: str, data_dir: StrPath | None, download: bool, image_key: str, label_key: str, scale_16bit: bool
 ) -> Found:
-    hub = name.startswith("hfds/")
+    hub = DataKind.of(name) is DataKind.HUB
     if name in ("torch/folder", "torch/image_folder"):
         raise DataError(f"{name} is a folder of images: give the path of the folder itself instead")
     if data_dir is None and not hub:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .pictures import Images, Progress, check_images, refuse_broken
@@ -141,29 +142,33 @@ class Data:
             return {}
         return {source.names[i]: f"{source.sizes[i]}-{source.digests[i]:016x}" for i in range(len(source))}
 
-    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+    @property
+    def full(self) -> "Data":
+        """The same for retraining: its `train` is `train_full`."""
+        return replace(self, _splits=self._splits | {"train": self.split("train_full")})
+
+    def batch_sizes(self, batch_size: int) -> tuple[int, ...]:
         """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
-        return (min(batch_size, len(self.split("train_full" if full else "train"))),)
+        return (min(batch_size, len(self.split("train"))),)
 
     def train_loader(
         self,
         epoch: int,
         batch_size: int,
         *,
-        full: bool = False,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
     ) -> Batches:
-        """The shuffled, augmented batches of one epoch over `train`, or over `train_full` if `full`.
+        """The shuffled, augmented batches of one epoch over `train`.
 
         `batch_size` counts the images of all ranks together; a rank gets its contiguous share of each batch.
         A last short batch is dropped, but a split smaller than one batch is one batch. `start_step` leaves
         out the steps already taken. Raises DataError for a batch that the ranks cannot share equally.
         """
-        split = self.split("train_full" if full else "train")
-        whole = self.batch_sizes(batch_size, full)[0]
+        split = self.split("train")
+        whole = self.batch_sizes(batch_size)[0]
         if whole < 1 or whole % world_size:
             raise DataError(
                 f"a batch of {whole} images cannot be shared equally among {world_size} process(es): "
@@ -360,6 +365,6 @@ def _transform(
     augmentation: Augmentation,
 ) -> Prepare:
     wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
-    if name == "digits":
+    if DataKind.of(name) is DataKind.DIGITS:
         return digits_transform(**wanted, shift=augmentation.shift)
     return picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)

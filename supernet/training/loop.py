@@ -56,10 +56,9 @@ def train_model(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
-    full: bool = True,
     **options: Any,
 ) -> None:
-    """Train one model on the labels of the full training split, or of `train` alone; options: those of `fit`.
+    """Train one model on the labels of the `train` split; options: those of `fit`.
 
     teacher: gives the same classes for the same images; `recipe.distill` of the loss is then the cross-entropy with
     its distribution. Drop-path is on while training alone.
@@ -79,7 +78,7 @@ def train_model(
     if recipe.drop_path:
         set_drop_path(model, recipe.drop_path)
     try:
-        fit(model, loss, data, recipe, full=full, **options)
+        fit(model, loss, data, recipe, **options)
     finally:
         if recipe.drop_path:
             set_drop_path(model, 0.0)
@@ -96,19 +95,19 @@ def _smoothing(recipe: Recipe, labels: torch.Tensor) -> float:
     return recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels are smoothed already
 
 
-def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
-    """Optimiser steps in one pass over the `train` split, or over `train_full`."""
-    return len(data.train_loader(0, recipe.batch_size, full=full))
+def steps_per_epoch(data: Data, recipe: Recipe) -> int:
+    """Optimiser steps in one pass over the `train` split."""
+    return len(data.train_loader(0, recipe.batch_size))
 
 
-def check_batches(data: Data, recipe: Recipe, processes: int, full: bool = False) -> None:
+def check_batches(data: Data, recipe: Recipe, processes: int) -> None:
     """Raise DataError for batches that so many processes cannot share, ConfigError for those that cannot be mixed."""
-    data.train_loader(0, recipe.batch_size, full=full, world_size=processes)
+    data.train_loader(0, recipe.batch_size, world_size=processes)
     if not (recipe.mixup or recipe.cutmix):
         return
-    for images in data.batch_sizes(recipe.batch_size, full):
+    for images in data.batch_sizes(recipe.batch_size):
         even = images + processes  # of all processes
-        if even > len(data.split("train_full" if full else "train")):
+        if even > len(data.split("train")):
             even = images - processes
         remedy = f"a --batch-size whose share is even, such as {even}"
         if loader_batch(data) is not None:
@@ -127,7 +126,6 @@ def fit(
     data: Data,
     recipe: Recipe,
     *,
-    full: bool = False,
     seed: int = 0,
     workers: int = 0,
     state: Path | None = None,
@@ -148,9 +146,9 @@ def fit(
     """
     if recipe.epochs == 0:
         return
-    check_batches(data, recipe, distributed.world_size(), full)
+    check_batches(data, recipe, distributed.world_size())
     device = next(model.parameters()).device
-    steps = steps_per_epoch(data, recipe, full)
+    steps = steps_per_epoch(data, recipe)
     total = recipe.epochs * steps
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
@@ -179,7 +177,7 @@ def fit(
         progress(first, None)
     catching = state is not None or distributed.world_size() > 1
     with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
-        for step, images, labels in _batches(data, recipe, full, first, steps, workers):
+        for step, images, labels in _batches(data, recipe, first, steps, workers):
             # Dropout and drop-path of a resumed run are those of an undisturbed one.
             torch.manual_seed(_key(seed, step, distributed.rank()))
             schedule.step_update(step)
@@ -215,7 +213,7 @@ def fit(
 
 
 def _batches(
-    data: Data, recipe: Recipe, full: bool, first: int, steps: int, workers: int
+    data: Data, recipe: Recipe, first: int, steps: int, workers: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """From step `first` on, (step, images, labels) of this process's share."""
     for epoch in range(first // steps, recipe.epochs):
@@ -223,7 +221,6 @@ def _batches(
         batches = data.train_loader(
             epoch,
             recipe.batch_size,
-            full=full,
             start_step=start,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
