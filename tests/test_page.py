@@ -147,5 +147,5 @@ def test_every_asset_is_packaged():
         "poolshare.search"
     ]
     covered = {path.name for pattern in packaged for path in (root / "search").glob(pattern)}
-    assert covered == {path.name for path in (root / "search" / "web").iterdir()}
+    assert covered == {path.name for path in (root / "search" / "report" / "web").iterdir()}
     assert covered >= {*SCRIPTS, "page.html", "style.css"}

@@ -96,7 +96,7 @@ def page_data(report: Report) -> dict[str, Any]:
 
 
 def _asset(name: str) -> str:
-    return (files("poolshare.search") / "web" / name).read_text(encoding="utf-8")
+    return (files("poolshare.search.report") / "web" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
