@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from opened import open_data
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,6 @@ from poolshare.search.job.prepare import matched_classes, prepare
 from poolshare.search.job.records import read_json, write_json
 from poolshare.space import Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_tensors
 
 SMALL = [

@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from opened import open_data
 from safetensors.torch import load_file, save_file
 
 from poolshare.space import SearchSpace
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_tensors
 from poolshare.supernet.training.loop import train_model, train_supernet

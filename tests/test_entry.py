@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from opened import open_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
@@ -33,7 +34,6 @@ from poolshare.space import (
     RunError,
 )
 from poolshare.supernet.data.given import open_own
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_state_facts, load_tensors
 from poolshare.supernet.training.loop import check_batches, train_model
 from poolshare.supernet.training.recipe import Recipe

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from opened import open_data
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
@@ -17,7 +18,6 @@ from poolshare.search.config import SearchConfig
 from poolshare.search.job.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.data.transforms import keyed_generators
 from poolshare.supernet.training.loop import _MIX, _Mixer, check_batches, set_drop_path, train_model
 from poolshare.supernet.training.recipe import Recipe

@@ -9,10 +9,10 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from opened import open_data
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.model import create_base
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet

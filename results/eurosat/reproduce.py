@@ -56,7 +56,7 @@ from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.search.report.report import load_report
 from poolshare.space import Architecture, CostTable, PoolshareError
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.data.splits import Data, open_data
+from poolshare.supernet.data import Data, ImageFormat, Place, open_data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
@@ -373,8 +373,8 @@ def recipe_of(given: Settings) -> Recipe:
 def opened(given: Settings, seed: int) -> Data:
     """The images in the order and augmentation of a seed; the splits do not depend on it."""
     data = open_data(
-        given.data, img_size=given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9,
-        interpolation="bicubic", augmentation=recipe_of(given).augmentation,
+        Place(given.data), ImageFormat(given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9),
+        augmentation=recipe_of(given).augmentation,
     )  # fmt: skip
     data.seed = seed
     return data

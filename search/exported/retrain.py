@@ -19,8 +19,7 @@ from torch import nn
 from poolshare.space import ConfigError, DataError
 from poolshare.space.files import held
 from poolshare.supernet import count_macs, measure_latency
-from poolshare.supernet.data.sources import folder_path
-from poolshare.supernet.data.splits import Data, open_data, open_tests
+from poolshare.supernet.data import Data, Place, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
@@ -31,7 +30,7 @@ from ..analysis.pareto import binomial_interval
 from ..config import WARM_LR, WARM_LR_PRETRAINED, moved, short_name
 from ..job.folder import check_outside
 from ..job.images import difference
-from ..job.prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
+from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
 from ..job.records import read_json
 from ..progress import advance_loss, progress_bar
 from ..scoring import answers, class_report
@@ -289,16 +288,18 @@ def _open(
     same = name == facts["data"]
     with checking_images(console) as progress:
         opened = open_data(
-            name,
-            data_dir=data_dir,
-            download=download,
-            search_data=facts.get("search_data") if same else None,
-            scale_16bit=facts.get("scale_16bit", False),
+            Place(
+                name,
+                data_dir=data_dir,
+                download=download,
+                search_data=facts.get("search_data") if same else None,
+                scale_16bit=facts.get("scale_16bit", False),
+            ),
+            image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
             augmentation=augmentation,
             check=check,
             progress=progress,
-            **opening_options(source.data_config),
         )
     classes = facts["classes"]
     missing = [one for one in opened.classes if one not in set(classes)]
@@ -320,7 +321,7 @@ def _open(
 def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
     """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
     facts = source.facts
-    if data == facts["data"] or not folder_path(data, data_dir).is_dir():
+    if data == facts["data"] or not Place(data, data_dir).path.is_dir():
         return _open(source, data, data_dir, download, ("test",), console)
     with suppress(DataError):  # not a folder to train on, as far as that can tell
         opened = _open(source, data, data_dir, download, (), console)
@@ -328,12 +329,10 @@ def _open_tests(source: Exported, data: str, data_dir: str | None, download: boo
             return _open(source, data, data_dir, download, ("test",), console)
     with checking_images(console) as progress:
         opened = open_tests(
-            data,
+            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False)),
             facts["classes"],
-            data_dir=data_dir,
-            scale_16bit=facts.get("scale_16bit", False),
+            image_format(source.data_config),
             progress=progress,
-            **opening_options(source.data_config),
         )
     if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The three splits of a data set, train, search and test, and loaders that are functions of the seed.
+"""The splits of a data set, train, search and test, and loaders that are functions of the seed.
 
 What an image looks like in training depends on (seed, epoch, index) alone, its place in the epoch on
 (seed, epoch) alone: neither the number of workers nor a resumed run changes either.
@@ -9,34 +9,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .pictures import Images, Progress, check_images, refuse_broken
-from .sources import (
-    Source,
-    Split,
-    StrPath,
-    class_notes,
-    find_layout,
-    folder_path,
-    held_out,
-    open_source,
-    read_folder,
-    whole,
-)
-from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
+from .sources import Source, Split
+from .transforms import Prepare, random_numbers
 
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
-_SEARCH, _TEST, _ORDER, _AUGMENT = range(4)  # one stream of random numbers for each use of the seed
+_ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed; `opening` has 0 and 1
 
 
 class Batches(Protocol):
@@ -239,132 +227,5 @@ class _Loader:
             raise BrokenDataError(message) from error.with_traceback(None)
 
 
-def open_data(
-    name: str,
-    *,
-    img_size: int | tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    data_dir: StrPath | None = None,
-    search_fraction: float = 0.2,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
-    download: bool = False,
-    progress: Progress | None = None,
-    image_key: str = "image",
-    label_key: str = "label",
-    search_data: StrPath | None = None,
-    scale_16bit: bool = False,
-    check: Sequence[str] = ("train",),
-) -> Data:
-    """Open the data set `name` and cut it into train, search and test; no test image is used until asked for.
-
-    name: `digits` (scikit-learn's 1,797 images of 8×8, 540 of them test whatever the seed); timm's `torch/…`,
-        found, or with `download` put, in `data_dir`; timm's `hfds/…`, cached in `data_dir`, its columns
-        `image_key` and `label_key`; or a path, below `data_dir` if that is given, to ROOT with
-        ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val; of both, those in
-        ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
-    img_size, in_chans, mean, std, interpolation, crop_pct: what the model wants, in timm's terms.
-    search_fraction: share of the training images set aside to score architectures on, where none are there for that.
-    test_fraction: share of all images set aside where the data have no test images of their own (`Data.notes` says so).
-    search_data: a folder of class folders whose images are scored on; nothing is set aside then.
-    scale_16bit: take 16-bit grey images, 65,535 as white.
-    check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
-        `Data.check`. progress: called as `progress(done, total)` meanwhile.
-
-    Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
-    """
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-    if in_chans not in (1, 3):
-        raise DataError(
-            f"image files are read with 1 or 3 channels, and the model takes in_chans {in_chans}: give images of other "
-            "channels in Python, as poolshare.search.search(data=(train, validation))"
-        )
-    if seed < 0 or not (0 < search_fraction < 1 and 0 < test_fraction < 1):
-        raise DataError(
-            f"seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
-            "take a seed of at least 0, and fractions between 0 and 1"
-        )
-    prepare = _transform(name, size, in_chans, mean, std, interpolation, crop_pct, augmentation)
-    found = open_source(
-        name,
-        data_dir=data_dir,
-        download=download,
-        image_key=image_key,
-        label_key=label_key,
-        search_data=search_data,
-        scale_16bit=scale_16bit,
-    )
-    splits, notes, full = {}, found.notes, found.train
-    if found.open_test is None:
-        images = len(full)
-        splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
-        notes += (
-            f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
-            f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
-        )
-    if found.search is None:
-        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
-    else:
-        search, train = found.search, full
-        full = Split(train.source, np.concatenate([train.indices, search.indices]))
-    splits |= {"train": train, "search": search, "train_full": full}
-    data = Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
-    data.check(check, progress)
-    return data
-
-
-def open_tests(
-    name: str,
-    classes: Sequence[str],
-    *,
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    data_dir: StrPath | None = None,
-    scale_16bit: bool = False,
-    progress: Progress | None = None,
-) -> Data:
-    """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
-
-    classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
-    once, as a check. Raises DataError and BrokenDataError as `open_data`.
-    """
-    root = folder_path(name, data_dir)
-    layout = find_layout(root)
-    if layout.test is None and layout.train != root:
-        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
-    place = layout.test or next(iter(held_out(root)), root)
-    _, source, notes = read_folder(place, classes, scale_16bit)
-    notes += (*class_notes(place, classes), f"all {len(source)} images of {str(place)!r} are test images.")
-    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
-    data = Data(name, tuple(classes), in_chans, img_size, 0, notes, {"test": whole(source)}, None, prepare)
-    data.check(("test",), progress)
-    return data
-
-
 def _advance(progress: Progress, before: int, total: int, done: int, part: int) -> None:
     progress(before + done, total)
-
-
-def _transform(
-    name: str,
-    size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    crop_pct: float | None,
-    augmentation: Augmentation,
-) -> Prepare:
-    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
-    if DataKind.of(name) is DataKind.DIGITS:
-        return digits_transform(**wanted, shift=augmentation.shift)
-    return picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)

@@ -20,7 +20,7 @@ from torch import nn
 
 from poolshare.space import ConfigError, CostTable, TrainingError
 
-from ..data.given import loader_batch
+from ..data.loaders import loader_batch
 from ..data.splits import Data
 from ..data.transforms import keyed_generators
 from ..model import SuperNet
