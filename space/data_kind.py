@@ -20,8 +20,3 @@ class DataKind(Enum):
         if name == cls.DIGITS.value:
             return cls.DIGITS
         return next(kind for kind in (cls.TORCH, cls.HUB, cls.GIVEN, cls.FOLDER) if name.startswith(kind.value))
-
-    @property
-    def by_timm(self) -> bool:
-        """Whether timm opens them, in or below a folder of data sets."""
-        return self in (DataKind.TORCH, DataKind.HUB)

@@ -181,7 +181,7 @@ def read_folder(
         Images(items, str(root), scale_16bit),
         np.array([label for _, label in items], dtype=np.int64),
         [listing.paths[index] for index in inside],
-        listing.sizes[inside],
+        np.array(listing.sizes, dtype=np.int64)[inside],
         np.zeros(len(items), dtype=np.uint64),
     )
     return names if known is None else tuple(known), source, notes

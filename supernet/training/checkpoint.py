@@ -74,7 +74,7 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
             with open(path, "rb"), safe_open(path, framework="pt") as file:  # the former tells why it cannot be opened
                 metadata = file.metadata() or {}
                 text = metadata["poolshare"]
-                if metadata.get("facts sha256", "") not in ("", _checksum(text, {})):
+                if metadata["facts sha256"] != _checksum(text, {}):
                     raise ValueError("the checksum of its facts does not match")
                 facts = json.loads(text)
                 names = list(file.keys())
@@ -83,7 +83,7 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
                 found = {name: file.get_tensor(name) for name in names} if tensors else {}
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        if tensors and metadata.get("sha256", "") not in ("", _checksum(text, found)):
+        if tensors and metadata["sha256"] != _checksum(text, found):
             raise ValueError("its checksum does not match")
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise RunError(f"{path} has another format version than {FORMAT}; use the poolshare version that wrote it")
@@ -266,7 +266,7 @@ class TrainingState:
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.module.load_state_dict(values["average"])
-        self.spent = float(found[1].get("seconds", 0))  # states of before it was kept have none
+        self.spent = float(found[1]["seconds"])
         return int(found[1]["step"]), values["optimizer"]
 
     def _refuse_another(self, facts: Mapping[str, Any]) -> None:
