@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,11 @@ def match_classes(
                 f"--class-map {file} lacks {_some(missing)}, {len(missing)} of the data's {count} classes: name each "
                 "class as its folder is called, one a line, in the order of the head's outputs"
             )
-        return _by_name(
-            classes, Head(len(names), head.source if head else "", names, f"--class-map {file}"), head is None
-        )
+        named = Head(len(names), head.source if head else "", names, f"--class-map {file}")
+        return _by_name(classes, named, head is None)
+    by_order = partial(Matched, tuple(classes), tuple(range(count)))
     if head is None:
-        return Matched(tuple(classes), tuple(range(count)), True)
+        return by_order(True)
     head = head.named
     foreign = [name for name in classes if head.names is None or name not in set(head.names)]
     if head.names is not None and not foreign:
@@ -93,15 +94,8 @@ def match_classes(
                 f"the head of {head.source}, and {_some(foreign)} not: rename the class folders, or say with --class-map "
                 "FILE which output is which class, one folder's name a line"
             )
-        return Matched(
-            tuple(classes),
-            tuple(range(count)),
-            False,
-            (
-                f"the head of {head.source} is taken to have the data's classes in their order: "
-                f"{_outputs(classes, range(count))}; if that is wrong, give --class-map FILE",
-            ),
-        )
+        note = f"the head of {head.source} is taken to have the data's classes in their order: "
+        return by_order(False, (f"{note}{_outputs(classes, range(count))}; if that is wrong, give --class-map FILE",))
     why = f"it has {head.count} classes, the data {count}"
     if partly:
         why += f", {len(foreign)} of them not among the names of {head.said_by}: {_some(foreign)}"
@@ -113,12 +107,8 @@ def match_classes(
             f"the head of {head.source} does not fit the data: {why}. With --epochs 0 a new one would stay untrained: "
             f"{remedy}, or train (--epochs 1 or more)"
         )
-    return Matched(
-        tuple(classes),
-        tuple(range(count)),
-        True,
-        (f"warning: the trained head of {head.source} is dropped and a new one trained: {why}; to keep it, {remedy}.",),
-    )
+    note = f"warning: the trained head of {head.source} is dropped and a new one trained: {why}; to keep it, {remedy}."
+    return by_order(True, (note,))
 
 
 def _by_name(classes: Sequence[str], head: Head, fresh: bool) -> Matched:

@@ -159,12 +159,8 @@ def load_base_weights(
     if fresh_head:
         heads = (f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
         adapted |= {key: wanted[key] for key in heads if key in wanted}
-    _compare(
-        found.name,
-        name,
-        {key: tuple(v.shape) for key, v in adapted.items()},
-        {k: tuple(v.shape) for k, v in wanted.items()},
-    )
+    has, needs = ({key: tuple(value.shape) for key, value in one.items()} for one in (adapted, wanted))
+    _compare(found.name, name, has, needs)
     model.load_state_dict(adapted, strict=False)  # only poolings can be missing
     return (*found.notes, *notes)
 
@@ -327,17 +323,11 @@ def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list
 
 
 def _compare(source: str, name: str, has: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    complaints = [
-        ("lacks", sorted(wanted.keys() - has.keys())),
-        ("has besides", sorted(has.keys() - wanted.keys())),
-        (
-            "has in another shape",
-            [f"{key} {has[key]}, not {wanted[key]}" for key in wanted if key in has and has[key] != wanted[key]],
-        ),
-    ]
+    others = [f"{key} {has[key]}, not {wanted[key]}" for key in wanted if key in has and has[key] != wanted[key]]
+    complaints = {"lacks": sorted(wanted.keys() - has.keys()), "has besides": sorted(has.keys() - wanted.keys())}
     differences = [
         f"it {what} {', '.join(items[:3])}" + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-        for what, items in complaints
+        for what, items in (complaints | {"has in another shape": others}).items()
         if items
     ]
     if differences:

@@ -7,13 +7,13 @@ import shutil
 import signal
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from opened import open_data
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.base import create_base
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
 from poolshare.supernet.training.recipe import Recipe
@@ -220,7 +220,7 @@ def test_training_in_bf16_on_a_cpu_attends_without_the_fused_kernel_and_leaves_t
 ):
     kernel, seen = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or kernel(*a, **k))
-    model = create_base("digits_vit", depth=2)
+    model = timm.create_model("digits_vit", depth=2)
     assert all(block.attn.fused_attn for block in model.blocks)
 
     def stop(step, loss):

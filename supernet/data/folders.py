@@ -109,15 +109,11 @@ def open_folder(place: Place) -> Found:
 
 def _both(first: Source, second: Source, prefix: str) -> Source:
     """The images of two folders as those of one; `prefix` comes before the second one's names."""
-    reads: list[Any] = [first.read, second.read]
-    columns: list[Any] = [
-        [one.labels for one in (first, second)],
-        [one.sizes for one in (first, second)],
-        [one.digests for one in (first, second)],
-    ]
-    labels, sizes, digests = map(np.concatenate, columns)
+    columns: list[Any] = [(one.labels, one.sizes, one.digests) for one in (first, second)]
+    labels, sizes, digests = map(np.concatenate, zip(*columns, strict=True))
     names = [*(first.names or ()), *(f"{prefix}/{name}" for name in second.names or ())]
-    return Source(replace(reads[0], items=reads[0].items + reads[1].items), labels, names, sizes, digests)
+    read: Any = replace(first.read, items=first.read.items + second.read.items)  # type: ignore[attr-defined,type-var]
+    return Source(read, labels, names, sizes, digests)
 
 
 def list_classes(root: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:

@@ -21,20 +21,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import BrokenDataError, DataError
 
+from . import samples
 from .loaders import LoaderData, not_one_by_one, read_loader
-from .pictures import Progress
-from .samples import (
-    LABEL_KEYS,
-    Part,
-    described,
-    digest_column,
-    image_digest,
-    image_fault,
-    label_fault,
-    listed,
-    not_finite_fault,
-    pair,
-)
+from .pictures import Progress, advance
 from .sources import Source, Split, whole
 from .splits import Data
 from .transforms import Draw, keyed_generators
@@ -110,22 +99,24 @@ def _check_parts(parts: Any) -> None:
         _check_kind(part, where)
 
 
-def _read_parts(parts: Parts, seed: int, workers: int, progress: Progress | None) -> dict[str, Part]:
+def _read_parts(parts: Parts, seed: int, workers: int, progress: Progress | None) -> dict[str, samples.Part]:
     """What training and validation images are, by the name of the split; each is read once."""
-    total, before, found = sum(len(_dataset(part)) for part in parts), 0, dict[str, Part]()
+    total, before, found = sum(len(_dataset(part)) for part in parts), 0, dict[str, samples.Part]()
     for where, part in zip(SPLITS, parts, strict=True):
-        show = partial(_advance, progress, before, total) if progress else None
+        show = partial(advance, progress, before, total) if progress else None
         loader = isinstance(part, DataLoader)
         found[where] = read_loader(part, where, seed, show) if loader else _read_dataset(part, where, workers, show)
         before += len(_dataset(part))
     return found
 
 
-def _common_shape(found: Mapping[str, Part]) -> tuple[int, ...]:
+def _common_shape(found: Mapping[str, samples.Part]) -> tuple[int, ...]:
     """Channels, height and width of all images. Raises DataError where they differ or are not square."""
     shapes = {part.shape for part in found.values()}
     if len(shapes) > 1:
-        raise DataError(f"training and validation images differ in size ({listed(shapes)}): transform them alike")
+        raise DataError(
+            f"training and validation images differ in size ({samples.listed(shapes)}): transform them alike"
+        )
     channels, height, width = shape = shapes.pop()
     if channels < 1 or height != width or height < 1:
         raise DataError(f"images are {channels}×{height}×{width}: take square ones of at least one channel")
@@ -142,7 +133,7 @@ class _Item(NamedTuple):
 def _fetch(place: _Item, draw: Draw) -> Tensor:
     """The image, with all that is random about it keyed; in evaluation by its index alone."""
     with keyed_generators(*(draw or (place.position,))):
-        image, _ = pair(place.dataset[place.position])
+        image, _ = samples.pair(place.dataset[place.position])
         return image.float()  # type: ignore[no-any-return]
 
 
@@ -170,16 +161,16 @@ class _Checks(Dataset):
         except Exception as error:  # whatever the user's own code raises
             return _Checked(-1, (), f"{type(error).__name__}: {str(error)[:200]}", True)
         try:
-            image, label = pair(item)
+            image, label = samples.pair(item)
         except DataError as error:
             return _Checked(-1, (), str(error))
-        problem = image_fault(image, 3) or not_finite_fault(image) or label_fault(label)
+        problem = samples.image_fault(image, 3) or samples.not_finite_fault(image) or samples.label_fault(label)
         if problem:
             return _Checked(-1, (), problem)
-        return _Checked(int(label), tuple(image.shape), "", digest=image_digest(image))
+        return _Checked(int(label), tuple(image.shape), "", digest=samples.image_digest(image))
 
 
-def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None) -> Part:
+def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None) -> samples.Part:
     labels, digests = list[int](), list[int]()
     shape: tuple[int, ...] | None = None
     generator = torch.Generator()  # the global one stays as it is
@@ -190,9 +181,9 @@ def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[in
                 raise kind(f"item {len(labels)} of the {where} data cannot be used ({item.problem}); mend or remove it")
             shape = shape or item.shape
             if item.shape != shape:
+                here, first = samples.listed([item.shape]), samples.listed([shape])
                 raise DataError(
-                    f"item {len(labels)} of the {where} data is {listed([item.shape])}, the first is {listed([shape])}: "
-                    "resize and crop all images alike"
+                    f"item {len(labels)} of the {where} data is {here}, the first is {first}: resize and crop all images alike"
                 )
             labels.append(item.label)
             digests.append(item.digest)
@@ -201,9 +192,9 @@ def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[in
     assert shape is not None  # empty data sets are refused before
     repeatable = [_Checks(dataset)[index].digest for index in range(min(_AGAIN, len(digests)))] == digests[:_AGAIN]
     source = Source(
-        partial(_Item, dataset), np.array(labels, dtype=np.int64), digests=digest_column(digests, repeatable)
+        partial(_Item, dataset), np.array(labels, dtype=np.int64), digests=samples.digest_column(digests, repeatable)
     )
-    return Part(Split(source, np.arange(len(labels))), shape, repeatable)
+    return samples.Part(Split(source, np.arange(len(labels))), shape, repeatable)
 
 
 def _check_kind(part: Any, where: str) -> None:
@@ -217,7 +208,9 @@ def _check_kind(part: Any, where: str) -> None:
         if isinstance(part.sampler, DistributedSampler):
             raise DataError(f"the {where} loader has a DistributedSampler: leave it out, each batch is shared anyway")
     elif isinstance(part, IterableDataset) or not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
-        raise DataError(f"the {where} data are {described(part)}: give a Dataset with a length, or a DataLoader")
+        raise DataError(
+            f"the {where} data are {samples.described(part)}: give a Dataset with a length, or a DataLoader"
+        )
     if not len(part):
         raise DataError(f"the {where} data are empty: give at least one image of each class")
 
@@ -244,9 +237,5 @@ def _names(dataset: Any, given: Sequence[str] | int | None, labels: Sequence[np.
 def _hub_names(dataset: Any) -> Any:
     """The class names that a Hugging Face data set states among its features."""
     features = getattr(dataset, "features", None)
-    found = [features[key] for key in LABEL_KEYS if key in features] if isinstance(features, Mapping) else []
+    found = [features[key] for key in samples.LABEL_KEYS if key in features] if isinstance(features, Mapping) else []
     return getattr(found[0], "names", None) if found else None
-
-
-def _advance(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)

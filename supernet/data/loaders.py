@@ -16,17 +16,7 @@ from torch.utils.data import DataLoader
 
 from poolshare.space.errors import DataError
 
-from .samples import (
-    Part,
-    described,
-    digest_column,
-    image_digest,
-    image_fault,
-    listed,
-    not_finite_fault,
-    pair,
-    whole_numbers,
-)
+from . import samples
 from .sources import Source, Split
 from .splits import Batches, Data
 from .transforms import keyed_generators
@@ -58,14 +48,7 @@ class LoaderData(Data):
         return self.sizes
 
     def train_loader(
-        self,
-        epoch: int,
-        batch_size: int,
-        *,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
+        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> Batches:
         """One epoch of the user's training loader; each rank takes its share of every batch."""
         for images in self.sizes:
@@ -119,7 +102,7 @@ class _Epoch:
             yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
 
 
-def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> Part:
+def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> samples.Part:
     """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
     labels: list[Tensor] = []
     digests: list[int] = []
@@ -127,36 +110,40 @@ def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[i
     epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
     for index, item in enumerate(epoch):
         images, some = item
-        if problem := not_finite_fault(images):
+        if problem := samples.not_finite_fault(images):
             raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
         labels.append(some)
-        digests += map(image_digest, images)
+        digests += map(samples.image_digest, images)
         shapes.add(tuple(images.shape[1:]))
         if progress:
             progress(sum(map(len, labels)))
     if len(shapes) != 1:
-        raise DataError(f"images of the {where} loader differ in size ({listed(shapes)}): resize and crop all alike")
+        raise DataError(
+            f"images of the {where} loader differ in size ({samples.listed(shapes)}): resize and crop all alike"
+        )
     together = torch.cat(labels).numpy()
     if (together < 0).any():
         raise DataError(f"the {where} loader gives label {together.min()}: labels are class indices, 0, 1, 2 …")
-    again = list(map(image_digest, next(iter(epoch))[0]))
+    again = list(map(samples.image_digest, next(iter(epoch))[0]))
     repeatable = again == digests[: len(again)]
-    source = Source(not_one_by_one, together, digests=digest_column(digests, repeatable))
+    source = Source(not_one_by_one, together, digests=samples.digest_column(digests, repeatable))
     sizes = tuple(sorted({*map(len, labels)}))
-    return Part(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
+    return samples.Part(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
 
 
 def _batch(batch: Any, which: str) -> tuple[Tensor, Tensor]:
     """Images (B, channels, H, W) and labels (B,) of a loader's batch, as they are. Raises DataError for anything else."""
     try:
-        images, labels = pair(batch)
+        images, labels = samples.pair(batch)
     except DataError as error:
         raise DataError(f"{which} cannot be used ({error})") from None
-    problem = image_fault(images, 4)
+    problem = samples.image_fault(images, 4)
     if problem and isinstance(images, Tensor) and images.ndim == 3:
         problem += "; give the loader a batch_size"
-    if not problem and (not isinstance(labels, Tensor) or labels.shape != (len(images),) or not whole_numbers(labels)):
-        problem = f"its labels are {described(labels)}, and must be class indices of shape ({len(images)},)"
+    if not problem and (
+        not isinstance(labels, Tensor) or labels.shape != (len(images),) or not samples.whole_numbers(labels)
+    ):
+        problem = f"its labels are {samples.described(labels)}, and must be class indices of shape ({len(images)},)"
     if problem:
         raise DataError(f"{which} cannot be used ({problem})")
     return images, labels

@@ -100,8 +100,13 @@ def _reason(error: Exception, item: Any) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
 
 
+def advance(progress: Progress, before: int, total: int, done: int) -> None:
+    """Show the progress of a part, before which others were done."""
+    progress(before + done, total)
+
+
 def check_images(
-    read: Images, indices: Sequence[int], progress: Progress | None = None
+    read: Images, indices: Sequence[int], progress: Callable[[int], None] | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decode the images at `indices` once, in threads: digests of their files' contents, (n,) uint64, and what is broken.
 
@@ -118,7 +123,7 @@ def check_images(
     digests, broken = np.zeros(total, dtype=np.uint64), dict[int, str]()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         if progress:
-            progress(0, total)
+            progress(0)
         for start in range(0, total, 256):  # in pieces: a queue of a million futures is memory, not speed
             part = [int(index) for index in indices[start : start + 256]]
             for position, (found, message) in enumerate(pool.map(look, part), start):
@@ -126,7 +131,7 @@ def check_images(
                 if message:
                     broken[int(indices[position])] = message
             if progress:
-                progress(min(start + 256, total), total)
+                progress(min(start + 256, total))
     return digests, broken
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .pictures import Images, Progress, check_images, refuse_broken
+from .pictures import Images, Progress, advance, check_images, refuse_broken
 from .sources import Source, Split
 from .transforms import Prepare, random_numbers
 
@@ -75,7 +75,7 @@ class Data:
                 wanted.setdefault(id(split.source), (split.source, indices))
         total, done, broken = sum(len(indices) for _, indices in wanted.values()), 0, list[str]()
         for source, indices in wanted.values():
-            show = partial(_advance, progress, done, total) if progress else None
+            show = partial(advance, progress, done, total) if progress else None
             source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
             broken += faults.values()
             done += len(indices)
@@ -140,14 +140,7 @@ class Data:
         return (min(batch_size, len(self.split("train"))),)
 
     def train_loader(
-        self,
-        epoch: int,
-        batch_size: int,
-        *,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
+        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> Batches:
         """The shuffled, augmented batches of one epoch over `train`.
 
@@ -225,7 +218,3 @@ class _Loader:
             # A worker's error is told inside a traceback; torch's frames behind it would hold the workers too.
             message = str(error).rpartition("BrokenDataError: ")[2].strip()
             raise BrokenDataError(message) from error.with_traceback(None)
-
-
-def _advance(progress: Progress, before: int, total: int, done: int, part: int) -> None:
-    progress(before + done, total)

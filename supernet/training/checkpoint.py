@@ -91,11 +91,8 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
 
 
 def _compare(path: Path, found: Shapes, shapes: Shapes) -> None:
-    wrong = [
-        f"{name} is {shape}, not {shapes[name]}" if name in shapes else f"{name} has no place"
-        for name, shape in found.items()
-        if shapes.get(name) != shape
-    ]
+    others = {name: shape for name, shape in found.items() if shapes.get(name) != shape}
+    wrong = [f"{one} is {others[one]}, not {shapes[one]}" if one in shapes else f"{one} has no place" for one in others]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RunError(f"{path} is of another model: {'; '.join(wrong[:3])}{more}; use the model it was made with")

@@ -51,12 +51,7 @@ def train_supernet(
 
 
 def train_model(
-    model: nn.Module,
-    data: Data,
-    recipe: Recipe,
-    *,
-    teacher: nn.Module | None = None,
-    **options: Any,
+    model: nn.Module, data: Data, recipe: Recipe, *, teacher: nn.Module | None = None, **options: Any
 ) -> None:
     """Train one model on the labels of the `train` split; options: those of `fit`.
 
@@ -256,14 +251,8 @@ def _batches(
     """From step `first` on, (step, images, labels) of this process's share."""
     for epoch in range(first // steps, recipe.epochs):
         start = max(first - epoch * steps, 0)
-        batches = data.train_loader(
-            epoch,
-            recipe.batch_size,
-            start_step=start,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=workers,
-        )
+        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        batches = data.train_loader(epoch, recipe.batch_size, start_step=start, workers=workers, **ranks)
         for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
             yield step, images, labels
 
@@ -308,13 +297,8 @@ class _Mixer:
 
     def __init__(self, recipe: Recipe, num_classes: int, seed: int):
         self.seed = seed
-        self.mixup = Mixup(
-            recipe.mixup,
-            recipe.cutmix,
-            prob=recipe.mix_prob,
-            label_smoothing=recipe.label_smoothing,
-            num_classes=num_classes,
-        )
+        others = {"label_smoothing": recipe.label_smoothing, "num_classes": num_classes}
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, prob=recipe.mix_prob, **others)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
