@@ -168,17 +168,16 @@ class _Digits:
         return (image / 16 - self.mean) / self.std
 
 
-def _statistics(images: ImageFormat) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel."""
-    return _per_channel("mean", images.mean, images.in_chans), _per_channel("std", images.std, images.in_chans)
-
-
-def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
-        return (sum(values) / 3,)
-    if len(values) not in (1, in_chans):
-        raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
-    return tuple(values) * (in_chans // len(values))
+def _statistics(images: ImageFormat) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation, one value per channel. Raises DataError for another number of them."""
+    found, in_chans = [], images.in_chans
+    for what, values in (("mean", images.mean), ("std", images.std)):
+        if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
+            values = (sum(values) / 3,)
+        if len(values) not in (1, in_chans):
+            raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
+        found.append(tuple(values) * (in_chans // len(values)))
+    return tuple(found)
 
 
 def _keep_a_bit(transforms: Any) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from . import distributed
 FORMAT = 1
 
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 def save_tensors(
@@ -123,32 +124,34 @@ def load_state(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The newest state that is whole, as `load_tensors` gives it; None where there is none.
 
-    say: is told where the newest one was damaged and the one before it is taken. Raises RunError where both are.
+    say: called where the newest one is damaged and the one before it is taken. Raises RunError where both are.
     """
-    before = state_before(path)
-    if not path.exists():  # none yet, or the power failed between the two moves of a save
-        return load_tensors(before, shapes) if before.exists() else None
-    try:
-        return load_tensors(path, shapes)
-    except DamagedError:
-        if not before.exists():
-            raise
-        found = load_tensors(before, shapes)
-    say(f"{path} is damaged; training goes on from the state before it")
-    os.replace(before, path)  # or the next save would keep the damaged one in its place
-    return found
+    found = _newest(path, lambda place: load_tensors(place, shapes))
+    if found is None:
+        return None
+    tensors_and_facts, place = found
+    if place != path and path.exists():
+        say(f"{path} is damaged; training goes on from the state before it")
+        os.replace(place, path)  # or the next save would keep the damaged one in its place
+    return tensors_and_facts
 
 
 def load_state_facts(path: Path) -> dict[str, Any] | None:
     """The facts of the newest state that has readable ones; None where there is no state."""
-    before = state_before(path)
-    if path.exists():
+    found = _newest(path, load_facts)
+    return found and found[0]
+
+
+def _newest(path: Path, read: Callable[[Path], T]) -> tuple[T, Path] | None:
+    """What `read` gives of the newest state that is not damaged, and where that lies; None where there is no state."""
+    places = [place for place in (path, state_before(path)) if place.exists()]  # a power cut may leave the latter alone
+    for place in places:
         try:
-            return load_facts(path)
+            return read(place), place
         except DamagedError:
-            if not before.exists():
+            if place == places[-1]:
                 raise
-    return load_facts(before) if before.exists() else None
+    return None
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
