@@ -1,4 +1,4 @@
-"""Which output of a trained head is which class: names from a card, a checkpoint, a class map or ImageNet, matched."""
+"""Match classes to the outputs of a trained head, by names from a card, a checkpoint, a class map or ImageNet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Names = tuple[str, ...]
 class Head:
     """The classifier that weights bring.
 
-    count: its outputs. names: what they are called, in order; None: nobody says. said_by: who names them.
+    count: its outputs. names: of the classes, in order; None: unknown. said_by: where the names come from.
     """
 
     count: int
@@ -31,7 +31,7 @@ class Head:
 
     @property
     def named(self) -> Head:
-        """The same, by ImageNet's synsets where nobody names the outputs and their number is that of an ImageNet set."""
+        """The same, with ImageNet's synsets as names where there are none and their number is that of an ImageNet set."""
         subset = infer_imagenet_subset({"num_classes": self.count})
         if self.names is not None or subset is None:
             return self
@@ -160,7 +160,7 @@ def names_of(value: Any) -> Names:
             raise ValueError(f"its indices are not 0 to {len(pairs) - 1}, each once")
         value = [name for _, name in pairs]
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) and name for name in value):
-        raise ValueError("it is no list of class names")
+        raise ValueError("it is not a list of class names")
     twice = [name for name, count in Counter(value).items() if count > 1]
     if twice:
         raise ValueError(f"it names {_some(twice)} more than once")

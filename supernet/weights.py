@@ -1,6 +1,6 @@
-"""Weights as people have them: read from a file or a folder without running its code, and put into a base model.
+"""Read weights from a file or a folder, without running code in it, and load them into a base model.
 
-Everything must fit, but for what timm adapts too. A card beside the weights (timm's config.json) says which model they
+Everything must fit, except for what timm adapts as well. A card beside the weights (timm's config.json) says which model they
 are of, what its classes are called and what images it takes.
 """
 
@@ -110,7 +110,7 @@ def read_card(name: str, option: str = "--weights") -> Card:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(
-            f"{option} {name}: {path} is no card of a timm model ({error}); give the weights' file as --weights and the "
+            f"{option} {name}: {path} is not the card of a timm model ({error}); give the weights' file as --weights and the "
             "timm model they were made for as --model"
         ) from None
 
@@ -224,7 +224,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(_pickled(path, what, error)) from None
-    except Exception as error:  # a stranger's bytes: torch raises whatever it runs into
+    except Exception as error:  # an untrusted file: torch may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{what} cannot be read ({type(error).__name__}: {reason:.200}); give a safetensors file such as timm's "
@@ -309,7 +309,7 @@ def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list
             notes.append(
                 f"{found.name} takes {weight.shape[1]} channels, the model {model.in_chans}: adapted as in timm"
             )
-    except Exception as error:  # a stranger's tensors: timm's functions raise whatever they run into
+    except Exception as error:  # untrusted tensors: timm's functions may raise anything
         raise ModelError(
             f"--weights {found.name} cannot be adapted to this model ({type(error).__name__}: {str(error)[:100]}); give "
             "the --model it was made for"

@@ -351,7 +351,7 @@ def test_foreign_damaged_and_changed_run_folders_are_refused_untouched(tmp_path)
 
     for damaged in ("", "{", "[]", '{"format": 1}', good.replace('"lr"', '"rl"'), good.replace("0.002", '"x"')):
         (path / "config.json").write_text(damaged)
-        with pytest.raises(RunError, match=r"config\.json is damaged or not ours"):
+        with pytest.raises(RunError, match=r"config\.json is damaged or not a poolshare file"):
             RunFolder.open(path)
     (path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
     with pytest.raises(RunError, match="format version 2"):

@@ -16,7 +16,7 @@ from .listing import ENDINGS, class_name, list_folder, readable, some, subfolder
 from .pictures import Images
 from .sources import Found, Place, Source, Split, whole
 
-TRAIN_FOLDERS = ("train", "training")  # in any case of letters, as the two below
+TRAIN_FOLDERS = ("train", "training")  # in upper or lower case, like the two below
 TEST_FOLDERS = ("test", "testing")
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 
@@ -29,11 +29,6 @@ class Layout:
     test: Path | None
     search: Path | None
     notes: tuple[str, ...]
-
-    @property
-    def flat(self) -> bool:
-        """Whether there is one folder of class folders, and nothing beside it."""
-        return self.test is None and self.search is None
 
 
 def _named(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:

@@ -43,7 +43,7 @@ def open_own(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Data:
-    """The splits `train` and `search`; there is no test split, those images are the user's to keep.
+    """The splits `train` and `search`; there is no test split; test images stay with the user.
 
     parts: two `Dataset`s with a length, or two `DataLoader`s; of float images (channels, H, W), all of one size, and
     class indices; or of dictionaries with `pixel_values` or `image`, and `label` or `labels`. All of them are read once:
@@ -147,7 +147,7 @@ class _Checked(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Checks(Dataset):
-    """Every item of a data set looked at."""
+    """Checks every item of a data set."""
 
     dataset: Any
 

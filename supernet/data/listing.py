@@ -1,4 +1,4 @@
-"""What a folder of images holds, found by one walker for every verb; nothing is decoded here."""
+"""List the images in a folder, the same way for every verb; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ class Listing:
                 if image:
                     self._add(path, -1)
                 elif depth and not os.path.splitext(entry.name)[1]:  # where folders stand: a class would be lost
-                    raise DataError(
-                        f"{entry.path!r} is a link to {_target(entry.path)}, which is not there: mend or remove it"
-                    )
+                    target = os.readlink(entry.path)
+                    raise DataError(f"{entry.path!r} is a link to {target!r}, which is not there: mend or remove it")
                 else:
                     self.passed_over.append(path)
             else:
@@ -106,13 +105,6 @@ def _is(asked: object) -> bool:
         return False
 
 
-def _target(path: str) -> str:
-    try:
-        return repr(os.readlink(path))
-    except OSError:
-        return "something"
-
-
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name."""
     return os.path.splitext(name)[1].lower() in ENDINGS
@@ -120,7 +112,9 @@ def is_image(name: str) -> bool:
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sorts as timm does, "9" before "10", so that class indices are timm's; names that are equal so far by themselves."""
-    parts = re.split(r"(\d+)", name.lower())  # text and numbers in turn; what `isdigit` takes besides is no number
+    parts = re.split(
+        r"(\d+)", name.lower()
+    )  # text and numbers in turn; `isdigit` accepts characters that are not decimal
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 

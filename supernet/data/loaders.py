@@ -26,7 +26,7 @@ _EPOCH = 29  # sets a loader's draws apart from others of the same seed
 
 @dataclass(eq=False)
 class LoaderData(Data):
-    """Splits whose batches are the user's own loaders'; `batch_size` of the methods has no say in training."""
+    """Splits whose batches are the user's own loaders'; the methods' `batch_size` has no effect on training."""
 
     loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
     sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
@@ -163,5 +163,5 @@ def _check_share(images: int, processes: int) -> None:
 
 
 def loader_batch(data: Any) -> int | None:
-    """Images of one training batch, where the data came as loaders."""
+    """Images of one training batch, where the data were given as loaders."""
     return data.sizes[-1] if isinstance(data, LoaderData) else None

@@ -1,4 +1,4 @@
-"""Opening a data set by name: what is there is found, cut into train, search and test, and checked."""
+"""Open a data set by name: find its images, split them into train, search and test, and check them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_data(
     check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
         `Data.check`. progress: called as `progress(done, total)` meanwhile.
 
-    Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
+    Raises DataError for data that are missing or of no use here, BrokenDataError for files that cannot be read.
     """
     name = place.name
     if images.in_chans not in (1, 3):

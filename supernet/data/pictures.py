@@ -15,8 +15,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .listing import some
-
 PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
@@ -28,8 +26,8 @@ class Images:
     """Reads the images of `items`, by index, each upright, on white and with 8 bits per channel.
 
     items: a path, an open file or an image at [index][0]. name: of the data, for messages.
-    scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since nobody knows
-    how many of the bits they use.
+    scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since how
+    many of the bits they use is unknown.
     """
 
     items: Any
@@ -133,14 +131,6 @@ def check_images(
             if progress:
                 progress(min(start + 256, total))
     return digests, broken
-
-
-def refuse_broken(broken: Sequence[str], total: int, name: str) -> None:
-    """Raise one BrokenDataError that names all images that cannot be read."""
-    if broken:
-        raise BrokenDataError(
-            f"{len(broken)} of {total} images in {name!r} cannot be read: {some(broken)}; replace or remove them"
-        )
 
 
 def digest(content: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What a sample, or a batch, of data given in Python must be, and in words what is wrong with one that is not."""
+"""Checks of samples and batches of data given in Python; faults are described in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGE_KEYS, LABEL_KEYS = ("pixel_values", "image"), ("label", "labels")  # of sa
 
 
 class Part(NamedTuple):
-    """What one part held."""
+    """The training or validation images that were read."""
 
     split: Split
     shape: tuple[int, ...]  # of all its images
@@ -84,5 +84,5 @@ def image_digest(image: Tensor) -> int:
 
 
 def digest_column(digests: list[int], repeatable: bool) -> np.ndarray:
-    """(N,) uint64; all 1, which says nothing, where the images are others each time."""
+    """(N,) uint64; all 1 where the images differ from one reading to the next."""
     return np.array(digests, dtype=np.uint64) if repeatable else np.ones(len(digests), dtype=np.uint64)

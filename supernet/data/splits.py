@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .pictures import Images, Progress, advance, check_images, refuse_broken
+from .listing import some
+from .pictures import Images, Progress, advance, check_images
 from .sources import Source, Split
 from .transforms import Prepare, random_numbers
 
@@ -38,8 +39,8 @@ class Batches(Protocol):
 class Data:
     """The splits of a data set, and loaders over them; made by `open_data`.
 
-    classes: class names in index order. They come from strangers: text to show, never to run.
-    img_size: (H, W) in pixels. notes: what the user should know of how the splits came about.
+    classes: class names in index order. They are untrusted text: shown, never run.
+    img_size: (H, W) in pixels. notes: for the user, on how the splits were made.
     """
 
     name: str
@@ -79,7 +80,9 @@ class Data:
             source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
             broken += faults.values()
             done += len(indices)
-        refuse_broken(broken, total, self.name)
+        if broken:
+            what = f"{len(broken)} of {total} images in {self.name!r} cannot be read"
+            raise BrokenDataError(f"{what}: {some(broken)}; replace or remove them")
 
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
@@ -100,7 +103,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two openings gave the same classes and training images, in order; see `poolshare.search.job.job.images`.
+        """Tells whether two openings gave the same classes and training images, in order; see search/job/images.py.
 
         It holds how many there are, a hash of labels and, of files, their sizes, and one of what was read of their
         contents, which is missing where nothing was. Names and times of change have no say: a copy is the same data.
@@ -215,6 +218,6 @@ class _Loader:
         try:
             yield from DataLoader(self.items, batch_sampler=self.rows, num_workers=self.workers, generator=generator)
         except BrokenDataError as error:
-            # A worker's error is told inside a traceback; torch's frames behind it would hold the workers too.
+            # A worker's message comes inside a traceback, whose frames would keep the workers alive.
             message = str(error).rpartition("BrokenDataError: ")[2].strip()
             raise BrokenDataError(message) from error.with_traceback(None)

@@ -1,4 +1,4 @@
-"""Tensors and training state on disk: whole or not at all, with a checksum; read back without pickle, shapes first."""
+"""Tensors and training states on disk: written atomically with a checksum, read without pickle, shapes checked first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save_tensors(
     metadata = {"poolshare": text, "facts sha256": _checksum(text, {}), "sha256": _checksum(text, contiguous)}
     try:
         write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata), earlier)
-    except SafetensorError as error:  # it hides the system's
+    except SafetensorError as error:  # it hides the system's error
         raise RunError(
             f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
         ) from None
@@ -56,7 +56,7 @@ def load_tensors(path: Path, shapes: Shapes | None = None) -> tuple[dict[str, to
     """Read what `save_tensors` wrote: tensors on the CPU, and the facts.
 
     shapes: which tensors there may be, and of what shape; looked at before any tensor is read.
-    Raises RunError for a file that is not ours, is damaged, or holds other tensors.
+    Raises RunError for a file that is damaged, not a poolshare checkpoint, or holds other tensors.
     """
     return _read(path, shapes, tensors=True)
 
@@ -72,7 +72,7 @@ def read_weights(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
 def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with reading(path, "move it away to begin this part again"):
         try:
-            with open(path, "rb"), safe_open(path, framework="pt") as file:  # the former tells why it cannot be opened
+            with open(path, "rb"), safe_open(path, framework="pt") as file:  # `open` says why it cannot be opened
                 metadata = file.metadata() or {}
                 text = metadata["poolshare"]
                 if metadata["facts sha256"] != _checksum(text, {}):

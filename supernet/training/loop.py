@@ -32,8 +32,8 @@ from .sandwich import Sandwich
 
 # model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
-Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: it was in an earlier process
-Say = Callable[[str], None]  # what a person should know
+Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: an earlier process took them
+Say = Callable[[str], None]  # a message for the user
 
 SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
 
@@ -304,7 +304,7 @@ class _Mixer:
         """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
         even = distributed.world_size() * (len(images) + 1)  # loaders may have other batches than in their first epoch
         _check_pairs(len(images), f"a --batch-size whose share is even, such as {even}")
-        # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
+        # timm mixes the first with the last: neighbours are put there, so that ranks never split a pair.
         order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
         with keyed_generators(self.seed, _MIX, step):
             return self.mixup(images[order], labels[order])
