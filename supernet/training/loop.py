@@ -249,9 +249,9 @@ def _batches(
     data: Data, recipe: Recipe, first: int, steps: int, workers: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """From step `first` on, (step, images, labels) of this process's share."""
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     for epoch in range(first // steps, recipe.epochs):
         start = max(first - epoch * steps, 0)
-        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         batches = data.train_loader(epoch, recipe.batch_size, start_step=start, workers=workers, **ranks)
         for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
             yield step, images, labels
