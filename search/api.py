@@ -13,7 +13,8 @@ import pandas as pd
 
 from poolshare.space import Architecture, ConfigError
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.data.given import Parts, loader_batch
+from poolshare.supernet.data.given import Parts
+from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Data
 
 from .analysis.finalists import train_finalists

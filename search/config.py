@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from poolshare.space import COSTS, ConfigError, budget_quantity
+from poolshare.space.data_kind import DataKind
 from poolshare.space.presets import UNTRAINED
 
 SEARCHING = (
@@ -39,7 +40,6 @@ IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little 
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
 MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", *SEARCHING, *PLACES)
-NAMES = ("torch/", "hfds/", "python/")  # begin names of data; all others but "digits" are paths
 ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
 
 
@@ -159,8 +159,8 @@ class SearchConfig(BaseModel):
     def _decide(cls, values: dict[str, Any], handler: ModelWrapValidatorHandler[SearchConfig]) -> SearchConfig:
         given = {name: value for name, value in values.items() if value is not None}
         warm = bool(given.get("pretrained") or given.get("weights"))
-        digits = given.get("data") == "digits"
-        decided = {
+        digits = DataKind.of(str(given.get("data"))) is DataKind.DIGITS
+        decided: dict[str, Any] = {
             "model": "digits_vit" if digits else "vit_tiny_patch16_224",
             "search_fraction": 0.3 if digits else 0.2,  # few images: enough of them to tell architectures apart,
             "batch_size": 32 if digits else 64,  # and enough steps
@@ -257,9 +257,10 @@ def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:
     normal = dict(values)
     data, data_dir = normal.get("data"), normal.get("data_dir")
     if isinstance(data, str) and data and isinstance(data_dir, str | os.PathLike | None):
-        if data == "digits":
+        kind = DataKind.of(data)
+        if kind is DataKind.DIGITS:
             normal["data_dir"] = None
-        elif not data.startswith(NAMES):
+        elif kind is DataKind.FOLDER:
             normal |= {"data": _absolute(Path(data_dir or "", data)), "data_dir": None}
         elif data_dir:
             normal["data_dir"] = _absolute(data_dir)
@@ -275,7 +276,7 @@ def moved(data: str, data_dir: str | None, now: str | None, now_dir: str | None)
 
     Raises ConfigError for a folder of data sets alone where the images are a folder of their own.
     """
-    if now is None and now_dir is not None and not data.startswith(NAMES):
+    if now is None and now_dir is not None and DataKind.of(data) in (DataKind.DIGITS, DataKind.FOLDER):
         raise ConfigError(f"--data-dir {now_dir} belongs to torch/… and hfds/… data; give --data FOLDER instead")
     wished = normal_places({"data": now or data, "data_dir": now_dir})
     same = wished["data"] == data
@@ -288,7 +289,7 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 def short_name(data: str) -> str:
     """What data are called where their place does not matter: the folder's own name."""
-    return data if data.startswith(NAMES) else Path(data).name or data
+    return (Path(data).name or data) if DataKind.of(data) is DataKind.FOLDER else data
 
 
 def check_recipe_names(recipe: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from .errors import BudgetError
 if TYPE_CHECKING:
     from .search_space import Node, SearchSpace
 
-FEW = 2000  # coarsely counted architectures that are looked at one by one, and so counted exactly after all
+FEW = 2000  # coarsely counted architectures that are checked one by one, and so counted exactly
 _MAX_DRAWS = 20_000
 
 
@@ -42,12 +42,12 @@ class Band:
         self.space, self.costs = space, costs
         self._paths = paths = paths_of(space, costs)
         self.low = paths.cheapest if low is None else _rounded("low", low, ceil)
-        self.high = paths.dearest if high is None else _rounded("high", high, floor)
-        if self.low > paths.dearest or self.high < paths.cheapest or self.low > self.high:
+        self.high = paths.most_expensive if high is None else _rounded("high", high, floor)
+        if self.low > paths.most_expensive or self.high < paths.cheapest or self.low > self.high:
             wanted = f"at most {costs.format(self.high)} ({self.high:,})" if low is None else self._wanted()
             raise BudgetError(f"no architecture costs {wanted}: {self._reach()}")
         self.exact, self._members = True, None
-        self._open = self.low <= paths.cheapest and self.high >= paths.dearest
+        self._open = self.low <= paths.cheapest and self.high >= paths.most_expensive
         if self._open:
             self.size = space.size
             return
@@ -87,7 +87,7 @@ class Band:
         return f"from {self.costs.format(self.low)} ({self.low:,}) to {self.costs.format(self.high)} ({self.high:,})"
 
     def _reach(self) -> str:
-        low, high = self._paths.cheapest, self._paths.dearest
+        low, high = self._paths.cheapest, self._paths.most_expensive
         return f"this space reaches from {self.costs.format(low)} ({low:,}) to {self.costs.format(high)} ({high:,})"
 
     def _nearest(self) -> str:
@@ -99,7 +99,7 @@ class Band:
 
     def _first_cost(self, count: int) -> int:
         """The least cost that so many architectures do not exceed."""
-        low, high = self._paths.cheapest, self._paths.dearest
+        low, high = self._paths.cheapest, self._paths.most_expensive
         while low < high:
             middle = (low + high) // 2
             if self._ways.at_most(self.space.depth, None, middle - self.costs.source) >= count:

@@ -39,7 +39,7 @@ class Paths:
             self.reached.insert(0, list({after: None for node in self.reached[0] for after, _, _ in self.steps[node]}))
         self.least, self.most = self.extremes(min), self.extremes(max)
         self.cheapest = self.source + self.least[-1][None]
-        self.dearest = self.source + self.most[-1][None]
+        self.most_expensive = self.source + self.most[-1][None]
 
     def extremes(self, choose: Callable[[Iterable[int]], int]) -> list[dict[Node | None, int]]:
         """[layers still to come][node] -> the least or the most that a path from there to the end costs."""

@@ -28,7 +28,7 @@ class DataError(PoolshareError):
 
 
 class BrokenDataError(DataError):
-    """A data set that is there but has files no one can read."""
+    """A data set with files that cannot be read."""
 
     exit_status = 1
 
@@ -50,4 +50,4 @@ class RunError(PoolshareError):
 
 
 class DamagedError(RunError):
-    """A file of a run that can be read and does not hold what was written there, or was never ours."""
+    """A file that can be read and is damaged, or not a poolshare file."""

@@ -53,9 +53,9 @@ def usual_permissions(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
-    """Raise RunError where `path` cannot be read, and DamagedError, with `advice`, where it holds not what it should.
+    """Raise RunError where `path` cannot be read, and DamagedError, with `advice`, where its content is not what it should be.
 
-    The two are kept apart: a file that this user may not open, or a disk that fails, may hold all it should. RunErrors
+    The two are kept apart: a file that this user may not open, or that lies on a failing disk, may be complete. RunErrors
     of what is inside pass as they are.
     """
     try:
@@ -66,7 +66,7 @@ def reading(path: Path, advice: str) -> Iterator[None]:
         raise RunError(f"{path} cannot be read ({error.strerror or error}); {remedy(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
-            f"{path} is damaged or not ours ({error if str(error) else repr(error)}); {advice}"
+            f"{path} is damaged or not a poolshare file ({error if str(error) else repr(error)}); {advice}"
         ) from None
 
 
@@ -93,7 +93,7 @@ def digest_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk; a system or a disk that cannot sync folders need not."""
+    """Flush a file, or the names in a folder, to the disk; where folders cannot be synced, that is skipped."""
     folder = path.is_dir()
     with suppress(OSError) if folder else nullcontext():
         opened = os.open(path, os.O_RDONLY)

@@ -26,7 +26,7 @@ PRESETS: dict[str, SearchSpace] = {
     "psvit_1d_small": _PSVIT_1D,
     "psvit_2d_tiny": _PSVIT_2D,
     "psvit_2d_small": _PSVIT_2D,
-    # Down to a single token, so that there is something to lose: digits hardly mind being left with 4.
+    # Down to a single token, so that accuracy differs: 4 are nearly enough for the digits.
     "digits_vit": SearchSpace(depth=8, levels=(64, 16, 4, 1), operators=("max2d",), max_run=3),
 }
 

@@ -238,7 +238,7 @@ class SearchSpace:
         return list(found)
 
     def mutate(self, architecture: Architecture, rng: random.Random) -> Architecture:
-        """Leave the path at a random layer and rejoin it one to three layers later (more where nothing else exists).
+        """Leave the path at a random layer and rejoin it one to three layers later, or more where nothing else exists.
 
         Raises SpaceError where the space has no other architecture.
         """
@@ -302,7 +302,7 @@ class SearchSpace:
         """The shortest path: the architecture of least cost; of equals the one of lowest rank."""
         return self._extreme(costs, sign=1)
 
-    def dearest(self, costs: CostTable) -> Architecture:
+    def most_expensive(self, costs: CostTable) -> Architecture:
         """The longest path: the architecture of highest cost; of equals the one of lowest rank."""
         return self._extreme(costs, sign=-1)
 

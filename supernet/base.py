@@ -15,8 +15,6 @@ from torch import nn
 
 from poolshare.space import ModelError
 
-from .options import read_options
-
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled)
 NORMS = (nn.LayerNorm, RmsNorm, RmsNormFp32)  # of one token at a time, and countable
 
@@ -39,13 +37,6 @@ BLOCKS = {
     "ParallelThingsBlock": "blocks of several attentions side by side, each with a map of its own",
     "ResPostBlock": "blocks with norms after attention and MLP",
 }
-
-
-def create_base(name: str, pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A timm ViT that poolshare can search. Raises ModelError where timm does not know it or a part is unsupported."""
-    options = read_options(name, options)
-    outline(name, options)
-    return make_base(name, options, pretrained)
 
 
 def outline(name: str, options: dict[str, Any]) -> VisionTransformer:

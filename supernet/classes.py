@@ -1,4 +1,4 @@
-"""Which output of a trained head is which class: names from a card, a checkpoint, a class map or ImageNet, matched."""
+"""Match classes to the outputs of a trained head, by names from a card, a checkpoint, a class map or ImageNet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ Names = tuple[str, ...]
 class Head:
     """The classifier that weights bring.
 
-    count: its outputs. names: what they are called, in order; None: nobody says. said_by: who names them.
+    count: its outputs. names: of the classes, in order; None: unknown. said_by: where the names come from.
     """
 
     count: int
@@ -30,7 +31,7 @@ class Head:
 
     @property
     def named(self) -> Head:
-        """The same, by ImageNet's synsets where nobody names the outputs and their number is that of an ImageNet set."""
+        """The same, with ImageNet's synsets as names where there are none and their number is that of an ImageNet set."""
         subset = infer_imagenet_subset({"num_classes": self.count})
         if self.names is not None or subset is None:
             return self
@@ -76,11 +77,11 @@ def match_classes(
                 f"--class-map {file} lacks {_some(missing)}, {len(missing)} of the data's {count} classes: name each "
                 "class as its folder is called, one a line, in the order of the head's outputs"
             )
-        return _by_name(
-            classes, Head(len(names), head.source if head else "", names, f"--class-map {file}"), head is None
-        )
+        named = Head(len(names), head.source if head else "", names, f"--class-map {file}")
+        return _by_name(classes, named, head is None)
+    by_order = partial(Matched, tuple(classes), tuple(range(count)))
     if head is None:
-        return Matched(tuple(classes), tuple(range(count)), True)
+        return by_order(True)
     head = head.named
     foreign = [name for name in classes if head.names is None or name not in set(head.names)]
     if head.names is not None and not foreign:
@@ -93,15 +94,8 @@ def match_classes(
                 f"the head of {head.source}, and {_some(foreign)} not: rename the class folders, or say with --class-map "
                 "FILE which output is which class, one folder's name a line"
             )
-        return Matched(
-            tuple(classes),
-            tuple(range(count)),
-            False,
-            (
-                f"the head of {head.source} is taken to have the data's classes in their order: "
-                f"{_outputs(classes, range(count))}; if that is wrong, give --class-map FILE",
-            ),
-        )
+        note = f"the head of {head.source} is taken to have the data's classes in their order: "
+        return by_order(False, (f"{note}{_outputs(classes, range(count))}; if that is wrong, give --class-map FILE",))
     why = f"it has {head.count} classes, the data {count}"
     if partly:
         why += f", {len(foreign)} of them not among the names of {head.said_by}: {_some(foreign)}"
@@ -113,12 +107,8 @@ def match_classes(
             f"the head of {head.source} does not fit the data: {why}. Without training a new one would stay untrained: "
             f"{remedy}; or train (--epochs 1 or more), or score without labels (--no-training --unlabelled)"
         )
-    return Matched(
-        tuple(classes),
-        tuple(range(count)),
-        True,
-        (f"warning: the trained head of {head.source} is dropped and a new one trained: {why}; to keep it, {remedy}.",),
-    )
+    note = f"warning: the trained head of {head.source} is dropped and a new one trained: {why}; to keep it, {remedy}."
+    return by_order(True, (note,))
 
 
 def _by_name(classes: Sequence[str], head: Head, fresh: bool) -> Matched:
@@ -170,7 +160,7 @@ def names_of(value: Any) -> Names:
             raise ValueError(f"its indices are not 0 to {len(pairs) - 1}, each once")
         value = [name for _, name in pairs]
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) and name for name in value):
-        raise ValueError("it is no list of class names")
+        raise ValueError("it is not a list of class names")
     twice = [name for name, count in Counter(value).items() if count > 1]
     if twice:
         raise ValueError(f"it names {_some(twice)} more than once")

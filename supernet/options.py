@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from poolshare.space import ModelError
 from poolshare.space.architecture import MAX_DEPTH
 
-# What timm takes without a word, or runs into deep inside.
+# Values below these pass timm's checks, or fail deep inside it.
 AT_LEAST = {"img_size": 1, "patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1}
 AT_LEAST |= {"num_classes": 0, "reg_tokens": 0, "mlp_ratio": 0}
 

@@ -1,4 +1,4 @@
-"""How many threads PyTorch computes with on a CPU: as asked for, as recorded, or as a few timed steps say.
+"""How many threads PyTorch uses on a CPU: as asked for, as recorded, or the fastest by a few timed steps.
 
 More are not always faster. Where other programs take the cores, or kernels are small, threads wait for each other, up
 to ten times as long as they compute. Sums of floats depend on their number, so what is chosen is kept and used again.
@@ -21,13 +21,13 @@ from .model import SuperNet
 from .training.loop import attention_of, precision_of
 from .training.recipe import Recipe
 
-MOST_IMAGES, SECONDS = 32, 0.3  # of one timed step: no more of either, so that choosing takes seconds
+MOST_IMAGES, SECONDS = 32, 0.3  # limits of one timed step, so that choosing takes seconds
 ROUNDS = 3  # steps of each number that are compared, in turn
-WORTH = 0.9  # of the time: more threads must take no more than this, or they are not worth having
+WORTH = 0.9  # of the time: more threads are taken only where they need no more than this
 
 
 class Threads(NamedTuple):
-    """A number of threads, and what a person should know of how it came about; empty: nothing."""
+    """A number of threads, and a note for the user on how it was chosen, which may be empty."""
 
     number: int | None  # None: leave PyTorch as it is
     note: str = ""
@@ -43,7 +43,7 @@ def usable_cores() -> int:
 
 @contextmanager
 def computing_with(threads: int | None) -> Iterator[None]:
-    """PyTorch computes with so many threads in here, None: with those it has; afterwards with those it had before."""
+    """Set the number of PyTorch's threads, None: leave it; restored on leaving."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

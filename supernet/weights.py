@@ -1,6 +1,6 @@
-"""Weights as people have them: read from a file or a folder without running its code, and put into a base model.
+"""Read weights from a file or a folder, without running code in it, and load them into a base model.
 
-Everything must fit, but for what timm adapts too. A card beside the weights (timm's config.json) says which model they
+Everything must fit, except for what timm adapts as well. A card beside the weights (timm's config.json) says which model they
 are of, what its classes are called and what images it takes.
 """
 
@@ -110,7 +110,7 @@ def read_card(name: str, option: str = "--weights") -> Card:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(
-            f"{option} {name}: {path} is no card of a timm model ({error}); give the weights' file as --weights and the "
+            f"{option} {name}: {path} is not the card of a timm model ({error}); give the weights' file as --weights and the "
             "timm model they were made for as --model"
         ) from None
 
@@ -159,12 +159,8 @@ def load_base_weights(
     if fresh_head:
         heads = (f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
         adapted |= {key: wanted[key] for key in heads if key in wanted}
-    _compare(
-        found.name,
-        name,
-        {key: tuple(v.shape) for key, v in adapted.items()},
-        {k: tuple(v.shape) for k, v in wanted.items()},
-    )
+    has, needs = ({key: tuple(value.shape) for key, value in one.items()} for one in (adapted, wanted))
+    _compare(found.name, name, has, needs)
     model.load_state_dict(adapted, strict=False)  # only poolings can be missing
     return (*found.notes, *notes)
 
@@ -228,7 +224,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(_pickled(path, what, error)) from None
-    except Exception as error:  # a stranger's bytes: torch raises whatever it runs into
+    except Exception as error:  # an untrusted file: torch may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{what} cannot be read ({type(error).__name__}: {reason:.200}); give a safetensors file such as timm's "
@@ -313,7 +309,7 @@ def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list
             notes.append(
                 f"{found.name} takes {weight.shape[1]} channels, the model {model.in_chans}: adapted as in timm"
             )
-    except Exception as error:  # a stranger's tensors: timm's functions raise whatever they run into
+    except Exception as error:  # untrusted tensors: timm's functions may raise anything
         raise ModelError(
             f"--weights {found.name} cannot be adapted to this model ({type(error).__name__}: {str(error)[:100]}); give "
             "the --model it was made for"
@@ -327,17 +323,11 @@ def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list
 
 
 def _compare(source: str, name: str, has: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    complaints = [
-        ("lacks", sorted(wanted.keys() - has.keys())),
-        ("has besides", sorted(has.keys() - wanted.keys())),
-        (
-            "has in another shape",
-            [f"{key} {has[key]}, not {wanted[key]}" for key in wanted if key in has and has[key] != wanted[key]],
-        ),
-    ]
+    others = [f"{key} {has[key]}, not {wanted[key]}" for key in wanted if key in has and has[key] != wanted[key]]
+    complaints = {"lacks": sorted(wanted.keys() - has.keys()), "has besides": sorted(has.keys() - wanted.keys())}
     differences = [
         f"it {what} {', '.join(items[:3])}" + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-        for what, items in complaints
+        for what, items in (complaints | {"has in another shape": others}).items()
         if items
     ]
     if differences:

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import Forked
+from opened import open_data
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +27,6 @@ from poolshare.search.job.prepare import matched_classes, prepare
 from poolshare.search.job.records import read_json, write_json
 from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_tensors
 
 SMALL = [
@@ -346,7 +346,7 @@ def test_foreign_damaged_and_changed_run_folders_are_refused_untouched(tmp_path)
 
     for damaged in ("", "{", "[]", '{"format": 1}', good.replace('"lr"', '"rl"'), good.replace("0.002", '"x"')):
         (path / "config.json").write_text(damaged)
-        with pytest.raises(RunError, match=r"config\.json is damaged or not ours"):
+        with pytest.raises(RunError, match=r"config\.json is damaged or not a poolshare file"):
             RunFolder.open(path)
     (path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
     with pytest.raises(RunError, match="format version 2"):

@@ -68,7 +68,7 @@ def test_the_published_numbers_of_one_block():
 
 def test_the_dense_path_costs_what_deit_tiny_costs():
     assert vit_tiny_table().total(VIT[0]) == 1_258_411_200
-    assert vit_tiny_table().total(VIT.dearest(vit_tiny_table())) == 1_258_411_200
+    assert vit_tiny_table().total(VIT.most_expensive(vit_tiny_table())) == 1_258_411_200
 
 
 def test_an_architecture_costs_the_sum_along_its_path():
@@ -132,7 +132,7 @@ def test_totals_cheapest_and_dearest_by_enumeration(space: SearchSpace, seed: in
     assert {architecture: table.total(architecture) for architecture in space} == totals
     everything = list(space)  # in the order of ranks, so that min and max take the lowest rank of equals
     assert space.cheapest(table) == min(everything, key=totals.__getitem__)
-    assert space.dearest(table) == max(everything, key=totals.__getitem__)
+    assert space.most_expensive(table) == max(everything, key=totals.__getitem__)
 
 
 def test_the_first_follower_may_cost_other_than_the_next():

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opened import open_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_sources import write_digits
 from timm.data import ImageDataset, create_transform
 
-import poolshare.supernet.data as module
-import poolshare.supernet.data.sources as sources
+import poolshare.supernet.data.named as named
+import poolshare.supernet.data.splits as module
 from poolshare.space.errors import BrokenDataError, DataError
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.data.transforms import Augmentation, keyed_generators
 
 DIGITS: dict[str, Any] = {"img_size": 8, "in_chans": 1, "mean": (0.3,), "std": (0.4,)}
@@ -152,13 +152,13 @@ def test_eurosat_looks_as_timm_makes_it(real_data):
 
 def test_fashion_mnist_by_timms_name_opens_test_last(real_data, monkeypatch):
     opened = []
-    create = sources.create_dataset
+    create = named.create_dataset
 
     def create_and_note(*args, **options):
         opened.append(options["split"])
         return create(*args, **options)
 
-    monkeypatch.setattr(sources, "create_dataset", create_and_note)
+    monkeypatch.setattr(named, "create_dataset", create_and_note)
     data = open_data("torch/fashion_mnist", data_dir=real_data, **{**GREY, "img_size": 28})
     images, labels = next(iter(data.train_loader(0, 32)))
     assert (images.shape, images.dtype, labels.dtype) == ((32, 1, 28, 28), torch.float32, torch.int64)
@@ -233,7 +233,7 @@ def test_an_epoch_takes_each_image_once_and_drops_the_short_batch(folder):
         assert set(images) == as_evaluated
         orders.append(images)
     assert orders[0] != orders[1]
-    full = gather(data.train_loader(0, 10_000, full=True))[1]
+    full = gather(data.full.train_loader(0, 10_000))[1]
     assert sorted(full.tolist()) == sorted(data.split("train_full").labels.tolist())
 
 

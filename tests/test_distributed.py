@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Forked, call
+from opened import open_data
 from safetensors.torch import load_file, save_file
 
 from poolshare.space import SearchSpace
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_tensors
 from poolshare.supernet.training.loop import train_model, train_supernet
@@ -85,7 +85,7 @@ def in_each_process(folder):
             shutil.copy(folder / "stopped.safetensors", state)
         net, _ = train(data, 50 + rank, state)
         model = make_net(rank)
-        train_model(model, data, Recipe(epochs=1, batch_size=256, drop_path=0.3), seed=3)
+        train_model(model, data.full, Recipe(epochs=1, batch_size=256, drop_path=0.3), seed=3)
         save_file(net.state_dict() | {"alone": model.head.weight.data.clone()}, folder / f"end-{rank}.safetensors")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from opened import open_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
@@ -33,7 +34,6 @@ from poolshare.space import (
     RunError,
 )
 from poolshare.supernet.data.given import open_own
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_state_facts, load_tensors
 from poolshare.supernet.training.loop import check_batches, train_model
 from poolshare.supernet.training.recipe import Recipe
@@ -134,7 +134,7 @@ def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(
     for row in rows.itertuples():
         torch.manual_seed(config.seed)
         model = found.model(row.architecture)
-        train_model(model, data, recipe, full=False, seed=config.seed)
+        train_model(model, data, recipe, seed=config.seed)
         with torch.inference_mode():
             assert row.correct == int(top3(model(images), labels).sum())
 
@@ -165,7 +165,7 @@ def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, 
     base, options = found._supernet.base
     model = timm.create_model("poolshare_vit", base=base, architecture=row["architecture"], **options)
     recipe = supernet_recipe(found.run.config).model_copy(update={"epochs": 1})
-    train_model(model, found.data, recipe, full=False, seed=seed)
+    train_model(model, found.data, recipe, seed=seed)
     with torch.inference_mode():
         assert row["correct"] == int(top3(model(images), labels).sum())
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from opened import open_data, open_source
 from PIL import Image, ImageOps
 from rich.console import Console
 from test_sources import write_digits
@@ -25,8 +26,6 @@ from poolshare.supernet import Subnet
 from poolshare.supernet.data.given import open_own
 from poolshare.supernet.data.listing import list_folder, natural_key
 from poolshare.supernet.data.pictures import PIXELS_VARIABLE, Images
-from poolshare.supernet.data.sources import open_source
-from poolshare.supernet.data.splits import open_data
 
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
 

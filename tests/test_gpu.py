@@ -5,11 +5,11 @@ import random
 import pandas as pd
 import pytest
 import torch
+from opened import open_data
 from safetensors.torch import load_file
 
 from poolshare.space import OPERATORS, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, measure_latency_table, measure_macs
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.loop import train_supernet
 from poolshare.supernet.training.recipe import Recipe
 

@@ -127,7 +127,7 @@ def test_the_dense_model_is_tuned_as_it_would_be_alone(made, tmp_path):
     save_file(model.state_dict(), tmp_path / "two.safetensors")
     found = search(made / "photos", out=tmp_path / "run", weights=tmp_path / "two.safetensors", **WARM | {"epochs": 0})
     data = prepare(found.run.config).data
-    train_model(model, data, Recipe(epochs=2, batch_size=8, lr=3e-4, layer_decay=0.75), full=False)
+    train_model(model, data, Recipe(epochs=2, batch_size=8, lr=3e-4, layer_decay=0.75))
     dense, supernet = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("dense", "supernet"))
     assert dense.keys() == model.state_dict().keys()
     assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from opened import open_data
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
@@ -17,7 +18,6 @@ from poolshare.search.config import SearchConfig
 from poolshare.search.job.prepare import checked_recipe, input_config, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.data.transforms import keyed_generators
 from poolshare.supernet.training.loop import _MIX, _Mixer, check_batches, set_drop_path, train_model
 from poolshare.supernet.training.recipe import Recipe
@@ -28,7 +28,7 @@ PLAIN = {"epochs": 1, "batch_size": 1000, "clip_grad": None, "warmup": 0.0}  # o
 
 @pytest.fixture(scope="module")
 def digits():
-    return open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
+    return open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,)).full
 
 
 def make_model(seed=0, **options):
@@ -52,7 +52,7 @@ def first_gradients(digits, recipe, **options):
 
 def by_hand(digits, loss_of):
     model = make_model().train()
-    images, labels = next(iter(digits.train_loader(0, 1000, full=True)))
+    images, labels = next(iter(digits.train_loader(0, 1000)))
     loss = loss_of(model, images, labels)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
@@ -102,9 +102,9 @@ def test_batches_that_cannot_be_paired_are_refused_with_one_that_can(images, pro
     mixed = Recipe(cutmix=1.0, batch_size=images)
     says = f"{share} of them in a step: give a --batch-size whose share is even, such as {better}$"
     with pytest.raises(ConfigError, match=says):
-        check_batches(digits, mixed, processes, full=True)
-    check_batches(digits, mixed.model_copy(update={"batch_size": better}), processes, full=True)
-    check_batches(digits, mixed.model_copy(update={"cutmix": 0.0}), processes, full=True)
+        check_batches(digits, mixed, processes)
+    check_batches(digits, mixed.model_copy(update={"batch_size": better}), processes)
+    check_batches(digits, mixed.model_copy(update={"cutmix": 0.0}), processes)
 
 
 def test_mixing_and_smoothing_reach_the_loss_and_a_mixed_step_differs_from_a_plain_one(digits):

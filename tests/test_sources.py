@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opened import open_data, open_source
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageDataset
 
-import poolshare.supernet.data.sources as sources
+import poolshare.supernet.data.named as named
 from poolshare.space.errors import BrokenDataError, DataError
-from poolshare.supernet.data.sources import open_source, stratified
-from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data.sources import stratified
 
 GREY: dict[str, Any] = {"img_size": 16, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
 
@@ -202,7 +202,7 @@ class Labelled(SimpleNamespace):
 @pytest.mark.parametrize("listed", [True, False])
 def test_labels_of_no_use(monkeypatch, labels, message, listed):
     dataset = Labelled(labels=labels, classes=["a", "b"], **({"targets": labels} if listed else {}))
-    monkeypatch.setattr(sources, "create_dataset", lambda *_, **__: dataset)
+    monkeypatch.setattr(named, "create_dataset", lambda *_, **__: dataset)
     with pytest.raises(DataError, match=message):
         open_source("torch/some", data_dir=".")
 
@@ -210,7 +210,7 @@ def test_labels_of_no_use(monkeypatch, labels, message, listed):
 def test_a_set_that_keeps_more_than_its_label(monkeypatch):
     labels = [0, 1] * 10
     dataset = Labelled(labels=labels, targets=torch.zeros(20, 8))  # as QMNIST does
-    monkeypatch.setattr(sources, "create_dataset", lambda *_, **__: dataset)
+    monkeypatch.setattr(named, "create_dataset", lambda *_, **__: dataset)
     found = open_source("torch/some", data_dir=".")
     assert found.open_test is not None
     assert (found.classes, found.open_test().labels.tolist()) == (("0", "1"), labels)
@@ -235,7 +235,7 @@ def test_validation_images_of_a_hub_set_beside_test_images_are_scored_on(monkeyp
         columns = HubColumns(label=[0, 1] * (count // 2))
         return SimpleNamespace(reader=HubReader(first=first, dataset=columns, class_to_idx={"a": 0, "b": 1}))
 
-    monkeypatch.setattr(sources, "create_dataset", create)
+    monkeypatch.setattr(named, "create_dataset", create)
     data = open_data("hfds/some", **GREY)
     values = {
         name: [np.asarray(part.source.read(int(index)))[0, 0] for index in part.indices]

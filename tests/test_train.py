@@ -7,13 +7,13 @@ import shutil
 import signal
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from opened import open_data
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
-from poolshare.supernet.base import create_base
-from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
 from poolshare.supernet.training.recipe import Recipe
@@ -138,7 +138,7 @@ def test_training_learns(options, recipe, above, digits):
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_state(digits, tmp_path):
     model = make_net()
     recipe, state = Recipe(epochs=3, batch_size=256), tmp_path / "state.safetensors"
-    steps = steps_per_epoch(digits, recipe, full=True)
+    steps = steps_per_epoch(digits.full, recipe)
 
     def poison(step, loss):
         if step == steps + 1:
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_state(
                 model.head.bias[0] = math.nan
 
     with pytest.raises(TrainingError, match=rf"the loss is nan at step {steps + 2} of {3 * steps} \(epoch 2\).*--lr"):
-        train_model(model, digits, recipe, state=state, progress=poison)
+        train_model(model, digits.full, recipe, state=state, progress=poison)
     tensors, facts = load_tensors(state)
     assert (facts["epochs"], facts["step"]) == (1, steps)
     assert all(torch.isfinite(value).all() for value in tensors.values())
@@ -154,14 +154,14 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_state(
 
 def test_a_state_begun_with_other_settings_is_refused(digits, tmp_path):
     state, recipe = tmp_path / "state.safetensors", Recipe(epochs=1, batch_size=512)
-    train_model(make_net(), digits, recipe, state=state, settings={"data": "a"})
+    train_model(make_net(), digits.full, recipe, state=state, settings={"data": "a"})
     with pytest.raises(RunError, match=r"\(data: 'a' there, 'b' now\)"):
-        train_model(make_net(), digits, recipe, state=state, settings={"data": "b"})
+        train_model(make_net(), digits.full, recipe, state=state, settings={"data": "b"})
     other = recipe.model_copy(update={"lr": 0.1, "mixup": 0.2})
     with pytest.raises(
         RunError, match=r"\(lr: 0.002 there, 0.1 now; mixup: 0.0 there, 0.2 now; seed: 0 there, 1 now\)"
     ):
-        train_model(make_net(), digits, other, seed=1, state=state, settings={"data": "a"})
+        train_model(make_net(), digits.full, other, seed=1, state=state, settings={"data": "a"})
 
 
 class Stopped(Exception):
@@ -196,20 +196,20 @@ def stop_at(*steps):
 def test_training_stopped_in_the_middle_of_epochs_ends_bit_for_bit_like_one_that_was_not(changes, digits, tmp_path):
     recipe = Recipe(epochs=2, batch_size=128, **changes)
     undisturbed = make_net()
-    train_model(undisturbed, digits, recipe, seed=5)
+    train_model(undisturbed, digits.full, recipe, seed=5)
     assert not torch.equal(undisturbed.head.weight, make_net().head.weight)
     state = tmp_path / "state.safetensors"
-    steps = steps_per_epoch(digits, recipe, full=True)
+    steps = steps_per_epoch(digits.full, recipe)
     seconds = [0.0]  # of training, those before an interruption too
     for seed, at in ((0, 3), (99, steps - 1), (98, steps + 2)):
         with pytest.raises(Stopped):
-            train_model(make_net(seed), digits, recipe, seed=5, state=state, save_seconds=0, progress=stop_at(at))
+            train_model(make_net(seed), digits.full, recipe, seed=5, state=state, save_seconds=0, progress=stop_at(at))
         facts = load_tensors(state)[1]
         assert facts["step"] == at
         seconds.append(facts["seconds"])
     assert seconds == sorted(set(seconds))
     continued = make_net(97)  # its weights come from the state
-    train_model(continued, digits, recipe, seed=5, state=state)
+    train_model(continued, digits.full, recipe, seed=5, state=state)
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, continued.state_dict()[name]), name
 
@@ -219,7 +219,7 @@ def test_bf16_trains_another_model_and_workers_train_the_same(digits):
     for amp, workers in (("none", 0), ("none", 2), ("bf16", 0), ("bf16", 2)):
         trained.append(make_net())
         recipe = Recipe(epochs=2, batch_size=256, amp=amp, mixup=0.2)
-        train_model(trained[-1], digits, recipe, seed=5, workers=workers)
+        train_model(trained[-1], digits.full, recipe, seed=5, workers=workers)
     plain, plain_read_by_workers, short, short_read_by_workers = (model.state_dict() for model in trained)
     for name, value in plain.items():
         assert torch.equal(value, plain_read_by_workers[name]), name
@@ -234,14 +234,14 @@ def test_training_in_bf16_on_a_cpu_attends_without_the_fused_kernel_and_leaves_t
 ):
     kernel, seen = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or kernel(*a, **k))
-    model = create_base("digits_vit", depth=2)
+    model = timm.create_model("digits_vit", depth=2)
     assert all(block.attn.fused_attn for block in model.blocks)
 
     def stop(step, loss):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        train_model(model, digits, Recipe(epochs=1, batch_size=64, amp=amp), progress=stop)
+        train_model(model, digits.full, Recipe(epochs=1, batch_size=64, amp=amp), progress=stop)
     assert bool(seen) == fused
     assert all(block.attn.fused_attn for block in model.blocks)
 
@@ -261,7 +261,7 @@ def test_a_signal_is_obeyed_after_the_step_it_came_in_is_saved(number, digits, t
     before = signal.signal(number, handler)
     try:
         with pytest.raises(Stopped, match=str(int(number))):
-            train_model(make_net(), digits, recipe, state=state, progress=progress, say=said.append)
+            train_model(make_net(), digits.full, recipe, state=state, progress=progress, say=said.append)
         assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
@@ -280,16 +280,18 @@ def test_a_damaged_state_is_replaced_by_the_one_before_it(digits, tmp_path):
     recipe, state, said = Recipe(epochs=1, batch_size=128), tmp_path / "state.safetensors", []
     before = state_before(state)
     undisturbed = make_net()
-    train_model(undisturbed, digits, recipe)
+    train_model(undisturbed, digits.full, recipe)
     with pytest.raises(Stopped):
-        train_model(make_net(), digits, recipe, state=state, save_seconds=0, progress=stop_at(5))
+        train_model(make_net(), digits.full, recipe, state=state, save_seconds=0, progress=stop_at(5))
     assert [load_tensors(path)[1]["step"] for path in (before, state)] == [4, 5]
 
     for position in (9, 300, -5):  # in the header, in the facts or names, in a tensor
         shutil.copy(state, tmp_path / "kept")
         flip(state, position)
         with pytest.raises(Stopped):
-            train_model(make_net(9), digits, recipe, state=state, save_seconds=0, progress=stop_at(4), say=said.append)
+            train_model(
+                make_net(9), digits.full, recipe, state=state, save_seconds=0, progress=stop_at(4), say=said.append
+            )
         assert said == [f"{state} is damaged; training goes on from the state before it"]
         assert load_tensors(state)[1]["step"] == 4
         said.clear()
@@ -300,7 +302,7 @@ def test_a_damaged_state_is_replaced_by_the_one_before_it(digits, tmp_path):
 
     state.unlink()  # as when the power fails between the two moves of a save
     continued = make_net(9)
-    train_model(continued, digits, recipe, state=state, say=said.append)
+    train_model(continued, digits.full, recipe, state=state, say=said.append)
     assert said == []
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, continued.state_dict()[name]), name
@@ -309,7 +311,7 @@ def test_a_damaged_state_is_replaced_by_the_one_before_it(digits, tmp_path):
         save_tensors(path, {"a": torch.ones(3)}, {"epochs": 1})
         flip(path, -1)
     with pytest.raises(RunError, match="state"):
-        train_model(make_net(), digits, recipe, state=state)
+        train_model(make_net(), digits.full, recipe, state=state)
 
 
 def test_a_damaged_or_foreign_file_is_refused_and_shapes_are_looked_at_first(tmp_path):

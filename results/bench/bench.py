@@ -31,7 +31,7 @@ from poolshare.search.job.records import versions
 from poolshare.space import forecast
 from poolshare.space.presets import PRESETS
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data import ImageFormat, Place, open_data
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.training.sandwich import Sandwich, sandwich_loss
@@ -131,13 +131,13 @@ def epoch(folder: str, batch: int, repeats: int) -> dict[str, Any]:
     net = SuperNet.from_timm(MODEL, PRESETS[MODEL], num_classes=10)
     model, costs = timm.create_model(MODEL, num_classes=10), measure_macs(net)
     recipe = Recipe(epochs=1, batch_size=batch)
-    data = open_data(folder, img_size=224, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
+    data = open_data(Place(folder), ImageFormat(224, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9))
     steps, sandwich = steps_per_epoch(data, recipe), Sandwich(net.space, costs, seed=0)
     counted = sum(forecast(sandwich.at(step), costs).cost for step in range(steps)) / steps / costs.total(net.space[0])
     seconds = interleaved(
         repeats,
         supernet=lambda: train_supernet(net, data, costs, recipe),
-        timm=lambda: train_model(model, data, recipe, full=False),
+        timm=lambda: train_model(model, data, recipe),
     )
     ratio = seconds["supernet"] / seconds["timm"]
     found = {

@@ -61,7 +61,7 @@ def dense_path(folder: RunFolder) -> dict[str, float]:
     name, options = job.supernet.base
     alone = SuperNet.from_timm(name, job.supernet.space, **options)
 
-    train_model(alone, job.data, job.recipe, full=False, seed=folder.config.seed)
+    train_model(alone, job.data, job.recipe, seed=folder.config.seed)
     correct_alone, _ = accuracy(alone, job.data)
     return {"supernet_dense_path": 100 * correct / images, "trained_alone": 100 * correct_alone / images}
 

@@ -56,7 +56,7 @@ from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.search.report.report import load_report
 from poolshare.space import Architecture, CostTable, PoolshareError
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
-from poolshare.supernet.data.splits import Data, open_data
+from poolshare.supernet.data import Data, ImageFormat, Place, open_data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
@@ -374,8 +374,8 @@ def recipe_of(given: Settings) -> Recipe:
 def opened(given: Settings, seed: int) -> Data:
     """The images in the order and augmentation of a seed; the splits do not depend on it."""
     data = open_data(
-        given.data, img_size=given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9,
-        interpolation="bicubic", augmentation=recipe_of(given).augmentation,
+        Place(given.data), ImageFormat(given.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9),
+        augmentation=recipe_of(given).augmentation,
     )  # fmt: skip
     data.seed = seed
     return data
@@ -392,8 +392,8 @@ def augment(given: Settings, seed: int) -> None:
     images, labels = files_of(given, seed)
     if images.exists() and labels.exists():
         return
-    data, recipe = opened(given, seed), recipe_of(given)
-    steps = steps_per_epoch(data, recipe, full=True)
+    data, recipe = opened(given, seed).full, recipe_of(given)
+    steps = steps_per_epoch(data, recipe)
     shape = (recipe.epochs, steps, recipe.batch_size, 3, given.img_size, given.img_size)
     pixels = np.lib.format.open_memmap(images, "w+", np.uint8, shape)
     numbers = np.empty(shape[:3], np.int64)  # a list of the batches' own would pin the heap between them: 20 MB a step
@@ -401,7 +401,7 @@ def augment(given: Settings, seed: int) -> None:
         Console(stderr=True, quiet=given.jobs > 1), f"images of seed {seed}", recipe.epochs * steps, "steps"
     ) as show:
         for epoch in range(recipe.epochs):
-            batches = data.train_loader(epoch, recipe.batch_size, full=True, workers=given.workers)
+            batches = data.train_loader(epoch, recipe.batch_size, workers=given.workers)
             for step, (x, y) in enumerate(batches):
                 pixels[epoch, step] = (127.5 * x + 127.5).round().byte().numpy()
                 numbers[epoch, step] = y.numpy()
@@ -428,13 +428,16 @@ def train(given: Settings, one: Competitor, seed: int, architecture: Architectur
     device, recipe = torch.device(given.device), recipe_of(given)
     images: Any
     if one.start == LONGER:  # these epochs more are augmented as they come
-        recipe, images = recipe.model_copy(update={"epochs": given.search_epochs + given.epochs}), opened(given, seed)
+        recipe, images = (
+            recipe.model_copy(update={"epochs": given.search_epochs + given.epochs}),
+            opened(given, seed).full,
+        )
     else:
         images = images_of(given, seed)
     torch.manual_seed(seed)
     model = starting_model(one.start, architecture, given).to(device)
     title = f"{one.name} {one.budget:.0%} from {one.start}, seed {seed}"
-    total = recipe.epochs * steps_per_epoch(images, recipe, full=True)
+    total = recipe.epochs * steps_per_epoch(images, recipe)
     with progress_bar(Console(stderr=True, quiet=given.jobs > 1), title, total, "steps") as advance:
         train_model(
             model, images, recipe, seed=seed, workers=given.workers,

@@ -34,7 +34,7 @@ from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.space import Architecture
 from poolshare.supernet import Subnet, count_macs
-from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data import ImageFormat, Place, open_data
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
@@ -192,7 +192,7 @@ def main() -> None:
     candidates = RunFolder.open(run).read_candidates()
     recipe = Recipe(epochs=given.epochs, batch_size=64, lr=2e-3, **RECIPE)
     data = open_data(
-        "torch/fashion_mnist", data_dir=given.work, img_size=28, in_chans=1, mean=(0.5,), std=(0.5,), crop_pct=1.0,
+        Place("torch/fashion_mnist", given.work), ImageFormat(28, in_chans=1, mean=(0.5,), std=(0.5,), crop_pct=1.0),
         augmentation=recipe.augmentation,
     )  # fmt: skip
     everybody = list(competitors(candidates, patch, width))
@@ -218,10 +218,10 @@ def main() -> None:
             model = fresh(architecture, patch, wide)
             macs = macs_of(model)
             model.to(device)
-            total = recipe.epochs * steps_per_epoch(data, recipe, full=True)
+            total = recipe.epochs * steps_per_epoch(data.full, recipe)
             with progress_bar(console, f"{name}, seed {seed}", total, "steps") as advance:
                 train_model(
-                    model, data, recipe, seed=seed,
+                    model, data.full, recipe, seed=seed,
                     progress=partial(advance_loss, advance),
                 )  # fmt: skip
             correct, images = accuracy(model, data)

@@ -31,7 +31,7 @@ from poolshare.search.job.records import write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
 from poolshare.space import OPERATORS, Architecture
 from poolshare.supernet import count_macs
-from poolshare.supernet.data.splits import open_data
+from poolshare.supernet.data import ImageFormat, Place, open_data
 from poolshare.supernet.data.transforms import Augmentation
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
@@ -90,21 +90,21 @@ def main() -> None:
     augmentation = Augmentation()
     if options.name == "digits":
         base_name, base_options = "digits_vit", {}
-        data = open_data("digits", img_size=8, in_chans=1, mean=(0.5,), std=(0.5,), augmentation=augmentation)
+        data = open_data(
+            Place("digits"), ImageFormat(8, in_chans=1, mean=(0.5,), std=(0.5,)), augmentation=augmentation
+        )
         base_recipe = Recipe(epochs=40, batch_size=32, lr=2e-3)
         tune_recipe = Recipe(epochs=5 * options.tune_epochs, batch_size=32, lr=5e-4)
     else:
         base_name, base_options = "vit_tiny_patch16_224", {"img_size": options.img_size, "num_classes": 10}
-        statistics_of = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9, "interpolation": "bicubic"}
-        data = open_data(
-            options.data, img_size=options.img_size, in_chans=3, augmentation=augmentation, **statistics_of
-        )
+        images = ImageFormat(options.img_size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
+        data = open_data(Place(options.data), images, augmentation=augmentation)
         base_recipe = Recipe(epochs=options.base_epochs, batch_size=32, lr=5e-4, layer_decay=0.75)
         tune_recipe = Recipe(epochs=options.tune_epochs, batch_size=32, lr=2e-4, layer_decay=0.75)
 
     def train(model: Any, recipe: Recipe, title: str, state: Path | None = None) -> None:
-        with progress_bar(console, title, recipe.epochs * steps_per_epoch(data, recipe, full=True)) as advance:
-            train_model(model, data, recipe, state=state, progress=partial(advance_loss, advance))
+        with progress_bar(console, title, recipe.epochs * steps_per_epoch(data.full, recipe)) as advance:
+            train_model(model, data.full, recipe, state=state, progress=partial(advance_loss, advance))
 
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / f"{options.name}-{options.img_size}.safetensors"

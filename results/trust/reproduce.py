@@ -119,7 +119,7 @@ def train_alone(job: Job, architecture: Architecture, seed: int) -> int:
     torch.manual_seed(seed)
     model = Subnet.from_base(base, str(architecture), **options)
     order, job.data.seed = job.data.seed, seed
-    train_model(model, job.data, job.recipe, full=False, seed=seed)
+    train_model(model, job.data, job.recipe, seed=seed)
     job.data.seed = order
     return right(model, job)
 
@@ -289,9 +289,7 @@ def train(job: Job, lever: Lever, seed: int, state: Path) -> SuperNet:
 def tune(job: Job, supernet: SuperNet, architecture: Architecture, epochs: int, seed: int) -> int:
     """Images answered right after a few more epochs alone, from the supernet's weights."""
     model = Subnet.from_supernet(supernet, architecture)
-    train_model(
-        model, job.data, job.recipe.model_copy(update={"epochs": epochs, "lr": TUNING_LR}), full=False, seed=seed
-    )
+    train_model(model, job.data, job.recipe.model_copy(update={"epochs": epochs, "lr": TUNING_LR}), seed=seed)
     return right(model, job)
 
 

@@ -128,7 +128,7 @@ def _train(
             model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
             model.to(next(job.supernet.parameters()).device)
             show = partial(advance_step, advance, index * steps, note)
-            train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=show)
+            train_model(model, job.data, recipe, seed=seed, workers=workers, progress=show)
             correct, total = count_right(model, batches, metric=job.metric)
             new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": candidate["correct"]}
             new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}

@@ -68,8 +68,8 @@ def measure_trust(
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
-    Each begins where the supernet began (at random, or from the pretrained or the tuned dense weights) and takes the supernet's recipe
-    and training images; both accuracies are of the search-validation images, so the test images stay unseen.
+    Each begins where the supernet began (at random, or from the pretrained or the tuned dense weights) and takes the
+    supernet's recipe and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
     data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
     data, metric: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
@@ -239,5 +239,5 @@ def _train_alone(
     if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
-    train_model(model, job.data, recipe, full=False, seed=seed, workers=workers, progress=progress)
+    train_model(model, job.data, recipe, seed=seed, workers=workers, progress=progress)
     return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from poolshare.space import Architecture, PoolshareError, RunError
+from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
 from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
-from poolshare.supernet.data.sources import GIVEN
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
@@ -322,7 +322,8 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
             beside = f" (dense model: {dense[key]:.2f} %)" if key in dense else ""
             numbers.append(f"| {label} | {record[key]:.2f} %{beside} |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
-    where = " --data FOLDER" if record["data"].startswith(GIVEN) or record.get("unlabelled") else ""
+    given = DataKind.of(record["data"]) is DataKind.GIVEN or record.get("unlabelled")
+    where = " --data FOLDER" if given else ""
     return f"""# {config["model_args"]["base"]}, searched by poolshare
 
 `{record["architecture"]}`: runs of tokens[@operator][*length]; a run is one attention map and the blocks that use it.

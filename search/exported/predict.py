@@ -14,7 +14,7 @@ from poolshare.supernet.data.listing import ENDINGS, list_folder
 from poolshare.supernet.data.pictures import Images
 from poolshare.supernet.data.transforms import Augmentation, picture_transform
 
-from ..job.prepare import opening_options, pick_device
+from ..job.prepare import image_format, pick_device
 from ..progress import progress_bar
 from .export import load_export
 
@@ -41,7 +41,7 @@ def predict(
     paths = [path for one in images for path in _files(Path(one), say)]
     source, place = load_export(exported), pick_device(device)
     read = Images([(path,) for path in paths], "the images", source.facts.get("scale_16bit", False))
-    transform = picture_transform(**opening_options(source.data_config), augmentation=Augmentation.none())
+    transform = picture_transform(image_format(source.data_config), Augmentation.none())
     model, classes = source.model.eval().to(place), source.facts["classes"]
     found: list[dict[str, Any]] = [{"image": path, "classes": []} for path in paths]
     shown = console if console and len(paths) > BATCH else Console(quiet=True)

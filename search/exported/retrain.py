@@ -19,8 +19,7 @@ from torch import nn
 from poolshare.space import ConfigError, DataError, RunError
 from poolshare.space.files import digest_of, held
 from poolshare.supernet import Subnet, count_macs, measure_latency
-from poolshare.supernet.data.sources import folder_path
-from poolshare.supernet.data.splits import Data, open_data, open_tests
+from poolshare.supernet.data import Data, Place, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
@@ -32,7 +31,7 @@ from ..analysis.pareto import binomial_interval
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, WARM_LR, WARM_LR_PRETRAINED, moved, short_name
 from ..job.folder import check_outside
 from ..job.images import difference
-from ..job.prepare import as_trained, checked_recipe, checking_images, opening_options, pick_device
+from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
 from ..job.records import read_json
 from ..progress import advance_loss, progress_bar
 from ..scoring import answers, class_report
@@ -104,8 +103,9 @@ def retrain(
         "data": opened.fingerprint,
     }
     first = distributed.rank() == 0
-    check_batches(opened, recipe, distributed.launched_size(), full=True)
-    total = recipe.epochs * steps_per_epoch(opened, recipe, full=True)
+    training = opened.full
+    check_batches(training, recipe, distributed.launched_size())
+    total = recipe.epochs * steps_per_epoch(training, recipe)
     with _workplace(out, restart) if first else nullcontext() as kept:
         state = kept and kept / "training.safetensors"
         with ExitStack() as stack:
@@ -117,7 +117,7 @@ def retrain(
             advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
                 model,
-                opened,
+                training,
                 recipe,
                 teacher=guide.model if guide else None,
                 seed=seed,
@@ -344,16 +344,18 @@ def _open(
         )
     with checking_images(console) as progress:
         opened = open_data(
-            name,
-            data_dir=data_dir,
-            download=download,
-            search_data=facts.get("search_data") if same else None,
-            scale_16bit=facts.get("scale_16bit", False),
+            Place(
+                name,
+                data_dir=data_dir,
+                download=download,
+                search_data=facts.get("search_data") if same else None,
+                scale_16bit=facts.get("scale_16bit", False),
+            ),
+            image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
             augmentation=augmentation,
             check=check,
             progress=progress,
-            **opening_options(source.data_config),
         )
     classes = facts["classes"]
     missing = [one for one in opened.classes if one not in set(classes)]
@@ -375,7 +377,7 @@ def _open(
 def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
     """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
     facts = source.facts
-    if data == facts["data"] or not folder_path(data, data_dir).is_dir():
+    if data == facts["data"] or not Place(data, data_dir).path.is_dir():
         return _open(source, data, data_dir, download, ("test",), console)
     with suppress(DataError):  # not a folder to train on, as far as that can tell
         opened = _open(source, data, data_dir, download, (), console)
@@ -383,12 +385,10 @@ def _open_tests(source: Exported, data: str, data_dir: str | None, download: boo
             return _open(source, data, data_dir, download, ("test",), console)
     with checking_images(console) as progress:
         opened = open_tests(
-            data,
+            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False)),
             facts["classes"],
-            data_dir=data_dir,
-            scale_16bit=facts.get("scale_16bit", False),
+            image_format(source.data_config),
             progress=progress,
-            **opening_options(source.data_config),
         )
     if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
         raise DataError(

@@ -87,7 +87,6 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
                 model,
                 job.data,
                 recipe,
-                full=False,
                 seed=config.seed,
                 workers=config.workers,
                 state=folder and folder.tuning,

@@ -15,9 +15,10 @@ import pandas as pd
 from pydantic import ValidationError
 
 from poolshare.space import Architecture, RunError
+from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, held, reading
 
-from ..config import ADDRESSES, MAY_DIFFER, NAMES, PLACES, SearchConfig, first_problem
+from ..config import ADDRESSES, MAY_DIFFER, PLACES, SearchConfig, first_problem
 from .images import changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
 
@@ -114,7 +115,7 @@ class RunFolder:
                 and getattr(earlier, name) != getattr(config, name)
                 and not (name in BY_MODEL and getattr(config, name) is None)
             ]
-            if earlier.data != config.data and (earlier.data.startswith(NAMES) or config.data.startswith(NAMES)):
+            if earlier.data != config.data and {*map(DataKind.of, (earlier.data, config.data))} != {DataKind.FOLDER}:
                 changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
             by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
             if earlier.weights != config.weights and not by_content:
@@ -356,9 +357,9 @@ def _columns(frame: pd.DataFrame) -> list[str]:
 
 def check_outside(out: Path, data: str) -> None:
     """Raise RunError for a folder among the class folders of the data, where it would count as a class itself."""
-    if not data or data == "digits" or data.startswith(NAMES):
+    if not data or DataKind.of(data) is not DataKind.FOLDER:
         return
-    from poolshare.supernet.data.sources import TEST_FOLDERS, TRAIN_FOLDERS
+    from poolshare.supernet.data.folders import TEST_FOLDERS, TRAIN_FOLDERS
 
     root, out = Path(data).expanduser().resolve(), out.expanduser().resolve()
     parts = [root]  # whose folders are classes

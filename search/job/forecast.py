@@ -30,7 +30,7 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
     say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
     if job.latency:
         table, errors = job.latency.table, job.latency.errors
-        fast, slow = table.total(space.cheapest(table)), table.total(space.dearest(table))
+        fast, slow = table.total(space.cheapest(table)), table.total(space.most_expensive(table))
         say(f"they take {table.format(fast)} to {table.format(slow)} per image, {job.latency.conditions}")
         if errors:
             median, worst = statistics.median(errors), errors[-1]

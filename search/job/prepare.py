@@ -33,8 +33,8 @@ from poolshare.space.presets import even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
+from poolshare.supernet.data import Data, ImageFormat, Place, open_data, open_pictures
 from poolshare.supernet.data.given import Parts, open_own
-from poolshare.supernet.data.splits import Data, open_data, open_pictures
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.options import read_options, read_value
 from poolshare.supernet.training import distributed
@@ -180,24 +180,24 @@ def prepare(
     found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
     if data is None:
         with checking_images(console) as progress:
-            wanted = {
-                "data_dir": config.data_dir,
-                "scale_16bit": config.scale_16bit,
-                "seed": config.seed,
-                "progress": progress,
-            }
-            wanted |= opening_options(data_config)
+            place = Place(
+                config.data,
+                data_dir=config.data_dir,
+                download=config.download,
+                search_data=config.search_data,
+                scale_16bit=config.scale_16bit,
+            )
             if config.unlabelled:
-                data = open_pictures(config.data, **wanted)
+                data = open_pictures(place, image_format(data_config), seed=config.seed, progress=progress)
             else:
                 data = open_data(
-                    config.data,
-                    download=config.download,
+                    place,
+                    image_format(data_config),
                     search_fraction=config.search_fraction,
-                    search_data=config.search_data,
+                    seed=config.seed,
+                    progress=progress,
                     augmentation=recipe.augmentation,
                     training=config.training,
-                    **wanted,
                 )
     matched = matched_classes(begin, data, found, classes)
     notes = data.notes + matched.notes
@@ -425,11 +425,11 @@ def as_trained(data_config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return data_config | ({"crop_pct": 1.0} if recipe.crop_scale == 1 else {})
 
 
-def opening_options(data_config: dict[str, Any]) -> dict[str, Any]:
-    """The same as arguments of `open_data`."""
+def image_format(data_config: dict[str, Any]) -> ImageFormat:
+    """The same as `open_data` takes it."""
     channels, height, width = data_config["input_size"]
     rest = {key: data_config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    return {"img_size": (height, width), "in_chans": channels} | rest
+    return ImageFormat((height, width), channels, **rest)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from poolshare.space import ConfigError, DataError, RunError
+from poolshare.space.data_kind import DataKind
 from poolshare.supernet.data.given import Parts
-from poolshare.supernet.data.sources import GIVEN
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.threads import choose_threads, computing_with
 
@@ -89,9 +89,9 @@ def _open_own(
     parts: Parts, classes: Sequence[str] | None, config: SearchConfig, workers: int, console: Console
 ) -> Data:
     """Data given in Python, under the name that the search gave them."""
-    if not config.data.startswith(GIVEN):
+    if DataKind.of(config.data) is not DataKind.GIVEN:
         raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
-    own = open_given(parts, config.data.removeprefix(GIVEN), classes, config.seed, workers, console)
+    own = open_given(parts, config.data.removeprefix(DataKind.GIVEN.value), classes, config.seed, workers, console)
     if (own.in_chans, own.img_size[0]) != (config.in_chans, config.img_size):
         raise DataError(
             f"images are {own.in_chans}×{own.img_size[0]}×{own.img_size[1]} here, and {config.in_chans}×{config.img_size}×"

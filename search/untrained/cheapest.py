@@ -39,7 +39,7 @@ class CheapestPaths:
     def __init__(self, space: SearchSpace, costs: CostTable, damage: EdgeDamage, units: int = UNITS):
         self.space, self.costs = space, costs
         self.unit = max(1, costs.total(space[0]) // units)
-        most = costs.total(space.dearest(costs)) - costs.source
+        most = costs.total(space.most_expensive(costs)) - costs.source
         self._width = most // self.unit + space.depth + 2
         inner = [node for node in space.edges if node is not None]
         # [index of the layer][node before it] → its edges

@@ -15,15 +15,16 @@ from rich.console import Console
 from scipy import stats
 
 from poolshare.space import Architecture, ConfigError, DataError, forecast
-from poolshare.supernet.data.given import loader_batch
+from poolshare.space.data_kind import DataKind
+from poolshare.supernet.data import Place
 from poolshare.supernet.data.listing import is_image, subfolders
-from poolshare.supernet.data.sources import folder_path
+from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Batches, Data
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 
-from ..config import NAMES, ONLY_TRAINING, SearchConfig, checked_config
+from ..config import ONLY_TRAINING, SearchConfig, checked_config
 from ..job.folder import RunFolder
 from ..job.job import conclude, make_task, time_models, timed_job
 from ..job.prepare import Job, load_weights, prepare
@@ -101,13 +102,13 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
             f"{config.data} came as loaders, and without training images are drawn one by one: give (train, validation) as "
             "Datasets"
         )
-    if data is not None or config.data == "digits" or config.data.startswith(NAMES):
+    if data is not None or DataKind.of(config.data) is not DataKind.FOLDER:
         if config.unlabelled:
             raise ConfigError(
                 f"--unlabelled goes with a folder of pictures, and the data are {config.data}: leave it out"
             )
         return config
-    root = folder_path(config.data, config.data_dir)
+    root = Place(config.data, data_dir=config.data_dir).path
     if root.is_dir() and not subfolders(root) and any(is_image(one.name) for one in root.iterdir()):
         config = config.changed(unlabelled=True)
     if config.unlabelled and config.search_data:

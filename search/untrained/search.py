@@ -100,7 +100,7 @@ def expected_cost(allowed: Band, images: int, effort: Effort = Effort()) -> floa
     """About what `search_untrained` spends, in units of cost, known before it begins: rather more than less."""
     space, costs = allowed.space, allowed.costs
     first = _first(images)
-    spent = first * forecast([space[0], *single_reductions(space)], costs).cost
+    spent: float = first * forecast([space[0], *single_reductions(space)], costs).cost
     spent += first * effort.rounds * effort.proposals * _SHARE * allowed.high
     before = first
     for stage in _stages(first, images):

@@ -1,4 +1,4 @@
-"""What a folder of images holds, found by one walker for every verb; nothing is decoded here."""
+"""List the images in a folder, the same way for every verb; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -9,69 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from poolshare.space.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Listing:
     """The files of a folder; paths are relative to `root`, as the file system gives them.
 
     paths: images, the folder's own before those of its folders, each in natural order. A link to an image that is not
     there is one of them, of -1 bytes: it is reported with those that cannot be decoded.
-    sizes: bytes of each image, (N,) int64. folders: all that were entered; deeper: those below the depth asked for.
-    passed_over: files that are not images by their names.
+    sizes: bytes of each image. deeper: folders below the depth asked for. passed_over: files that are not images by
+    their names.
     """
 
     root: str
-    paths: tuple[str, ...]
-    sizes: np.ndarray
-    folders: tuple[str, ...]
-    deeper: tuple[str, ...]
-    passed_over: tuple[str, ...]
+    paths: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    deeper: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A note on what was passed over; none where nothing was."""
         what = f"{len(self.passed_over)} file(s) in {self.root!r} were passed over ({some([*map(readable, self.passed_over)], 3)})"
         return (f"{what}: images end in {' '.join(ENDINGS)}.",) * bool(self.passed_over)
-
-
-def list_folder(root: str | Path, depth: int | None = None) -> Listing:
-    """All images in `root` and in folders up to `depth` below it (None: however deep); links are followed.
-
-    Hidden files and folders are left out, but a hidden file that is named like an image is passed over by name.
-    Raises DataError for a folder that cannot be listed, and for a link where a folder should be.
-    """
-    walk = _Walk(str(root))
-    walk.enter("", frozenset(), depth)
-    return Listing(
-        walk.root,
-        tuple(walk.paths),
-        np.array(walk.sizes, dtype=np.int64),
-        tuple(walk.folders),
-        tuple(walk.deeper),
-        tuple(walk.passed_over),
-    )
-
-
-def subfolders(root: str | Path) -> list[Path]:
-    """The folders in `root` that are not hidden, in natural order; none where there is no such folder."""
-    folders = [one for one in _entries(str(root)) if one.name[0] != "." and one.is_dir()] if os.path.isdir(root) else []
-    return [Path(one.path) for one in folders]
-
-
-@dataclass
-class _Walk:
-    root: str
-    paths: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    deeper: list[str] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
 
     def enter(self, relative: str, above: frozenset[tuple[int, int]], depth: int | None) -> None:
         """Add what lies in the folder `relative`. above: the folders it lies in, so that links in a ring end."""
@@ -90,9 +53,8 @@ class _Walk:
                 if image:
                     self._add(path, -1)
                 elif depth and not os.path.splitext(entry.name)[1]:  # where folders stand: a class would be lost
-                    raise DataError(
-                        f"{entry.path!r} is a link to {_target(entry.path)}, which is not there: mend or remove it"
-                    )
+                    target = os.readlink(entry.path)
+                    raise DataError(f"{entry.path!r} is a link to {target!r}, which is not there: mend or remove it")
                 else:
                     self.passed_over.append(path)
             else:
@@ -104,12 +66,28 @@ class _Walk:
             status = os.stat(absolute)
             place = status.st_dev, status.st_ino
             if place not in above:
-                self.folders.append(path)
                 self.enter(path, above | {place}, None if depth is None else depth - 1)
 
     def _add(self, path: str, size: int) -> None:
         self.paths.append(path)
         self.sizes.append(size)
+
+
+def list_folder(root: str | Path, depth: int | None = None) -> Listing:
+    """All images in `root` and in folders up to `depth` below it (None: however deep); links are followed.
+
+    Hidden files and folders are left out, but a hidden file that is named like an image is passed over by name.
+    Raises DataError for a folder that cannot be listed, and for a link where a folder should be.
+    """
+    listing = Listing(str(root))
+    listing.enter("", frozenset(), depth)
+    return listing
+
+
+def subfolders(root: str | Path) -> list[Path]:
+    """The folders in `root` that are not hidden, in natural order; none where there is no such folder."""
+    folders = [one for one in _entries(str(root)) if one.name[0] != "." and one.is_dir()] if os.path.isdir(root) else []
+    return [Path(one.path) for one in folders]
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -127,13 +105,6 @@ def _is(asked: object) -> bool:
         return False
 
 
-def _target(path: str) -> str:
-    try:
-        return repr(os.readlink(path))
-    except OSError:
-        return "something"
-
-
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name."""
     return os.path.splitext(name)[1].lower() in ENDINGS
@@ -141,7 +112,9 @@ def is_image(name: str) -> bool:
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sorts as timm does, "9" before "10", so that class indices are timm's; names that are equal so far by themselves."""
-    parts = re.split(r"(\d+)", name.lower())  # text and numbers in turn; what `isdigit` takes besides is no number
+    parts = re.split(
+        r"(\d+)", name.lower()
+    )  # text and numbers in turn; `isdigit` accepts characters that are not decimal
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 

@@ -15,8 +15,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .listing import some
-
 PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
@@ -28,8 +26,8 @@ class Images:
     """Reads the images of `items`, by index, each upright, on white and with 8 bits per channel.
 
     items: a path, an open file or an image at [index][0]. name: of the data, for messages.
-    scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since nobody knows
-    how many of the bits they use.
+    scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since how
+    many of the bits they use is unknown.
     """
 
     items: Any
@@ -100,8 +98,13 @@ def _reason(error: Exception, item: Any) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
 
 
+def advance(progress: Progress, before: int, total: int, done: int) -> None:
+    """Show the progress of a part, before which others were done."""
+    progress(before + done, total)
+
+
 def check_images(
-    read: Images, indices: Sequence[int], progress: Progress | None = None
+    read: Images, indices: Sequence[int], progress: Callable[[int], None] | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decode the images at `indices` once, in threads: digests of their files' contents, (n,) uint64, and what is broken.
 
@@ -118,7 +121,7 @@ def check_images(
     digests, broken = np.zeros(total, dtype=np.uint64), dict[int, str]()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         if progress:
-            progress(0, total)
+            progress(0)
         for start in range(0, total, 256):  # in pieces: a queue of a million futures is memory, not speed
             part = [int(index) for index in indices[start : start + 256]]
             for position, (found, message) in enumerate(pool.map(look, part), start):
@@ -126,16 +129,8 @@ def check_images(
                 if message:
                     broken[int(indices[position])] = message
             if progress:
-                progress(min(start + 256, total), total)
+                progress(min(start + 256, total))
     return digests, broken
-
-
-def refuse_broken(broken: Sequence[str], total: int, name: str) -> None:
-    """Raise one BrokenDataError that names all images that cannot be read."""
-    if broken:
-        raise BrokenDataError(
-            f"{len(broken)} of {total} images in {name!r} cannot be read: {some(broken)}; replace or remove them"
-        )
 
 
 def digest(content: bytes) -> int:

@@ -1,4 +1,4 @@
-"""The three splits of a data set, train, search and test, and loaders that are functions of the seed.
+"""The splits of a data set, train, search and test, and loaders that are functions of the seed.
 
 What an image looks like in training depends on (seed, epoch, index) alone, its place in the epoch on
 (seed, epoch) alone: neither the number of workers nor a resumed run changes either.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,25 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
 
-from .pictures import Images, Progress, check_images, refuse_broken
-from .sources import (
-    Source,
-    Split,
-    StrPath,
-    class_notes,
-    find_layout,
-    folder_path,
-    held_out,
-    open_source,
-    read_folder,
-    read_pictures,
-    whole,
-)
-from .transforms import DEFAULT_AUGMENTATION, Augmentation, Prepare, digits_transform, picture_transform, random_numbers
+from .listing import some
+from .pictures import Images, Progress, advance, check_images
+from .sources import Source, Split
+from .transforms import Prepare, random_numbers
 
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
-_SEARCH, _TEST, _ORDER, _AUGMENT = range(4)  # one stream of random numbers for each use of the seed
+_ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed; `opening` has 0 and 1
 
 
 class Batches(Protocol):
@@ -50,9 +39,9 @@ class Batches(Protocol):
 class Data:
     """The splits of a data set, and loaders over them; made by `open_data`.
 
-    classes: class names in index order. They come from strangers: text to show, never to run.
-    img_size: (H, W) in pixels. notes: what the user should know of how the splits came about. labelled: whether the
-    labels mean anything.
+    classes: class names in index order. They are untrusted text: shown, never run.
+    img_size: (H, W) in pixels. notes: for the user, on how the splits were made. labelled: whether the labels mean
+    anything.
     """
 
     name: str
@@ -89,11 +78,13 @@ class Data:
                 wanted.setdefault(id(split.source), (split.source, indices))
         total, done, broken = sum(len(indices) for _, indices in wanted.values()), 0, list[str]()
         for source, indices in wanted.values():
-            show = partial(_advance, progress, done, total) if progress else None
+            show = partial(advance, progress, done, total) if progress else None
             source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
             broken += faults.values()
             done += len(indices)
-        refuse_broken(broken, total, self.name)
+        if broken:
+            what = f"{len(broken)} of {total} images in {self.name!r} cannot be read"
+            raise BrokenDataError(f"{what}: {some(broken)}; replace or remove them")
 
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
@@ -119,7 +110,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two openings gave the same classes and training images, in order; see `poolshare.search.job.job.images`.
+        """Tells whether two openings gave the same classes and training images, in order; see search/job/images.py.
 
         It holds how many there are, a hash of labels and, of files, their sizes, and one of what was read of their
         contents, which is missing where nothing was. Names and times of change have no say: a copy is the same data.
@@ -149,29 +140,26 @@ class Data:
             return {}
         return {source.names[i]: f"{source.sizes[i]}-{source.digests[i]:016x}" for i in range(len(source))}
 
-    def batch_sizes(self, batch_size: int, full: bool = False) -> tuple[int, ...]:
+    @property
+    def full(self) -> "Data":
+        """The same for retraining: its `train` is `train_full`."""
+        return replace(self, _splits=self._splits | {"train": self.split("train_full")})
+
+    def batch_sizes(self, batch_size: int) -> tuple[int, ...]:
         """Images, of all processes together, of the batches that an epoch of `train_loader` has; each number once."""
-        return (min(batch_size, len(self.split("train_full" if full else "train"))),)
+        return (min(batch_size, len(self.split("train"))),)
 
     def train_loader(
-        self,
-        epoch: int,
-        batch_size: int,
-        *,
-        full: bool = False,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
+        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> Batches:
-        """The shuffled, augmented batches of one epoch over `train`, or over `train_full` if `full`.
+        """The shuffled, augmented batches of one epoch over `train`.
 
         `batch_size` counts the images of all ranks together; a rank gets its contiguous share of each batch.
         A last short batch is dropped, but a split smaller than one batch is one batch. `start_step` leaves
         out the steps already taken. Raises DataError for a batch that the ranks cannot share equally.
         """
-        split = self.split("train_full" if full else "train")
-        whole = self.batch_sizes(batch_size, full)[0]
+        split = self.split("train")
+        whole = self.batch_sizes(batch_size)[0]
         if whole < 1 or whole % world_size:
             raise DataError(
                 f"a batch of {whole} images cannot be shared equally among {world_size} process(es): "
@@ -240,174 +228,6 @@ class _Loader:
         try:
             yield from DataLoader(self.items, batch_sampler=self.rows, num_workers=self.workers, generator=generator)
         except BrokenDataError as error:
-            # A worker's error is told inside a traceback; torch's frames behind it would hold the workers too.
+            # A worker's message comes inside a traceback, whose frames would keep the workers alive.
             message = str(error).rpartition("BrokenDataError: ")[2].strip()
             raise BrokenDataError(message) from error.with_traceback(None)
-
-
-def open_data(
-    name: str,
-    *,
-    img_size: int | tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    data_dir: StrPath | None = None,
-    search_fraction: float = 0.2,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
-    download: bool = False,
-    progress: Progress | None = None,
-    image_key: str = "image",
-    label_key: str = "label",
-    search_data: StrPath | None = None,
-    scale_16bit: bool = False,
-    check: Sequence[str] = ("train",),
-    training: bool = True,
-) -> Data:
-    """Open the data set `name` and cut it into train, search and test; no test image is used until asked for.
-
-    name: `digits` (scikit-learn's 1,797 images of 8×8, 540 of them test whatever the seed); timm's `torch/…`,
-        found, or with `download` put, in `data_dir`; timm's `hfds/…`, cached in `data_dir`, its columns
-        `image_key` and `label_key`; or a path, below `data_dir` if that is given, to ROOT with
-        ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val; of both, those in
-        ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
-    img_size, in_chans, mean, std, interpolation, crop_pct: what the model wants, in timm's terms.
-    search_fraction: share of the training images set aside to score architectures on, where none are there for that.
-    test_fraction: share of all images set aside where the data have no test images of their own (`Data.notes` says so).
-    search_data: a folder of class folders whose images are scored on; nothing is set aside then.
-    scale_16bit: take 16-bit grey images, 65,535 as white.
-    check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
-        `Data.check`. progress: called as `progress(done, total)` meanwhile.
-    training: False: nothing will be trained, so no images are set aside to score on, which all are that are not test; where a
-        class has one image, none are set aside as test either.
-
-    Raises DataError for data that are missing or of no use here, BrokenDataError for files no one can read.
-    """
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-    if in_chans not in (1, 3):
-        raise DataError(
-            f"image files are read with 1 or 3 channels, and the model takes in_chans {in_chans}: give images of other "
-            "channels in Python, as poolshare.search.search(data=(train, validation))"
-        )
-    if seed < 0 or not (0 < search_fraction < 1 and 0 < test_fraction < 1):
-        raise DataError(
-            f"seed {seed}, search_fraction {search_fraction}, test_fraction {test_fraction}: "
-            "take a seed of at least 0, and fractions between 0 and 1"
-        )
-    prepare = _transform(name, size, in_chans, mean, std, interpolation, crop_pct, augmentation)
-    found = open_source(
-        name,
-        data_dir=data_dir,
-        download=download,
-        image_key=image_key,
-        label_key=label_key,
-        search_data=search_data,
-        scale_16bit=scale_16bit,
-    )
-    splits, notes, full = {}, found.notes, found.train
-    images = len(full)
-    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
-        notes += (f"{name}: none of its {images} images were set aside as test, as some class has no two of them.",)
-    elif found.open_test is None:
-        splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
-        notes += (
-            f"{name} has no test images of its own: {len(splits['test'])} of its {images} images were "
-            f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
-        )
-    if found.search is not None:
-        search, train = found.search, full
-        full = Split(train.source, np.concatenate([train.indices, search.indices]))
-    elif training:
-        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
-    else:
-        search = train = full
-    splits |= {"train": train, "search": search, "train_full": full}
-    data = Data(name, found.classes, in_chans, size, seed, notes, splits, found.open_test, prepare)
-    data.check(check, progress)
-    return data
-
-
-def open_pictures(
-    name: str,
-    *,
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    data_dir: StrPath | None = None,
-    scale_16bit: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Data:
-    """A folder of pictures, however deep, without labels: all of them are `search`, and every label is 0.
-
-    Raises DataError where there are none, and BrokenDataError as `open_data`.
-    """
-    root = folder_path(name, data_dir)
-    if not root.is_dir():
-        raise DataError(f"no folder of pictures at {str(root)!r}: images without labels are given as a folder")
-    source, notes = read_pictures(root, scale_16bit)
-    notes += (f"the {len(source)} images of {str(root)!r} are scored without labels, by the dense model's answers.",)
-    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
-    splits = dict.fromkeys(("train", "search", "train_full"), whole(source))
-    data = Data(name, ("unlabelled",), in_chans, img_size, seed, notes, splits, None, prepare, labelled=False)
-    data.check(("train",), progress)
-    return data
-
-
-def open_tests(
-    name: str,
-    classes: Sequence[str],
-    *,
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    data_dir: StrPath | None = None,
-    scale_16bit: bool = False,
-    progress: Progress | None = None,
-) -> Data:
-    """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
-
-    classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
-    once, as a check. Raises DataError and BrokenDataError as `open_data`.
-    """
-    root = folder_path(name, data_dir)
-    layout = find_layout(root)
-    if layout.test is None and layout.train != root:
-        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
-    place = layout.test or next(iter(held_out(root)), root)
-    _, source, notes = read_folder(place, classes, scale_16bit)
-    notes += (*class_notes(place, classes), f"all {len(source)} images of {str(place)!r} are test images.")
-    prepare = _transform(name, img_size, in_chans, mean, std, interpolation, crop_pct, Augmentation.none())
-    data = Data(name, tuple(classes), in_chans, img_size, 0, notes, {"test": whole(source)}, None, prepare)
-    data.check(("test",), progress)
-    return data
-
-
-def _advance(progress: Progress, before: int, total: int, done: int, part: int) -> None:
-    progress(before + done, total)
-
-
-def _transform(
-    name: str,
-    size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    crop_pct: float | None,
-    augmentation: Augmentation,
-) -> Prepare:
-    wanted: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "mean": mean, "std": std}
-    if name == "digits":
-        return digits_transform(**wanted, shift=augmentation.shift)
-    return picture_transform(**wanted, interpolation=interpolation, crop_pct=crop_pct, augmentation=augmentation)

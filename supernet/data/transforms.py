@@ -23,6 +23,23 @@ Prepare = Callable[[Any, Draw], Tensor]  # what a source reads → (C, H, W)
 
 
 @dataclass(frozen=True)
+class ImageFormat:
+    """What images a model takes, in timm's terms. img_size: pixels, of both sides or (H, W)."""
+
+    img_size: int | tuple[int, int]
+    in_chans: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str = "bicubic"
+    crop_pct: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """How training images vary. `shift` concerns only the digits, the rest only pictures.
 
@@ -80,33 +97,25 @@ def keyed_generators(*key: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def digits_transform(
-    *, img_size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float], shift: int
-) -> Prepare:
+def digits_transform(images: ImageFormat, shift: int) -> Prepare:
     """For the digits, shifted by up to `shift` pixels in training. Raises DataError for another size than theirs."""
-    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
-    if img_size != (8, 8):
-        raise DataError(f"the digits are 8×8 pixels, img_size is {img_size}: take a model made for 8×8, or other data")
+    means, stds = _statistics(images)
+    if images.size != (8, 8):
+        raise DataError(
+            f"the digits are 8×8 pixels, img_size is {images.size}: take a model made for 8×8, or other data"
+        )
     mean_column, std_column = (torch.tensor(values).view(-1, 1, 1) for values in (means, stds))
     return _Digits(mean_column, std_column, shift)
 
 
-def picture_transform(
-    *,
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
-    augmentation: Augmentation,
-) -> Prepare:
-    """For pictures, by timm's transforms; in training they vary by `augmentation`. Sizes and names are timm's.
+def picture_transform(images: ImageFormat, augmentation: Augmentation) -> Prepare:
+    """For pictures, by timm's transforms; in training they vary by `augmentation`.
 
     Raises DataError for means that do not fit the channels, or names that timm does not know.
     """
-    means, stds = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
-    options = {"input_size": img_size, "mean": means, "std": stds, "interpolation": interpolation, "crop_pct": crop_pct}
+    means, stds = _statistics(images)
+    options: dict[str, Any] = {"input_size": images.size, "mean": means, "std": stds, "crop_pct": images.crop_pct}
+    options |= {"interpolation": images.interpolation}
     try:
         train = evaluate = create_transform(**options)
         if augmentation != Augmentation.none():
@@ -122,10 +131,10 @@ def picture_transform(
             _keep_a_bit(train)
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
-            f"timm has no transforms of interpolation {interpolation!r} and auto_augment "
+            f"timm has no transforms of interpolation {images.interpolation!r} and auto_augment "
             f"{augmentation.auto_augment!r} ({error}): take for instance 'bicubic' and 'rand-m9-mstd0.5'"
         ) from error
-    return _Pictures("RGB" if in_chans == 3 else "L", train, evaluate)
+    return _Pictures("RGB" if images.in_chans == 3 else "L", train, evaluate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +168,16 @@ class _Digits:
         return (image / 16 - self.mean) / self.std
 
 
-def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
-        return (sum(values) / 3,)
-    if len(values) not in (1, in_chans):
-        raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
-    return tuple(values) * (in_chans // len(values))
+def _statistics(images: ImageFormat) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation, one value per channel. Raises DataError for another number of them."""
+    found, in_chans = [], images.in_chans
+    for what, values in (("mean", images.mean), ("std", images.std)):
+        if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
+            values = (sum(values) / 3,)
+        if len(values) not in (1, in_chans):
+            raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
+        found.append(tuple(values) * (in_chans // len(values)))
+    return tuple(found)
 
 
 def _keep_a_bit(transforms: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tensors and training state on disk: whole or not at all, with a checksum; read back without pickle, shapes first."""
+"""Tensors and training states on disk: written atomically with a checksum, read without pickle, shapes checked first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from . import distributed
 FORMAT = 1
 
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 def save_tensors(
@@ -35,7 +36,7 @@ def save_tensors(
     metadata = {"poolshare": text, "facts sha256": _checksum(text, {}), "sha256": _checksum(text, contiguous)}
     try:
         write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata), earlier)
-    except SafetensorError as error:  # it hides the system's
+    except SafetensorError as error:  # it hides the system's error
         raise RunError(
             f"{path} cannot be written ({error}); free some space, or choose a folder you may write to"
         ) from None
@@ -55,7 +56,7 @@ def load_tensors(path: Path, shapes: Shapes | None = None) -> tuple[dict[str, to
     """Read what `save_tensors` wrote: tensors on the CPU, and the facts.
 
     shapes: which tensors there may be, and of what shape; looked at before any tensor is read.
-    Raises RunError for a file that is not ours, is damaged, or holds other tensors.
+    Raises RunError for a file that is damaged, not a poolshare checkpoint, or holds other tensors.
     """
     return _read(path, shapes, tensors=True)
 
@@ -71,10 +72,10 @@ def read_weights(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
 def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with reading(path, "move it away to begin this part again"):
         try:
-            with open(path, "rb"), safe_open(path, framework="pt") as file:  # the former tells why it cannot be opened
+            with open(path, "rb"), safe_open(path, framework="pt") as file:  # `open` says why it cannot be opened
                 metadata = file.metadata() or {}
                 text = metadata["poolshare"]
-                if metadata.get("facts sha256", "") not in ("", _checksum(text, {})):
+                if metadata["facts sha256"] != _checksum(text, {}):
                     raise ValueError("the checksum of its facts does not match")
                 facts = json.loads(text)
                 names = list(file.keys())
@@ -83,7 +84,7 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
                 found = {name: file.get_tensor(name) for name in names} if tensors else {}
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        if tensors and metadata.get("sha256", "") not in ("", _checksum(text, found)):
+        if tensors and metadata["sha256"] != _checksum(text, found):
             raise ValueError("its checksum does not match")
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise RunError(f"{path} has another format version than {FORMAT}; use the poolshare version that wrote it")
@@ -91,11 +92,8 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
 
 
 def _compare(path: Path, found: Shapes, shapes: Shapes) -> None:
-    wrong = [
-        f"{name} is {shape}, not {shapes[name]}" if name in shapes else f"{name} has no place"
-        for name, shape in found.items()
-        if shapes.get(name) != shape
-    ]
+    others = {name: shape for name, shape in found.items() if shapes.get(name) != shape}
+    wrong = [f"{one} is {others[one]}, not {shapes[one]}" if one in shapes else f"{one} has no place" for one in others]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RunError(f"{path} is of another model: {'; '.join(wrong[:3])}{more}; use the model it was made with")
@@ -126,32 +124,34 @@ def load_state(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The newest state that is whole, as `load_tensors` gives it; None where there is none.
 
-    say: is told where the newest one was damaged and the one before it is taken. Raises RunError where both are.
+    say: called where the newest one is damaged and the one before it is taken. Raises RunError where both are.
     """
-    before = state_before(path)
-    if not path.exists():  # none yet, or the power failed between the two moves of a save
-        return load_tensors(before, shapes) if before.exists() else None
-    try:
-        return load_tensors(path, shapes)
-    except DamagedError:
-        if not before.exists():
-            raise
-        found = load_tensors(before, shapes)
-    say(f"{path} is damaged; training goes on from the state before it")
-    os.replace(before, path)  # or the next save would keep the damaged one in its place
-    return found
+    found = _newest(path, lambda place: load_tensors(place, shapes))
+    if found is None:
+        return None
+    tensors_and_facts, place = found
+    if place != path and path.exists():
+        say(f"{path} is damaged; training goes on from the state before it")
+        os.replace(place, path)  # or the next save would keep the damaged one in its place
+    return tensors_and_facts
 
 
 def load_state_facts(path: Path) -> dict[str, Any] | None:
     """The facts of the newest state that has readable ones; None where there is no state."""
-    before = state_before(path)
-    if path.exists():
+    found = _newest(path, load_facts)
+    return found and found[0]
+
+
+def _newest(path: Path, read: Callable[[Path], T]) -> tuple[T, Path] | None:
+    """What `read` gives of the newest state that is not damaged, and where that lies; None where there is no state."""
+    places = [place for place in (path, state_before(path)) if place.exists()]  # a power cut may leave the latter alone
+    for place in places:
         try:
-            return load_facts(path)
+            return read(place), place
         except DamagedError:
-            if not before.exists():
+            if place == places[-1]:
                 raise
-    return load_facts(before) if before.exists() else None
+    return None
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -266,7 +266,7 @@ class TrainingState:
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.module.load_state_dict(values["average"])
-        self.spent = float(found[1].get("seconds", 0))  # states of before it was kept have none
+        self.spent = float(found[1]["seconds"])
         return int(found[1]["step"]), values["optimizer"]
 
     def _refuse_another(self, facts: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Many processes, one training: joining those that torchrun started, and the few things they tell each other.
+"""Training in several processes: joining those that torchrun started, and what they exchange.
 
-Every function is also right in a single process, where there is nobody to tell.
+Every function also works in a single process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def parallel(model: nn.Module, some_unused: bool) -> nn.Module:
-    """The model as it is to be called in training: its gradients are then the mean over all processes.
+    """The model as training calls it: its gradients are the mean over all processes.
 
     some_unused: whether a step may leave parameters out; looking for them costs a walk over the autograd graph.
     """
@@ -99,9 +99,9 @@ def agree(loss: torch.Tensor, stop: int | None) -> tuple[float, int | None]:
     """The mean loss, and a signal to stop where any process got one: the same answer on all of them."""
     if world_size() == 1:
         return loss.item(), stop
-    told = torch.stack([loss.detach().double() / world_size(), loss.new_tensor(stop is not None, dtype=torch.double)])
-    dist.all_reduce(told)
-    mean, stopping = told.tolist()
+    shared = torch.stack([loss.detach().double() / world_size(), loss.new_tensor(stop is not None, dtype=torch.double)])
+    dist.all_reduce(shared)
+    mean, stopping = shared.tolist()
     return mean, (stop or signal.SIGTERM) if stopping else None
 
 

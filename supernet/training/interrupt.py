@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM kept until the work is at a point where it can stop."""
+"""Ctrl-C and SIGTERM deferred until the work reaches a point where it can stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stop:
-    """`number`: the signal that came, None so far. `obey` lets a signal do what it would have done."""
+    """`number`: the signal that arrived, or None. `obey` lets a signal take its usual effect."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -23,7 +23,7 @@ class Stop:
         self.number = number
 
     def obey(self, number: int) -> None:
-        """Put the handlers of before back, and let one of them have the signal."""
+        """Restore the earlier handlers and raise the signal again."""
         for one, handler in self.earlier.items():
             signal.signal(one, handler)
         signal.raise_signal(number)

@@ -20,7 +20,7 @@ from torch import nn
 
 from poolshare.space import ConfigError, CostTable, TrainingError
 
-from ..data.given import loader_batch
+from ..data.loaders import loader_batch
 from ..data.splits import Data
 from ..data.transforms import keyed_generators
 from ..model import SuperNet
@@ -32,8 +32,8 @@ from .sandwich import Sandwich
 
 # model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
-Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: it was in an earlier process
-Say = Callable[[str], None]  # what a person should know
+Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: an earlier process took them
+Say = Callable[[str], None]  # a message for the user
 
 SECONDS_BETWEEN_SAVES = 600.0  # and at the end of every epoch
 
@@ -64,15 +64,9 @@ def train_supernet(
 
 
 def train_model(
-    model: nn.Module,
-    data: Data,
-    recipe: Recipe,
-    *,
-    teacher: nn.Module | None = None,
-    full: bool = True,
-    **options: Any,
+    model: nn.Module, data: Data, recipe: Recipe, *, teacher: nn.Module | None = None, **options: Any
 ) -> None:
-    """Train one model on the labels of the full training split, or of `train` alone; options: those of `fit`.
+    """Train one model on the labels of the `train` split; options: those of `fit`.
 
     teacher: gives the same classes for the same images; `recipe.distill` of the loss is then the cross-entropy with
     its distribution. Drop-path is on while training alone.
@@ -92,7 +86,7 @@ def train_model(
     if recipe.drop_path:
         set_drop_path(model, recipe.drop_path)
     try:
-        fit(model, loss, data, recipe, full=full, **options)
+        fit(model, loss, data, recipe, **options)
     finally:
         if recipe.drop_path:
             set_drop_path(model, 0.0)
@@ -109,19 +103,19 @@ def _smoothing(recipe: Recipe, labels: torch.Tensor) -> float:
     return recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels are smoothed already
 
 
-def steps_per_epoch(data: Data, recipe: Recipe, full: bool = False) -> int:
-    """Optimiser steps in one pass over the `train` split, or over `train_full`."""
-    return len(data.train_loader(0, recipe.batch_size, full=full))
+def steps_per_epoch(data: Data, recipe: Recipe) -> int:
+    """Optimiser steps in one pass over the `train` split."""
+    return len(data.train_loader(0, recipe.batch_size))
 
 
-def check_batches(data: Data, recipe: Recipe, processes: int, full: bool = False) -> None:
+def check_batches(data: Data, recipe: Recipe, processes: int) -> None:
     """Raise DataError for batches that so many processes cannot share, ConfigError for those that cannot be mixed."""
-    data.train_loader(0, recipe.batch_size, full=full, world_size=processes)
+    data.train_loader(0, recipe.batch_size, world_size=processes)
     if not (recipe.mixup or recipe.cutmix):
         return
-    for images in data.batch_sizes(recipe.batch_size, full):
+    for images in data.batch_sizes(recipe.batch_size):
         even = images + processes  # of all processes
-        if even > len(data.split("train_full" if full else "train")):
+        if even > len(data.split("train")):
             even = images - processes
         remedy = f"a --batch-size whose share is even, such as {even}"
         if loader_batch(data) is not None:
@@ -140,7 +134,6 @@ def fit(
     data: Data,
     recipe: Recipe,
     *,
-    full: bool = False,
     seed: int = 0,
     workers: int = 0,
     state: Path | None = None,
@@ -161,54 +154,26 @@ def fit(
     """
     if recipe.epochs == 0:
         return
-    check_batches(data, recipe, distributed.world_size(), full)
-    device = next(model.parameters()).device
-    steps = steps_per_epoch(data, recipe, full)
+    check_batches(data, recipe, distributed.world_size())
+    steps = steps_per_epoch(data, recipe)
     total = recipe.epochs * steps
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
-    )
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=total,
-        lr_min=recipe.lr * 1e-2,
-        warmup_t=math.ceil(recipe.warmup * total),
-        warmup_lr_init=recipe.lr * 1e-2,
-        t_in_epochs=False,
-    )
-    average = None if recipe.ema is None else ModelEmaV3(model, recipe.ema, use_warmup=True)
-    mixer = _Mixer(recipe, len(data.classes), seed) if recipe.mixup or recipe.cutmix else None
+    training = _Training(model, batch_loss, recipe, total, len(data.classes), seed)
     identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
-    kept = TrainingState(state, identity, model, optimizer, average, say or (lambda _: None), otherwise)
+    say = say or (lambda _: None)
+    kept = TrainingState(state, identity, model, training.optimizer, training.average, say, otherwise)
     first = kept.restore()
-    # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a step
-    # may leave out the norms of queries and keys in a layer that all of its architectures share.
-    some_unused = isinstance(model, SuperNet) and (
-        recipe.within is not None or "guided" in identity or any(True for _ in model.poolings.parameters())
-    )
-    trained = distributed.parallel(model, some_unused)
-    model.train()
+    training.start("guided" in identity)
     if progress and first:
         progress(first, None)
     catching = state is not None or distributed.world_size() > 1
+    device = training.device
     with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
-        for step, images, labels in _batches(data, recipe, full, first, steps, workers):
-            # Dropout and drop-path of a resumed run are those of an undisturbed one.
-            torch.manual_seed(_key(seed, step, distributed.rank()))
-            schedule.step_update(step)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            if mixer is not None:
-                images, labels = mixer(images, labels, step)
-            optimizer.zero_grad(set_to_none=True)
-            loss = _backward(trained, batch_loss, images, labels, step, recipe)
+        for step, images, labels in _batches(data, recipe, first, steps, workers):
+            loss = training.backward(images, labels, step)
             value, stopping = distributed.agree(loss, stop.number)
             if not math.isfinite(value):
                 raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
-            if recipe.clip_grad is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
-            if average is not None:
-                average.update(model, step + 1)
+            training.update(step)
             done = step + 1
             if stopping or done % steps == 0 or kept.seconds >= save_seconds:
                 if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
@@ -218,49 +183,94 @@ def fit(
                 progress(done, value)
             if stopping:
                 distributed.wait_for_first()  # it may still be writing
-                kept.say(f"stopping after step {done:,} of {total:,}" + (", which is saved" if state else ""))
+                say(f"stopping after step {done:,} of {total:,}" + (", which is saved" if state else ""))
                 stop.obey(stopping)
         if stop.number is not None:  # it came after the last step
             stop.obey(stop.number)
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
-    model.eval()
+    training.finish()
+
+
+class _Training:
+    """A model with its optimiser, schedule, mixing and moving average: what one step needs."""
+
+    def __init__(
+        self, model: nn.Module, batch_loss: BatchLoss, recipe: Recipe, total: int, num_classes: int, seed: int
+    ) -> None:
+        self.model, self.batch_loss, self.recipe, self.seed = model, batch_loss, recipe, seed
+        self.device = next(model.parameters()).device
+        self.optimizer = create_optimizer_v2(
+            model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+        )
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=total,
+            lr_min=recipe.lr * 1e-2,
+            warmup_t=math.ceil(recipe.warmup * total),
+            warmup_lr_init=recipe.lr * 1e-2,
+            t_in_epochs=False,
+        )
+        self.average = None if recipe.ema is None else ModelEmaV3(model, recipe.ema, use_warmup=True)
+        self.mixer = _Mixer(recipe, num_classes, seed) if recipe.mixup or recipe.cutmix else None
+
+    def start(self, guided: bool) -> None:
+        """Make the model parallel and put it into training mode; after its weights were restored.
+
+        guided: whether a supernet learns from a teacher, so that its largest architecture takes no part.
+        """
+        # The largest of a sandwich uses every parameter of the base model, but not those of the poolings; without it a
+        # step may leave out the norms of queries and keys in a layer that all of its architectures share.
+        some_unused = isinstance(self.model, SuperNet) and (
+            self.recipe.within is not None or guided or any(True for _ in self.model.poolings.parameters())
+        )
+        self.parallel = distributed.parallel(self.model, some_unused)
+        self.model.train()
+
+    def backward(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """Leave the gradients of a step in the parameters; returns the mean loss, ()."""
+        # Dropout and drop-path of a resumed run are those of an undisturbed one.
+        torch.manual_seed(_key(self.seed, step, distributed.rank()))
+        self.schedule.step_update(step)
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if self.mixer is not None:
+            images, labels = self.mixer(images, labels, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+        whole = torch.zeros((), device=self.device)
+        for index, (some, their_labels) in enumerate(parts):
+            # gradients are shared between processes after the last part alone
+            with nullcontext() if index == len(parts) - 1 else distributed.without_sync(self.parallel):
+                with precision_of(self.recipe, self.device):
+                    loss = self.batch_loss(self.parallel, some, their_labels, step)
+                weighted = loss if len(parts) == 1 else loss * (len(some) / len(images))
+                weighted.backward()
+                whole += weighted.detach()
+        return whole
+
+    def update(self, step: int) -> None:
+        """Take the step."""
+        if self.recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, step + 1)
+
+    def finish(self) -> None:
+        """Leave the model as it is to be used, with the moving average as its weights where there is one."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        self.model.eval()
 
 
 def _batches(
-    data: Data, recipe: Recipe, full: bool, first: int, steps: int, workers: int
+    data: Data, recipe: Recipe, first: int, steps: int, workers: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """From step `first` on, (step, images, labels) of this process's share."""
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     for epoch in range(first // steps, recipe.epochs):
         start = max(first - epoch * steps, 0)
-        batches = data.train_loader(
-            epoch,
-            recipe.batch_size,
-            full=full,
-            start_step=start,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=workers,
-        )
+        batches = data.train_loader(epoch, recipe.batch_size, start_step=start, workers=workers, **ranks)
         for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
             yield step, images, labels
-
-
-def _backward(
-    model: nn.Module, batch_loss: BatchLoss, images: torch.Tensor, labels: torch.Tensor, step: int, recipe: Recipe
-) -> torch.Tensor:
-    """Add the gradients of the mean loss, part by part; returns that loss, (). Shared after the last part alone."""
-    autocast = precision_of(recipe, images.device)
-    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
-    whole = torch.zeros((), device=images.device)
-    for index, (some, their_labels) in enumerate(parts):
-        with nullcontext() if index == len(parts) - 1 else distributed.without_sync(model):
-            with autocast:
-                loss = batch_loss(model, some, their_labels, step)
-            weighted = loss if len(parts) == 1 else loss * (len(some) / len(images))
-            weighted.backward()
-            whole += weighted.detach()
-    return whole
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
@@ -303,19 +313,14 @@ class _Mixer:
 
     def __init__(self, recipe: Recipe, num_classes: int, seed: int):
         self.seed = seed
-        self.mixup = Mixup(
-            recipe.mixup,
-            recipe.cutmix,
-            prob=recipe.mix_prob,
-            label_smoothing=recipe.label_smoothing,
-            num_classes=num_classes,
-        )
+        others = {"label_smoothing": recipe.label_smoothing, "num_classes": num_classes}
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, prob=recipe.mix_prob, **others)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, channels, H, W), (B,) → mixed images, (B, classes); in another order."""
         even = distributed.world_size() * (len(images) + 1)  # loaders may have other batches than in their first epoch
         _check_pairs(len(images), f"a --batch-size whose share is even, such as {even}")
-        # timm mixes the first with the last; here they were neighbours, so that a pair is never parted.
+        # timm mixes the first with the last: neighbours are put there, so that ranks never split a pair.
         order = [*range(0, len(images), 2), *range(len(images) - 1, 0, -2)]
         with keyed_generators(self.seed, _MIX, step):
             return self.mixup(images[order], labels[order])

@@ -20,9 +20,8 @@ class Recipe(BaseModel):
     epochs: int = Field(30, ge=0)
     batch_size: int = Field(64, ge=1)  # images of one optimiser step, over all processes
     accumulate: int = Field(1, ge=1)  # parts in which a step's images are run, to need less memory
-    checkpoint: bool = Field(
-        False, strict=True
-    )  # keep no activations inside blocks: about a third more time, less memory
+    # Keep no activations inside blocks: about a third more time, less memory.
+    checkpoint: bool = Field(False, strict=True)
     lr: float = Field(2e-3, gt=0)  # peak learning rate
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: float | None = Field(None, gt=0, le=1)  # learning-rate factor from block to block, for warm starts

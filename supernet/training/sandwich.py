@@ -48,7 +48,7 @@ class Sandwich:
     ):
         self.space, self.seed, self.students, self.within, self.guided = space, seed, students, within, guided
         self.largest, self.smallest = space[0], space.cheapest(costs)
-        low, high = costs.total(self.smallest), costs.total(space.dearest(costs))
+        low, high = costs.total(self.smallest), costs.total(space.most_expensive(costs))
         if within is not None:
             high = space.within(costs, None, int(within * costs.total(self.largest))).high
         if guided:

@@ -1,0 +1,190 @@
+"""Folders of class folders: which part is which, and the images in them; nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poolshare.space.errors import DataError
+
+from .listing import ENDINGS, class_name, list_folder, readable, some, subfolders
+from .pictures import Images
+from .sources import Found, Place, Source, Split, whole
+
+TRAIN_FOLDERS = ("train", "training")  # in upper or lower case, like the two below
+TEST_FOLDERS = ("test", "testing")
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a folder of images. test, search: None where there is none."""
+
+    train: Path
+    test: Path | None
+    search: Path | None
+    notes: tuple[str, ...]
+
+
+def _named(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """Those of a name, in the order of the names, that hold class folders."""
+    return [one for name in names for one in folders if one.name.lower() == name and subfolders(one)]
+
+
+def find_layout(root: Path, search_data: Path | None = None) -> Layout:
+    """Which folder is which, by name; every one that is not read is named. Raises DataError where there is no folder."""
+    for folder in (root, search_data):
+        if folder is not None and not folder.is_dir():
+            raise DataError(
+                f"no data at {str(folder)!r}: give digits, a folder of images, or timm's torch/… or hfds/…"
+                if folder is root
+                else f"--search-data {str(folder)!r} is not there: give a folder of class folders"
+            )
+    folders, notes = subfolders(root), list[str]()
+
+    train = next(iter(_named(folders, TRAIN_FOLDERS)), None)
+    if train is None:
+        return Layout(root, None, search_data, ())
+    given = [one for one in folders if search_data is not None and one.samefile(search_data)]
+    tests, validations = (
+        [one for one in _named(folders, names) if one not in given] for names in (TEST_FOLDERS, VALIDATION_FOLDERS)
+    )
+    candidates = tests + validations
+    test = candidates[0] if candidates else None
+    search = search_data or next((one for one in validations if tests), None)
+    if test is not None and not tests:
+        notes.append(f"{str(test)!r} holds the test images: there is no test folder beside it.")
+    for one in folders:
+        if one.name.lower() in TEST_FOLDERS and not subfolders(one):
+            notes.append(f"{str(one)!r} is not used: it has no class folders, so its images have no labels.")
+        elif one not in (train, test, search, *given):
+            notes.append(f"{str(one)!r} is not read.")
+    return Layout(train, test, search, tuple(notes))
+
+
+def held_out(root: Path) -> list[Path]:
+    """Folders of test and validation images, where `root` has no others; test comes first."""
+    folders = subfolders(root)
+    found = _named(folders, TEST_FOLDERS + VALIDATION_FOLDERS)
+    return found if len(found) == len(folders) else []
+
+
+def open_folder(place: Place) -> Found:
+    """The parts of a folder of images, nothing decoded. Raises DataError for one that cannot be used."""
+    root, scale_16bit = place.path, place.scale_16bit
+    layout = find_layout(root, None if place.search_data is None else Path(place.search_data).expanduser())
+    if layout.train == root and (alone := held_out(root)):
+        raise DataError(
+            f"{str(root)!r} holds {some([one.name for one in alone])} and no folder to train on: put train/CLASS/ beside "
+            "it; `poolshare evaluate` takes it as it is"
+        )
+    classes, parts, notes = read_folder(layout.train, None, scale_16bit)
+    notes = layout.notes + notes
+    test = layout.test
+    open_test = None if test is None else lambda: whole(read_folder(test, classes, scale_16bit)[1])
+    if test is not None:
+        notes += class_notes(test, classes)
+    if layout.search is None:
+        return Found(classes, whole(parts), open_test, None, notes)
+    _, extra, more = read_folder(layout.search, classes, scale_16bit)
+    both, count = _both(parts, extra, layout.search.name), len(parts)
+    notes += class_notes(layout.search, classes) + more
+    notes += (
+        f"architectures are scored on the {len(extra)} images of {str(layout.search)!r}, and trained on all "
+        f"{count} of {str(layout.train)!r}.",
+    )
+    train, search = Split(both, np.arange(count)), Split(both, np.arange(count, len(both)))
+    return Found(classes, train, open_test, search, notes)
+
+
+def _both(first: Source, second: Source, prefix: str) -> Source:
+    """The images of two folders as those of one; `prefix` comes before the second one's names."""
+    columns: list[Any] = [(one.labels, one.sizes, one.digests) for one in (first, second)]
+    labels, sizes, digests = map(np.concatenate, zip(*columns, strict=True))
+    names = [*(first.names or ()), *(f"{prefix}/{name}" for name in second.names or ())]
+    read: Any = replace(first.read, items=first.read.items + second.read.items)  # type: ignore[attr-defined,type-var]
+    return Source(read, labels, names, sizes, digests)
+
+
+def list_classes(root: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """Names and folders of the classes in `root`, in the order of their indices, which is timm's."""
+    folders = tuple(subfolders(root))
+    names = tuple(class_name(folder.name) for folder in folders)
+    if len({*names}) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise DataError(f"two class folders in {str(root)!r} have the same name, {twice!r}: rename one")
+    return names, folders
+
+
+def class_notes(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """Notes on the class folders of test or search-validation images, where they are not those of training."""
+    here = list_classes(root)[0]
+    if {*here} - {*classes}:
+        return (f"{_foreign(root, classes)}.",)
+    missing = [repr(name) for name in classes if name not in here]
+    return (f"{str(root)!r} has no images of {some(missing)}.",) * bool(missing)
+
+
+def _foreign(root: Path, classes: Sequence[str]) -> str:
+    here = list_classes(root)[0]
+    missing, foreign = (sorted({*a} - {*b}) for a, b in ((classes, here), (here, classes)))
+    return (
+        f"{str(root)!r} has other classes than those trained on (missing: {some(missing) or 'none'}; "
+        f"only there: {some(foreign) or 'none'}): rename or remove folders"
+    )
+
+
+def read_folder(
+    root: Path, known: Sequence[str] | None, scale_16bit: bool
+) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+    """Class names, images, and notes on what was passed over.
+
+    known: class names whose indices hold; some of them may be missing here. None: those found here, each with images.
+    """
+    names, folders = list_classes(root)
+    if not folders:
+        raise DataError(f"no class folders in {str(root)!r}: images go into ROOT/CLASS/, a folder for each class")
+    if known is not None and not {*names} <= {*known}:
+        raise DataError(_foreign(root, known))
+    listing = list_folder(root, depth=1)
+    if listing.deeper:
+        nested = os.path.join(root, listing.deeper[0])
+        raise DataError(f"{nested!r} lies in a class folder: put images directly into ROOT/CLASS/")
+    label_of = {folder.name: (known or names).index(name) for folder, name in zip(folders, names, strict=True)}
+    homes = [os.path.dirname(path) for path in listing.paths]
+    empty = [folder for folder in folders if folder.name not in {*homes}]
+    if empty and known is None:
+        raise DataError(f"no image ({' '.join(ENDINGS)}) in class folder {str(empty[0])!r}: add some, or remove it")
+    inside = np.flatnonzero([home != "" for home in homes])
+    notes = listing.notes
+    if loose := len(homes) - len(inside):
+        first = next(path for path, home in zip(listing.paths, homes, strict=True) if not home)
+        notes += (f"{loose} image(s) in {str(root)!r} lie in no class folder ({readable(first)}) and are not read.",)
+    if not len(inside):
+        raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
+    items = [(os.path.join(root, listing.paths[index]), label_of[homes[index]]) for index in inside]
+    source = Source(
+        Images(items, str(root), scale_16bit),
+        np.array([label for _, label in items], dtype=np.int64),
+        [listing.paths[index] for index in inside],
+        np.array(listing.sizes, dtype=np.int64)[inside],
+        np.zeros(len(items), dtype=np.uint64),
+    )
+    return names if known is None else tuple(known), source, notes
+
+
+def read_pictures(root: Path, scale_16bit: bool) -> tuple[Source, tuple[str, ...]]:
+    """All images in a folder, however deep, each with the label 0, and notes on what was passed over."""
+    listing = list_folder(root)
+    if not listing.paths:
+        raise DataError(f"no image ({' '.join(ENDINGS)}) in {str(root)!r}: add some")
+    items = [(os.path.join(root, path), 0) for path in listing.paths]
+    labels = np.zeros(len(items), dtype=np.int64)
+    digests = np.zeros(len(items), dtype=np.uint64)
+    sizes = np.array(listing.sizes, dtype=np.int64)
+    return Source(Images(items, str(root), scale_16bit), labels, listing.paths, sizes, digests), listing.notes

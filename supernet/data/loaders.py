@@ -1,0 +1,169 @@
+"""Loaders given in Python, as splits: their batches are the user's own, whatever batch size is asked for.
+
+What is random in them is keyed by (seed, epoch, step), so that a stopped training continues with the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from poolshare.space.errors import DataError
+
+from . import samples
+from .sources import Source, Split
+from .splits import Batches, Data
+from .transforms import keyed_generators
+
+_EPOCH = 29  # sets a loader's draws apart from others of the same seed
+
+
+@dataclass(eq=False)
+class LoaderData(Data):
+    """Splits whose batches are the user's own loaders'; the methods' `batch_size` has no effect on training."""
+
+    loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
+    sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
+    places: tuple[int, ...] | None = field(default=None, kw_only=True)  # of the loaders' labels among `classes`
+
+    def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> Data:
+        """The same under the classes of a model; the loaders' labels are translated as they come."""
+        data = super().relabelled(classes, indices)
+        assert isinstance(data, LoaderData)
+        earlier = range(len(self.classes)) if self.places is None else self.places
+        return replace(data, places=tuple(indices[place] for place in earlier))
+
+    @property
+    def full(self) -> Data:
+        raise DataError(f"{self.name} came as loaders, which cannot be put together for retraining: give Datasets")
+
+    def batch_sizes(self, batch_size: int) -> tuple[int, ...]:
+        """Those of the training loader, whatever is asked for."""
+        return self.sizes
+
+    def train_loader(
+        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
+    ) -> Batches:
+        """One epoch of the user's training loader; each rank takes its share of every batch."""
+        for images in self.sizes:
+            _check_share(images, world_size)
+        key = self.seed, _EPOCH, epoch
+        return _Epoch(self.loaders["train"], "train", key, start_step, rank, world_size, self.places)
+
+    def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
+        if (start, stop) != (0, None):
+            raise DataError(f"{self.name} came as loaders, which give no range of their images: give Datasets")
+        if split not in self.loaders:
+            raise DataError(f"no loader of {split} images was given for {self.name}")
+        return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """One pass over a loader from `start` on; what comes before is drawn too, so that the rest is the same."""
+
+    loader: DataLoader
+    where: str  # train or search
+    key: tuple[int, ...]
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    places: tuple[int, ...] | None = None  # what the loader's labels are called, by label; None: as they are
+
+    def __len__(self) -> int:
+        return len(self.loader) - self.start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        loader, steps = self.loader, len(self.loader)
+        seed = int(np.random.SeedSequence(self.key).generate_state(1)[0])
+        for holder in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        with keyed_generators(*self.key):
+            batches = iter(loader)
+        for step in range(steps):
+            with keyed_generators(*self.key, step):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
+            if step < self.start:
+                continue
+            images, labels = _batch(batch, f"batch {step} of the {self.where} loader")
+            _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
+            share = len(images) // self.world_size
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            labels = labels[mine].long()
+            yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
+
+
+def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> samples.Part:
+    """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
+    labels: list[Tensor] = []
+    digests: list[int] = []
+    shapes: set[tuple[int, ...]] = set()
+    epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
+    for index, item in enumerate(epoch):
+        images, some = item
+        if problem := samples.not_finite_fault(images):
+            raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
+        labels.append(some)
+        digests += map(samples.image_digest, images)
+        shapes.add(tuple(images.shape[1:]))
+        if progress:
+            progress(sum(map(len, labels)))
+    if len(shapes) != 1:
+        raise DataError(
+            f"images of the {where} loader differ in size ({samples.listed(shapes)}): resize and crop all alike"
+        )
+    together = torch.cat(labels).numpy()
+    if (together < 0).any():
+        raise DataError(f"the {where} loader gives label {together.min()}: labels are class indices, 0, 1, 2 …")
+    again = list(map(samples.image_digest, next(iter(epoch))[0]))
+    repeatable = again == digests[: len(again)]
+    source = Source(not_one_by_one, together, digests=samples.digest_column(digests, repeatable))
+    sizes = tuple(sorted({*map(len, labels)}))
+    return samples.Part(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
+
+
+def _batch(batch: Any, which: str) -> tuple[Tensor, Tensor]:
+    """Images (B, channels, H, W) and labels (B,) of a loader's batch, as they are. Raises DataError for anything else."""
+    try:
+        images, labels = samples.pair(batch)
+    except DataError as error:
+        raise DataError(f"{which} cannot be used ({error})") from None
+    problem = samples.image_fault(images, 4)
+    if problem and isinstance(images, Tensor) and images.ndim == 3:
+        problem += "; give the loader a batch_size"
+    if not problem and (
+        not isinstance(labels, Tensor) or labels.shape != (len(images),) or not samples.whole_numbers(labels)
+    ):
+        problem = f"its labels are {samples.described(labels)}, and must be class indices of shape ({len(images)},)"
+    if problem:
+        raise DataError(f"{which} cannot be used ({problem})")
+    return images, labels
+
+
+def not_one_by_one(index: int) -> Any:
+    """Reads of loaders are refused."""
+    raise DataError("images of a loader cannot be read one by one: give a Dataset")
+
+
+def _check_share(images: int, processes: int) -> None:
+    if images % processes:
+        raise DataError(
+            f"a batch of {images} images cannot be shared equally among {processes} processes: give a "
+            f"loader with drop_last=True whose batch size is a multiple of {processes}"
+        )
+
+
+def loader_batch(data: Any) -> int | None:
+    """Images of one training batch, where the data were given as loaders."""
+    return data.sizes[-1] if isinstance(data, LoaderData) else None
