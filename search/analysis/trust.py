@@ -72,8 +72,8 @@ def measure_trust(
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
-    Each begins where the supernet began (at random, or from the pretrained or the tuned dense weights) and takes the supernet's recipe
-    and training images; both accuracies are of the search-validation images, so the test images stay unseen.
+    Each begins where the supernet began (at random, from the pretrained weights, or from the tuned dense ones) and takes the
+    supernet's recipe and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
     data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
     data, metric: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
