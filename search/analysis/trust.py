@@ -68,7 +68,7 @@ def measure_trust(
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
-    Each begins where the supernet began (at random, or from the pretrained or the tuned dense weights) and takes the
+    Each begins where the supernet began (at random, from the pretrained weights, or from the tuned dense ones) and takes the
     supernet's recipe and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
     data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
