@@ -93,7 +93,7 @@ class SearchConfig(BaseModel):
         given = {name: value for name, value in values.items() if value is not None}
         warm = bool(given.get("pretrained") or given.get("weights"))
         digits = given.get("data") == "digits"
-        decided = {
+        decided: dict[str, Any] = {
             "model": "digits_vit" if digits else "vit_tiny_patch16_224",
             "search_fraction": 0.3 if digits else 0.2,  # few images: enough of them to tell architectures apart,
             "batch_size": 32 if digits else 64,  # and enough steps
