@@ -595,7 +595,7 @@ def test_retraining_with_the_dense_model_as_teacher_and_a_recipe(run, verb, tmp_
     for words, says in (
         (("--recipe", "lr=3"), "--lr decides it"),
         (("--recipe", "mixup"), "--recipe 'mixup' is not KEY=VALUE"),
-        (("--recipe", "drop_path=2"), "--recipe drop_path=2: Input should be less than 1"),
+        (("--recipe", "drop_path=2"), "--recipe drop_path=2.0: Input should be less than 1"),
         (("--teacher", tmp_path / "nowhere"), "nowhere is no exported folder"),
     ):
         status, _, err = verb("retrain", export, "--out", tmp_path / "other", *words)

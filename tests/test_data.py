@@ -15,7 +15,7 @@ from test_sources import write_digits
 from timm.data import ImageDataset, create_transform
 
 import poolshare.supernet.data as module
-import poolshare.supernet.sources as sources
+import poolshare.supernet.data.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.supernet.data.splits import open_data
 from poolshare.supernet.data.transforms import Augmentation, keyed_generators

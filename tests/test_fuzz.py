@@ -1,4 +1,4 @@
-"""More than a thousand mutated inputs: only our own errors come out, and what is accepted is what it says."""
+"""Mutated inputs, a few hundred here and thousands under -m slow: only our own errors come out, and what is accepted is what it says."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-MANY = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.fuzz  # how many examples: conftest.py
+MANY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

@@ -47,12 +47,13 @@ def made(tmp_path_factory):
     make_photos(folder / "photos")
     torch.manual_seed(0)
     save_file(
-        timm.create_model(OPTIONS["model"], num_classes=2, img_size=16, **SMALL).state_dict(), folder / "start.st"
+        timm.create_model(OPTIONS["model"], num_classes=2, img_size=16, **SMALL).state_dict(),
+        folder / "start.safetensors",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         before = os.umask(0o022)
-        found = search("photos", out="run", weights="start.st", **OPTIONS)
+        found = search("photos", out="run", weights="start.safetensors", **OPTIONS)
         found.export("dense", "export")
         os.umask(before)
     return folder
@@ -65,7 +66,7 @@ def place(made, tmp_path, monkeypatch):
     shutil.copytree(made, here)
     config, facts = here / "run" / "config.json", here / "export" / "architecture.json"
     content = read_json(config)
-    content["search"] |= {"data": str(here / "photos"), "weights": str(here / "start.st")}
+    content["search"] |= {"data": str(here / "photos"), "weights": str(here / "start.safetensors")}
     write_json(config, content)
     write_json(facts, read_json(facts) | {"data": str(here / "photos")})
     monkeypatch.chdir(here)
@@ -93,7 +94,7 @@ def test_one_place_has_one_spelling(tmp_path, monkeypatch):
 
 def test_a_run_keeps_what_it_was_resolved_to(made):
     config = RunFolder.open(made / "run").config
-    assert (config.data, config.weights) == (str(made / "photos"), str(made / "start.st"))
+    assert (config.data, config.weights) == (str(made / "photos"), str(made / "start.safetensors"))
     assert (config.levels, config.operators, config.max_run, config.in_chans) == ((4, 1), ("max2d",), 3, 3)
     assert config.model == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert config.title == "vit_tiny_patch16_224 on photos"
@@ -114,14 +115,14 @@ def test_a_run_goes_on_under_other_spellings_with_defaults_spelled_out_and_when_
         "lr": 3e-4,
     }
     spelled |= {"recipe": {"mixup": 0.0}, "download": True, "model": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
-    search("./photos/", out=place / "run", weights=place / "start.st", **OPTIONS | spelled)
+    search("./photos/", out=place / "run", weights=place / "start.safetensors", **OPTIONS | spelled)
     assert RunFolder.open(place / "run").config.recipe == {}
     (place / "photos").rename(place / "moved")
-    (place / "start.st").rename(place / "weights.st")
-    search(place / "moved", out="run", weights="weights.st", **OPTIONS)
+    (place / "start.safetensors").rename(place / "weights.safetensors")
+    search(place / "moved", out="run", weights="weights.safetensors", **OPTIONS)
     assert RunFolder.open("run").config.data == str(place / "moved")
-    (place / "weights.st").unlink()  # the supernet lies in the run
-    search(place / "moved", out="run", weights="weights.st", **OPTIONS)
+    (place / "weights.safetensors").unlink()  # the supernet lies in the run
+    search(place / "moved", out="run", weights="weights.safetensors", **OPTIONS)
     monkeypatch.chdir(place.parent)
     assert unchanged(place / "run") == before
 
@@ -129,23 +130,23 @@ def test_a_run_goes_on_under_other_spellings_with_defaults_spelled_out_and_when_
 def test_other_images_weights_or_options_are_another_run(place):
     make_photos(place / "others", seed=1)
     with pytest.raises(RunError, match=r"training images of .*others are not those"):
-        search("others", out="run", weights="start.st", **OPTIONS)
-    (place / "start.st").write_bytes((place / "start.st").read_bytes() + b" ")
-    with pytest.raises(RunError, match=r"start\.st are not those .* was begun with"):
-        search("photos", out="run", weights="start.st", **OPTIONS)
+        search("others", out="run", weights="start.safetensors", **OPTIONS)
+    (place / "start.safetensors").write_bytes((place / "start.safetensors").read_bytes() + b" ")
+    with pytest.raises(RunError, match=r"start\.safetensors are not those .* was begun with"):
+        search("photos", out="run", weights="start.safetensors", **OPTIONS)
     for changes, says in (
         ({"levels": (4,)}, r"levels: \(4, 1\) there, \(4,\) now"),
         ({"max_run": 1}, "max_run: 3 there, 1 now"),
         ({"recipe": {"mixup": 0.5}}, "recipe: {} there"),
-        ({"weights": None, "lr": 3e-4}, "weights: '.*start.st' there, None now"),
+        ({"weights": None, "lr": 3e-4}, "weights: '.*start.safetensors' there, None now"),
     ):
         with pytest.raises(RunError, match=says):
-            search("photos", out="run", **{"weights": place / "start.st"} | OPTIONS | changes)
+            search("photos", out="run", **{"weights": place / "start.safetensors"} | OPTIONS | changes)
 
 
 def test_a_changed_preset_breaks_no_run_begun_with_the_old_one(place, monkeypatch):
     monkeypatch.setattr(presets, "default_levels", lambda *arguments: (4,))
-    folder = search("photos", out="run", weights="start.st", **OPTIONS).run
+    folder = search("photos", out="run", weights="start.safetensors", **OPTIONS).run
     assert folder.config.levels == load_supernet(folder).space.levels == (4, 1)
     assert "levels" in folder.defaults
     # Where they were asked for, leaving them out asks for others.
@@ -154,25 +155,25 @@ def test_a_changed_preset_breaks_no_run_begun_with_the_old_one(place, monkeypatc
         folder.path / "config.json", content | {"defaults": [name for name in content["defaults"] if name != "levels"]}
     )
     with pytest.raises(RunError, match=r"levels: \(4, 1\) there, \(4,\) now"):
-        search("photos", out="run", weights="start.st", **OPTIONS)
+        search("photos", out="run", weights="start.safetensors", **OPTIONS)
 
 
 def test_trust_and_finalists_find_images_and_weights_that_moved(place, verb):
     (place / "photos").rename(place / "moved")
-    (place / "start.st").rename(place / "weights.st")
+    (place / "start.safetensors").rename(place / "weights.safetensors")
     plan = ("trust", "run", "--architectures", "2", "--twice", "0", "--bands", "1", "--epochs", "1", "-q")
     status, _, err = verb(*plan)
     assert (status, "no data at" in err) == (2, True), err
-    status, _, err = verb(*plan, "--data", "moved", "--weights", "weights.st")
+    status, _, err = verb(*plan, "--data", "moved", "--weights", "weights.safetensors")
     assert status == 0, err
     status, _, err = verb("finalists", "run", "--count", "1", "--epochs", "1", "--data", "moved", "-q")
     assert status == 0, err
     make_photos(place / "others", seed=1)
     status, _, err = verb("finalists", "run", "--count", "2", "--epochs", "1", "--data", "others", "-q")
     assert (status, "are not those" in err) == (1, True), err
-    shutil.copy("export/model.safetensors", "weights.st")
-    status, _, err = verb(*plan, "--data", "moved", "--weights", "weights.st")
-    assert (status, "weights.st are not those" in err) == (1, True), err
+    shutil.copy("export/model.safetensors", "weights.safetensors")
+    status, _, err = verb(*plan, "--data", "moved", "--weights", "weights.safetensors")
+    assert (status, "weights.safetensors are not those" in err) == (1, True), err
 
 
 def test_a_retraining_on_other_data_keeps_a_path_that_holds_from_anywhere(place, verb, monkeypatch):

@@ -216,7 +216,7 @@ def test_evaluation_takes_whole_images_where_training_took_no_crops():
         ({"drop_path": 0.1}, "--recipe drop_path=0.1: that belongs to `poolshare retrain`"),
         ({"mixupp": 0.1}, "--recipe mixupp=0.1: Extra inputs are not permitted; there are epochs, batch_size"),
         ({"ema": 1.5}, "--recipe ema=1.5: Input should be less than 1"),
-        ({"auto_augment": 3}, "--recipe auto_augment=3: Input should be a valid string"),
+        ({"auto_augment": 3}, "--recipe auto_augment=3 cannot be read: input should be a valid string"),
     ],
 )
 def test_what_a_recipe_cannot_be_is_named(changes, says):

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageDataset
 
-import poolshare.supernet.sources as sources
+import poolshare.supernet.data.sources as sources
 from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.supernet.data.sources import open_source, stratified
 from poolshare.supernet.data.splits import open_data

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
+from poolshare.supernet.base import create_base
 from poolshare.supernet.data.splits import open_data
-from poolshare.supernet.model import create_base
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
 from poolshare.supernet.training.recipe import Recipe

@@ -110,6 +110,8 @@ class RunFolder:
                 and getattr(earlier, name) != getattr(config, name)
                 and not (name in BY_MODEL and getattr(config, name) is None)
             ]
+            if earlier.data != config.data and (earlier.data.startswith(NAMES) or config.data.startswith(NAMES)):
+                changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
             by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
             if earlier.weights != config.weights and not by_content:
                 changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
