@@ -30,10 +30,11 @@ class Attended(NamedTuple):
     keys: torch.Tensor  # (B, heads, N, head_dim), likewise
     scale: float | None = None  # of the scores
     written: torch.Tensor | None = None  # (B, heads, N, N), post-softmax: the map, where sharing is "map"
+    bias: torch.Tensor | None = None  # (B, N), added to each key's scores: log of what it stands for; None: all alike
 
     def class_row(self) -> torch.Tensor:
         """The map's first row, what the first token (CLS) attends to. (B, heads, N)"""
-        return _rows(self.queries[:, :, :1], self.keys, self.scale)[:, :, 0]
+        return self._rows(self.queries[:, :, :1])[:, :, 0]
 
     def received(self) -> torch.Tensor:
         """The map's column sums: attention that each token receives over all heads and queries. (B, N)
@@ -41,10 +42,17 @@ class Attended(NamedTuple):
         Computed by blocks of queries, so that memory is linear in N (what a backward pass needs is not).
         """
         blocks = self.queries.split(QUERIES_AT_ONCE, dim=2)
-        total = _rows(blocks[0], self.keys, self.scale).sum(dim=(1, 2))
+        total = self._rows(blocks[0]).sum(dim=(1, 2))
         for queries in blocks[1:]:
-            total = total + _rows(queries, self.keys, self.scale).sum(dim=(1, 2))
+            total = total + self._rows(queries).sum(dim=(1, 2))
         return total
+
+    def _rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
+        queries, keys = at_least_float32(queries), at_least_float32(self.keys)
+        with without_autocast(queries):
+            scores = (queries * _factor(queries, self.scale)) @ keys.transpose(-2, -1)
+        return (scores if self.bias is None else scores + self.bias[:, None, None]).softmax(dim=-1)
 
     def detach(self) -> Attended:
         """The same values without gradients."""
@@ -52,14 +60,6 @@ class Attended(NamedTuple):
 
 
 QUERIES_AT_ONCE = 64
-
-
-def _rows(queries: torch.Tensor, keys: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
-    queries, keys = at_least_float32(queries), at_least_float32(keys)
-    with without_autocast(queries):
-        scores = (queries * _factor(queries, scale)) @ keys.transpose(-2, -1)
-    return scores.softmax(dim=-1)
 
 
 def _factor(queries: torch.Tensor, scale: float | None) -> float:
@@ -101,21 +101,27 @@ class SharedAttention(nn.Module):
 
 
 def run_block(
-    block: Block, tokens: torch.Tensor, shared: Attended | None = None, leave: Sharing | None = None
+    block: Block,
+    tokens: torch.Tensor,
+    shared: Attended | None = None,
+    leave: Sharing | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Attended | None]:
     """One pre-norm transformer block as timm runs it, with its fused attention on or off.
 
     tokens: (B, N, C). shared: what the owner of the queries and keys left, for a follower: only the V rows of `qkv` run.
     leave: what those after an owner need; None: the block is timm's own forward and leaves nothing. Only an owner that
-    must write its map leaves the fused kernel. Returns the new tokens (B, N, C) and what the block attended with.
+    must write its map leaves the fused kernel. bias: (B, N), what an owner adds to the scores of each key, as a mask, which
+    fused kernels take. Returns the new tokens (B, N, C) and what the block attended with.
 
     With dropout on the map, each block draws a mask of its own under "qk"; a written map is dropped out once for all.
     """
-    if shared is None and leave is None:
+    if shared is None and leave is None and bias is None:
         return block(tokens), None
     attention, normed = block.attn, block.norm1(tokens)
     if shared is None:
         used, values = _own(attention, normed)
+        used = used._replace(bias=bias)
         if leave == "map":
             used = used._replace(written=_write(attention, used))
     else:
@@ -149,13 +155,18 @@ def _attend(attention: Attention | SharedAttention, used: Attended, values: torc
         return used.written @ values
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(used.queries, used.keys, values, dropout_p=dropped, scale=used.scale)
+        mask = None if used.bias is None else used.bias[:, None, None].to(used.queries.dtype)
+        return F.scaled_dot_product_attention(
+            used.queries, used.keys, values, attn_mask=mask, dropout_p=dropped, scale=used.scale
+        )
     return _write(attention, used) @ values
 
 
 def _write(attention: Attention | SharedAttention, used: Attended) -> torch.Tensor:
     """The map itself, (B, heads, N, N), as timm computes it with fused attention off."""
     scores = (used.queries * _factor(used.queries, used.scale)) @ used.keys.transpose(-2, -1)
+    if used.bias is not None:
+        scores = scores + used.bias[:, None, None].to(scores.dtype)
     return attention.attn_drop(scores.softmax(dim=-1))
 
 

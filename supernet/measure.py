@@ -23,12 +23,13 @@ from poolshare.space import CostTable, ModelError
 from .block import Attended, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
 from .model import SuperNet
-from .operators.pooling import pooling_name
+from .operators.pooling import Pooling, pooling_name
+from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
     ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
-    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "tanh", "mish"),  # functions of elements
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),  # functions of elements
     ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
     ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
     ("elu_", "celu_", "selu_", "leaky_relu_"),
@@ -209,14 +210,14 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
                 return classify, (tokens(level),)
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
-                return _pooling(module), (tokens(before), *attended(before))
+                return _pooling(module, supernet.carry), (tokens(before), *attended(before))
         raise ValueError(f"{kind!r} is no kind of edge")
 
     return part
 
 
-def _pooling(module: nn.Module) -> _Part:
-    return _Part(lambda x, *left: module(x, Attended(*left)), _size(module), module)
+def _pooling(module: Pooling, carry: Carry) -> _Part:
+    return _Part(lambda x, *left: module.pool(Tokens(x), Attended(*left), carry).features, _size(module), module)
 
 
 def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:

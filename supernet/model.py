@@ -17,6 +17,7 @@ from .base import embed, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
 from .operators.pooling import make_poolings, pooling_name
 from .options import read_options
+from .tokens import Carry, Tokens, carried
 
 
 class SuperNet(VisionTransformer):
@@ -30,6 +31,7 @@ class SuperNet(VisionTransformer):
 
     space: SearchSpace
     sharing: Sharing
+    carry: Carry  # what the operators of the space ask to know of their tokens
     base: tuple[str, dict[str, Any]]  # timm name and options from which the base model can be made again
 
     @classmethod
@@ -60,6 +62,7 @@ class SuperNet(VisionTransformer):
         # An own class over timm's own module: no weight is renamed, no method is lost.
         model.__class__ = DistilledSuperNet if isinstance(model, VisionTransformerDistilled) else cls
         model.space, model.sharing, model.base = space, sharing, (name, options)
+        model.carry = carried(space.operators)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -102,7 +105,7 @@ class SuperNet(VisionTransformer):
         """
         for architecture in architectures:
             self.space.check(architecture)
-        return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None)
+        return self._walk(PrefixTree.of(architectures), 0, Tokens(self.embed(images)), None)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
@@ -113,10 +116,10 @@ class SuperNet(VisionTransformer):
         return self.forward_head(self.norm(tokens))
 
     def _walk(
-        self, tree: PrefixTree, index: int, tokens: torch.Tensor, attended: Attended | None
+        self, tree: PrefixTree, index: int, tokens: Tokens, attended: Attended | None
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         if tree.ends:
-            yield tree.ends, self.classify(tokens)
+            yield tree.ends, self.classify(tokens.features)
         for layer, child in tree.children.items():
             for branch in self._branches(layer, child):
                 leave = left_for(branch.children, self.sharing)
@@ -132,26 +135,34 @@ class SuperNet(VisionTransformer):
         return [PrefixTree(following), PrefixTree(others, tree.ends)]
 
     def run_layer(
-        self, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None = "qk"
-    ) -> tuple[torch.Tensor, Attended | None]:
+        self, index: int, layer: Layer, tokens: Tokens, attended: Attended | None, leave: Sharing | None = "qk"
+    ) -> tuple[Tokens, Attended | None]:
         """One edge of the graph: pooling where there is any, then block `index`.
 
         attended: what the block before left; leave: what this one must, see `left_for`. Returns the tokens after the
         block, and what it attended with. With `set_grad_checkpointing` the backward pass computes the edge once more.
         """
-        return run_edge(self, index, layer, tokens, attended, leave)
+        return run_edge(self, index, layer, tokens, attended, leave, self.carry)
 
 
 def run_edge(
-    model: Any, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None
-) -> tuple[torch.Tensor, Attended | None]:
-    """`SuperNet.run_layer`, for whatever has `blocks` and `poolings`."""
+    model: Any,
+    index: int,
+    layer: Layer,
+    tokens: Tokens,
+    attended: Attended | None,
+    leave: Sharing | None,
+    carry: Carry,
+) -> tuple[Tokens, Attended | None]:
+    """`SuperNet.run_layer`, for whatever has `blocks` and `poolings`. carry: what the path must know of its tokens."""
 
-    def run(tokens: torch.Tensor, attended: Attended | None) -> tuple[torch.Tensor, Attended | None]:
+    def run(tokens: Tokens, attended: Attended | None) -> tuple[Tokens, Attended | None]:
         if layer.operator is not None:
-            before = tokens.shape[1] - model.num_prefix_tokens
-            tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
-        return run_block(model.blocks[index], tokens, attended if layer.shared else None, leave)
+            before = tokens.features.shape[1] - model.num_prefix_tokens
+            tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)].pool(tokens, attended, carry)
+        shared = attended if layer.shared else None
+        features, used = run_block(model.blocks[index], tokens.features, shared, leave, tokens.log_sizes())
+        return tokens._replace(features=features), used
 
     if model.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(run, tokens, attended, use_reentrant=False)

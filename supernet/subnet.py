@@ -22,6 +22,7 @@ from .block import Attended, SharedAttention, Sharing, left_for
 from .model import SuperNet, check_fit, check_sharing, run_edge
 from .operators.pooling import make_poolings
 from .options import read_options
+from .tokens import Carry, Tokens, carried
 
 OURS = ("base", "architecture", "sharing")  # arguments of the entry point that are not the base model's
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
@@ -37,6 +38,7 @@ class Subnet(VisionTransformer):
 
     architecture: Architecture
     sharing: Sharing
+    carry: Carry  # what its operators ask to know of their tokens
     base: tuple[str, dict[str, Any]]  # timm name and options of the ViT it was made from
 
     @classmethod
@@ -79,6 +81,7 @@ class Subnet(VisionTransformer):
         model.poolings = make_poolings(model, reductions)
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
+        model.carry = carried(layer.operator for layer in parsed.layers)
         return model  # type: ignore[no-any-return]
 
     def forward_features(
@@ -87,17 +90,17 @@ class Subnet(VisionTransformer):
         """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
         _refuse_masks(attn_mask, is_causal)
         *_, tokens = self._block_outputs(x, len(self.blocks))
-        return self.norm(tokens)
+        return self.norm(tokens.features)
 
-    def _block_outputs(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
-        """Tokens after each of the first `count` blocks, each (B, prefix + P of that block, C)."""
-        tokens = embed(self, images)
+    def _block_outputs(self, images: torch.Tensor, count: int, carry: Carry = Carry.NOTHING) -> list[Tokens]:
+        """Tokens after each of the first `count` blocks. carry: what is to be known of them, at least."""
+        tokens, carry = Tokens(embed(self, images)), max(carry, self.carry)
         outputs = []
         layers = self.architecture.layers
         attended: Attended | None = None
         for index, layer in enumerate(layers[:count]):
             leave = left_for(layers[index + 1 : index + 2], self.sharing)
-            tokens, attended = run_edge(self, index, layer, tokens, attended, leave)
+            tokens, attended = run_edge(self, index, layer, tokens, attended, leave, carry)
             outputs.append(tokens)
         return outputs
 
@@ -125,7 +128,7 @@ class Subnet(VisionTransformer):
         taken, last = feature_take_indices(len(self.blocks), indices)
         if output_fmt == "NCHW":
             check_grid(self.architecture, last)
-        tokens = self._block_outputs(x, last + 1 if stop_early else len(self.blocks))
+        tokens = [after.features for after in self._block_outputs(x, last + 1 if stop_early else len(self.blocks))]
         chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in sorted(set(taken))]
         prefix = [features[:, : self.num_prefix_tokens] for features in chosen]
         maps = [features[:, self.num_prefix_tokens :] for features in chosen]

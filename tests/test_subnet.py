@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, Operator, SearchSpace, SpaceError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.subnet import checkpoint_filter_fn
+from poolshare.supernet.tokens import Tokens
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7, "img_size": 64}
 BASE = "vit_tiny_patch16_224"
@@ -220,11 +221,11 @@ def test_intermediates_of_a_pooled_architecture_are_its_tokens_on_shrinking_maps
     architecture = Architecture.parse("16*2 9@max2d 4@avg2d")
     model = Subnet.from_supernet(net, architecture)
     with torch.no_grad():
-        tokens, last_map = net.embed(images_for()), None
+        tokens, last_map = Tokens(net.embed(images_for())), None
         expected = []
         for index, layer in enumerate(architecture.layers):
             tokens, last_map = net.run_layer(index, layer, tokens, last_map)
-            expected.append(net.norm(tokens) if norm else tokens)
+            expected.append(net.norm(tokens.features) if norm else tokens.features)
         final, pairs = model.forward_intermediates(images_for(), return_prefix_tokens=True, norm=norm)
         flat = model.forward_intermediates(images_for(), norm=norm, output_fmt="NLC", intermediates_only=True)
     assert [grid.shape for grid, _ in pairs] == [(3, 32, side, side) for side in (4, 4, 3, 2)]

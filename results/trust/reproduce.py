@@ -216,11 +216,11 @@ class StateNet(SuperNet):
         supernet.__class__ = cls
         return supernet  # type: ignore[return-value]
 
-    def run_layer(self, index: int, layer: Layer, tokens: torch.Tensor, attended: Any) -> Any:
+    def run_layer(self, index: int, layer: Layer, *path: Any) -> Any:
         """As before, in the state of this layer."""
         block = self.blocks[index]
         block.norm1.state = block.norm2.state = f"{layer.tokens} {layer.shared}"
-        return super().run_layer(index, layer, tokens, attended)
+        return super().run_layer(index, layer, *path)
 
 
 def divergence(student: torch.Tensor, targets: torch.Tensor, clip: float = 5.0) -> torch.Tensor:
