@@ -97,6 +97,24 @@ def _known(
     return (*known, *[None] * (3 - len(known)))  # type: ignore[return-value]
 
 
+def restore(tokens: Tokens, num_prefix_tokens: int, patches: int, bilinear: bool = False) -> torch.Tensor:
+    """A map of the full grid: each patch gets the features of the token that holds it. (B, C, side, side)
+
+    bilinear: cells of a smaller grid are interpolated between their centres instead; merged tokens have none.
+    tokens: with their sources, which were asked for from the first block on.
+    """
+    features, side = tokens.features[:, num_prefix_tokens:], isqrt(patches)
+    count = int(features.shape[1])
+    if tokens.sources is not None:
+        features = take(features, tokens.sources)
+    elif bilinear and count != patches:
+        cells = features.transpose(1, 2).unflatten(2, (isqrt(count),) * 2)
+        return F.interpolate(cells, size=(side, side), mode="bilinear", align_corners=False)
+    elif count != patches:
+        features = features.index_select(1, grid_sources(count, patches, features.device))
+    return features.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+
+
 def grid_sizes(count: int, patches: int, device: torch.device | None = None) -> torch.Tensor:
     """How many patches each of `count` cells of the whole grid stands for: equal shares of it. (count)"""
     return torch.full((count,), patches / count, device=device)

@@ -177,14 +177,14 @@ def test_exported_programs_and_half_precision(operator):
         assert torch.isfinite(model.to(torch.bfloat16)(images.to(torch.bfloat16))).all()
 
 
-def test_intermediate_maps_exist_as_long_as_the_grid_does():
+def test_reduced_maps_exist_as_long_as_the_grid_does():
     net = make("cls", ("max2d", "tome"), levels=(64, 36, 9))
     model = Subnet.from_supernet(net, Architecture.parse("64 36@max2d 9@tome*2"))
     images = images_for(net)
     with torch.no_grad():
-        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True, maps="reduced")
         assert [tuple(features.shape) for features in maps] == [(3, 32, 8, 8), (3, 32, 6, 6)]
         with pytest.raises(ModelError, match=r"after layer 2 \(tome\) the tokens form no grid.*output_fmt='NLC'"):
-            model.forward_intermediates(images, indices=[1, 3])
+            model.forward_intermediates(images, indices=[1, 3], maps="reduced")
         tokens = model.forward_intermediates(images, indices=[3], output_fmt="NLC", intermediates_only=True)
         assert tokens[0].shape == (3, 9, 32)

@@ -1,5 +1,7 @@
 """What tokens know of where they come from, after any path, against slow obvious references."""
 
+import functools
+import math
 import random
 
 import pytest
@@ -123,6 +125,63 @@ def test_bookkeeping_changes_no_feature_and_is_not_done_unasked():
         for plain, full in zip(bare, known, strict=True):
             assert plain[1:] == (None, None, None, False)
             assert torch.equal(plain.features, full.features)
+
+
+# Maps of the full grid
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_patch_of_a_map_has_the_features_of_the_token_that_holds_it(operator):
+    """Patches are followed by what is unique about them: which reduction sent them where, one after the other."""
+    counts = (64, 32, 16) if "max1d" in operator else (64, 16, 4)
+    net = make((operator,), levels=counts)
+    architecture = Architecture.parse(f"64 {counts[1]}@{operator} {counts[2]}@{operator} {counts[2]}")
+    model, images = Subnet.from_supernet(net, architecture), images_for()
+    holders = []  # of each reduction, (B, P)
+
+    def recorded(module, patches, *others):
+        reduced, which = type(module)._reduce(module, patches, *others)
+        holders.append(which)
+        return reduced, which
+
+    for pooling in model.poolings.values():
+        pooling._reduce = functools.partial(recorded, pooling)
+    with torch.no_grad():
+        maps = model.forward_intermediates(images, norm=True, intermediates_only=True)
+        tokens = model.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True)
+    for image in range(3):
+        where = list(range(64))  # the token that holds each patch
+        centres = [(float(p // 8), float(p % 8)) for p in range(64)]
+        for layer, (grid, sequence) in enumerate(zip(maps, tokens, strict=True)):
+            if architecture.layers[layer].operator:
+                which, after = holders[layer - 1], sequence.shape[1]
+                if which is None:  # a cell of the grid
+                    where = [
+                        patch // 8 * int(after**0.5) // 8 * int(after**0.5) + patch % 8 * int(after**0.5) // 8
+                        for patch in range(64)
+                    ]
+                elif operator in DROPS:
+                    kept = which[image].tolist()
+                    left = [centres[token] for token in kept]
+                    to = [min(range(after), key=lambda k, c=c, left=left: (math.dist(c, left[k]), k)) for c in centres]
+                    where, centres = [to[token] for token in where], left
+                else:
+                    where = [which[image, token].item() for token in where]
+            expected = sequence[image][where].T.reshape(32, 8, 8)
+            assert torch.equal(grid[image], expected)
+
+
+def test_bilinear_maps_interpolate_between_the_centres_of_cells_and_nowhere_else():
+    net = make(("avg2d", "tome"), levels=(64, 16, 8))
+    model, images = Subnet.from_supernet(net, Architecture.parse("64 16@avg2d 8@tome 8")), images_for()
+    with torch.no_grad():
+        _, cells, merged, _ = model.forward_intermediates(images, intermediates_only=True, maps="bilinear")
+        reduced = model.forward_intermediates(images, [1], intermediates_only=True, maps="reduced")[0]
+        nearest = model.forward_intermediates(images, [2], intermediates_only=True)[0]
+    assert torch.equal(merged, nearest)
+    # Row 1 of 8 lies at (1 + ½)/2 - ½ = ¼ of 4: three quarters of row 0 and a quarter of row 1; row 0 beyond the first.
+    torch.testing.assert_close(cells[:, :, 1, 0], 0.75 * reduced[:, :, 0, 0] + 0.25 * reduced[:, :, 1, 0])
+    torch.testing.assert_close(cells[:, :, 0, 0], reduced[:, :, 0, 0])
 
 
 # ToMe over several layers, from the paper
