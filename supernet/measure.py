@@ -20,10 +20,11 @@ from torch import nn
 
 from poolshare.space import CostTable, ModelError
 
-from .block import Attended, run_block
+from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
 from .model import SuperNet
 from .operators.pooling import Pooling, pooling_name
+from .operators.rotary import rotation
 from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
@@ -36,7 +37,16 @@ FREE_OPERATORS = frozenset().union(
     ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
     ("eq", "le", "clamp_min", "sort"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
-    ("pad", "reshape_as"),
+    (
+        "pad",
+        "reshape_as",
+        "repeat_interleave",
+        "flip",
+        "meshgrid",
+        "cartesian_prod",
+        "sin",
+        "cos",
+    ),  # and of rotary tables
     ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
     ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants
     ("ceil",),  # sizes: timm's padding
@@ -167,8 +177,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     reference = next(supernet.parameters())
     attention = block.attn
     block_size = _size(block)
-    query_key_size = _size(attention.q_norm) + _size(attention.k_norm)
-    query_key_size += sum(p.numel() // 3 * 2 for p in attention.qkv.parameters())
+    query_key_size = _size(attention) - _size(SharedAttention(attention))
     head_size = sum(
         _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, *_heads(supernet)) if part
     )
@@ -191,11 +200,15 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
         return run_block(block, x, Attended(queries, keys, None, *written))[0]
 
-    own = _Part(block, block_size, block)
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return run_block(block, x, turned=rotation(supernet, 0, Tokens(x)))[0]
+
+    rope = getattr(supernet, "rope", None)
+    own = _Part(attend, block_size, block, *([] if rope is None else [rope]))
     shared = _Part(follow, block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
-    embed = _Part(supernet.embed, _size(supernet) - rest, supernet)
+    embed = _Part(lambda x: supernet.embed(x).features, _size(supernet) - rest, supernet)
     classify = _Part(supernet.classify, head_size, supernet)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:

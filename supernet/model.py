@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,12 +17,15 @@ from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchS
 from .base import embed, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
 from .operators.pooling import make_poolings, pooling_name
+from .operators.rotary import rotation
 from .options import read_options
 from .tokens import Carry, Tokens, carried
 
+_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
 
-class SuperNet(VisionTransformer):
-    """A timm VisionTransformer that also takes architectures; made by `from_timm`.
+
+class SuperNet(_Timm):
+    """A timm VisionTransformer or Eva that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
     prefixes. Weights and their names are the base model's (plus `poolings.…` of operators that learn), so any of its
@@ -60,9 +64,9 @@ class SuperNet(VisionTransformer):
         check_fit(name, base, space)
         model = make_base(name, options, pretrained)
         # An own class over timm's own module: no weight is renamed, no method is lost.
-        model.__class__ = DistilledSuperNet if isinstance(model, VisionTransformerDistilled) else cls
+        model.__class__ = KINDS[type(model)]
         model.space, model.sharing, model.base = space, sharing, (name, options)
-        model.carry = carried(space.operators)
+        model.carry = carried(space.operators, getattr(model, "rope", None) is not None)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -87,7 +91,8 @@ class SuperNet(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         changed: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:  # timm leaves the norms where they are
-            changed |= {"global_pool": global_pool, "fc_norm": not isinstance(self.fc_norm, nn.Identity)}
+            fc_norm = "use_fc_norm" if isinstance(self, Eva) else "fc_norm"
+            changed |= {"global_pool": global_pool, fc_norm: not isinstance(self.fc_norm, nn.Identity)}
         self.base = self.base[0], self.base[1] | changed
 
     def set_input_size(self, *args: Any, **options: Any) -> None:
@@ -105,9 +110,9 @@ class SuperNet(VisionTransformer):
         """
         for architecture in architectures:
             self.space.check(architecture)
-        return self._walk(PrefixTree.of(architectures), 0, Tokens(self.embed(images)), None)
+        return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> Tokens:
         """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
         return embed(self, images)
 
@@ -161,7 +166,8 @@ def run_edge(
             before = tokens.features.shape[1] - model.num_prefix_tokens
             tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)].pool(tokens, attended, carry)
         shared = attended if layer.shared else None
-        features, used = run_block(model.blocks[index], tokens.features, shared, leave, tokens.log_sizes())
+        turned = None if shared is not None else rotation(model, index, tokens)  # a follower's keys are turned already
+        features, used = run_block(model.blocks[index], tokens.features, shared, leave, tokens.log_sizes(), turned)
         return tokens._replace(features=features), used
 
     if model.grad_checkpointing and torch.is_grad_enabled():
@@ -177,8 +183,23 @@ def check_sharing(sharing: Any) -> None:
         )
 
 
+class PlainSuperNet(SuperNet, VisionTransformer):
+    """The supernet of timm's VisionTransformer."""
+
+
+class EvaSuperNet(SuperNet, Eva):
+    """The supernet of timm's Eva: DINOv3, EVA-02, PE, RoPE-ViT and others."""
+
+
 class DistilledSuperNet(SuperNet, VisionTransformerDistilled):
     """The supernet of a distilled DeiT: CLS and distillation token are prefix tokens, the logits are both heads' mean."""
+
+
+KINDS: dict[type, Any] = {
+    VisionTransformer: PlainSuperNet,
+    VisionTransformerDistilled: DistilledSuperNet,
+    Eva: EvaSuperNet,
+}
 
 
 def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import isqrt
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 import torch
@@ -12,6 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -29,8 +30,11 @@ OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry poi
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
-class Subnet(VisionTransformer):
-    """A timm VisionTransformer with the pooling and sharing of one architecture.
+_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
+
+
+class Subnet(_Timm):
+    """A timm VisionTransformer or Eva with the pooling and sharing of one architecture.
 
     Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, and tokens are pooled between blocks.
     Made by `from_supernet`, or by `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported
@@ -83,7 +87,7 @@ class Subnet(VisionTransformer):
         for block, layer in zip(model.blocks, parsed.layers, strict=True):
             if layer.shared:
                 block.attn = SharedAttention(block.attn)
-        model.__class__ = DistilledSubnet if isinstance(model, VisionTransformerDistilled) else cls
+        model.__class__ = KINDS[type(model)]
         model.architecture, model.sharing, model.maps, model.base = parsed, sharing, maps, (base, options)
         pairs = pairwise(parsed.layers)
         reductions = [(now.operator, before.tokens, now.tokens) for before, now in pairs if now.operator is not None]
@@ -91,7 +95,7 @@ class Subnet(VisionTransformer):
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             if maps == "reduced":
                 info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
-        model.carry = carried(layer.operator for layer in parsed.layers)
+        model.carry = carried((layer.operator for layer in parsed.layers), getattr(model, "rope", None) is not None)
         return model  # type: ignore[no-any-return]
 
     def forward_features(
@@ -104,7 +108,7 @@ class Subnet(VisionTransformer):
 
     def _block_outputs(self, images: torch.Tensor, count: int, carry: Carry = Carry.NOTHING) -> list[Tokens]:
         """Tokens after each of the first `count` blocks. carry: what is to be known of them, at least."""
-        tokens, carry = Tokens(embed(self, images)), max(carry, self.carry)
+        tokens, carry = embed(self, images), max(carry, self.carry)
         outputs = []
         layers = self.architecture.layers
         attended: Attended | None = None
@@ -179,8 +183,19 @@ class Subnet(VisionTransformer):
         raise ModelError(f"'{self.architecture}' belongs to one image size; search again for another")
 
 
+class PlainSubnet(Subnet, VisionTransformer):
+    """A subnet of timm's VisionTransformer."""
+
+
+class EvaSubnet(Subnet, Eva):
+    """A subnet of timm's Eva."""
+
+
 class DistilledSubnet(Subnet, VisionTransformerDistilled):
     """A subnet of a distilled DeiT; its logits are the mean of both heads'."""
+
+
+KINDS: dict[type, Any] = {VisionTransformer: PlainSubnet, VisionTransformerDistilled: DistilledSubnet, Eva: EvaSubnet}
 
 
 def check_maps(maps: Any) -> None:
@@ -228,10 +243,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dic
     for index in shared:
         prefix = f"blocks.{index}.attn."
         for kind in ("weight", "bias"):
-            full = filtered.pop(f"{prefix}qkv.{kind}", None)
+            full = filtered.pop(f"{prefix}qkv.{kind}", filtered.pop(f"{prefix}v_proj.{kind}", None))
             if full is not None:
                 filtered[f"{prefix}v.{kind}"] = full[-model.blocks[index].attn.attn_dim :]
-        for name in [name for name in filtered if name.startswith((f"{prefix}q_norm.", f"{prefix}k_norm."))]:
+        if f"{prefix}v_bias" in filtered:
+            filtered[f"{prefix}v.bias"] = filtered.pop(f"{prefix}v_bias")
+        dropped = tuple(f"{prefix}{part}" for part in ("q_norm.", "k_norm.", "q_proj.", "k_proj.", "q_bias"))
+        for name in [name for name in filtered if name.startswith(dropped)]:
             del filtered[name]
     return filtered
 
@@ -244,7 +262,8 @@ def _with_other_pool(base: str, written: dict[str, Any], pool: Any, fc_norm: Any
             f"global_pool={pool!r} has weights of its own, which this export with {before.global_pool!r} does not hold; "
             "take 'avg', 'max', 'avgmax' or 'token', or load it as it is"
         )
-    return {"fc_norm": not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
+    name = "use_fc_norm" if isinstance(before, Eva) else "fc_norm"
+    return {name: not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
 
 
 def _without_source(base: str) -> dict[str, Any]:

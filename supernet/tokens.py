@@ -45,8 +45,10 @@ class Tokens(NamedTuple):
         return F.pad(self.sizes.log(), (self.features.shape[1] - self.sizes.shape[1], 0))
 
 
-def carried(operators: Iterable[str | None]) -> Carry:
-    """What these operators, anywhere in a path, ask for."""
+def carried(operators: Iterable[str | None], rotary: bool) -> Carry:
+    """What these operators, anywhere in a path, and a model with or without rotary position embeddings ask for."""
+    if rotary:
+        return Carry.PLACES
     return Carry.SIZES if any(name is not None and OPERATORS[name].weighs for name in operators) else Carry.NOTHING
 
 

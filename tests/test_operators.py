@@ -10,7 +10,6 @@ import torch
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import grid_stride
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs, measure_parameters
-from poolshare.supernet.tokens import Tokens
 from poolshare.supernet.training.sandwich import sandwich_loss
 
 KINDS = {
@@ -65,7 +64,7 @@ def test_an_operator_gives_its_exact_count_and_spares_the_prefix(operator, kind)
     declared = OPERATORS[operator]
     reductions = [(before, after) for name, before, after in net.space.reductions if name == operator]
     assert reductions
-    tokens, used = net.run_layer(0, net.space[0].layers[0], Tokens(net.embed(images_for(net))), None)
+    tokens, used = net.run_layer(0, net.space[0].layers[0], net.embed(images_for(net)), None)
     tokens = tokens.features
     prefix = net.num_prefix_tokens
     for before, after in reductions:

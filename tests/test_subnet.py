@@ -17,7 +17,6 @@ from timm.models.vision_transformer import VisionTransformer
 from poolshare.space import OPERATORS, Architecture, ArchitectureError, ModelError, Operator, SearchSpace, SpaceError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.subnet import checkpoint_filter_fn
-from poolshare.supernet.tokens import Tokens
 
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7, "img_size": 64}
 BASE = "vit_tiny_patch16_224"
@@ -221,7 +220,7 @@ def test_intermediates_of_a_pooled_architecture_are_its_tokens_on_shrinking_maps
     architecture = Architecture.parse("16*2 9@max2d 4@avg2d")
     model = Subnet.from_supernet(net, architecture)
     with torch.no_grad():
-        tokens, last_map = Tokens(net.embed(images_for())), None
+        tokens, last_map = net.embed(images_for()), None
         expected = []
         for index, layer in enumerate(architecture.layers):
             tokens, last_map = net.run_layer(index, layer, tokens, last_map)
@@ -447,7 +446,7 @@ def test_a_model_made_from_its_base_can_be_saved_as_timm_does_and_loaded(tmp_pat
     model = Subnet.from_base(BASE, POOLED, **{**TINY, "qkv_bias": "False"}).eval()
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert type(again) is Subnet
+    assert isinstance(again, Subnet)
     assert str(again.architecture) == POOLED
     assert torch.equal(again(images_for()), model(images_for()))
 

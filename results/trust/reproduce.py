@@ -33,6 +33,7 @@ from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.scoring import count_correct, count_right
 from poolshare.space import Architecture, Layer, forecast
 from poolshare.supernet import Subnet, SuperNet
+from poolshare.supernet.model import PlainSuperNet
 from poolshare.supernet.training.loop import fit, train_model
 from poolshare.supernet.training.sandwich import Sandwich
 
@@ -204,7 +205,7 @@ class StateNorm(nn.Module):
         return F.layer_norm(tokens, self.shape, self.scale[self.state], self.shift[self.state], self.eps)
 
 
-class StateNet(SuperNet):
+class StateNet(PlainSuperNet):
     """A supernet whose blocks have norms of their own for each (token count, own or shared map)."""
 
     @classmethod
