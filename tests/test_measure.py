@@ -200,7 +200,7 @@ def test_every_reduction_costs_what_fvcore_traces_though_few_are_traced(operator
         for reduction in random.Random(0).sample(net.space.reductions, min(5, len(net.space.reductions))):
             assert table.pool[reduction] == count_macs(*part(("pool", *reduction))), reduction
         level = reached[len(reached) // 2 + 1 :][0] if len(reached) > 3 else reached[-1]
-        assert table.own[level] == count_macs(*part(("explicit", level)))
+        assert table.own[level] == count_macs(*part(("own", level)))
         assert table.shared[level] == count_macs(*part(("shared", level)))
         assert table.sink[level] == count_macs(*part(("sink", level)))
 
