@@ -34,7 +34,18 @@ WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supern
 # The path of a pretrained model (results/defaults): with its retraining it costs less than twice the dense tuning.
 TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 200
 RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
-ONLY_TRAINING = ("tune_epochs", "epochs", "batch_size", "lr", "weight_decay", "amp", "recipe", "search_fraction", "trials", "sampler")
+ONLY_TRAINING = (
+    "tune_epochs",
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "amp",
+    "recipe",
+    "search_fraction",
+    "trials",
+    "sampler",
+)
 IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little more, and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")

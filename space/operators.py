@@ -58,6 +58,9 @@ class Operator:
     keeps_grid: bool = False  # its output is again a square grid
     needs_attention: bool = False  # reads the queries and keys that the block before it used
     changes_prefix: bool = False  # gives other CLS/register tokens than it got
+    weighs: bool = False  # counts a token as often as it stands for patches
+    drops: bool = False  # loses the tokens it does not keep
+    proportional: bool = False  # from here on attention counts a key as often as it stands for patches
     learned: bool = False  # has weights, one set per (operator, before, after)
 
 
@@ -82,8 +85,8 @@ OPERATORS: dict[str, Operator] = {
         Operator(
             "wkmedoids", "Token Pooling: K-Medoids weighted by attention received", _smaller, needs_attention=True
         ),
-        Operator("kmedoids", "Token Pooling: plain K-Medoids", _smaller),
-        Operator("kmeans", "Token Pooling: K-Means", _smaller),
+        Operator("kmedoids", "Token Pooling: plain K-Medoids", _smaller, weighs=True),
+        Operator("kmeans", "Token Pooling: K-Means", _smaller, weighs=True),
         Operator(
             "mstm",
             "MSTM style: multi-scale features once, then the unimportant merge into their most similar",
@@ -91,15 +94,23 @@ OPERATORS: dict[str, Operator] = {
             needs_attention=True,
             learned=True,
         ),
-        Operator("tome", "ToMe: bipartite merging by keys, size-weighted", _smaller, needs_attention=True),
+        Operator("tome", "ToMe: bipartite merging by keys, size-weighted", _smaller, needs_attention=True, weighs=True),
+        Operator(
+            "tome_prop",
+            "ToMe with proportional attention in all blocks that follow",
+            _smaller,
+            needs_attention=True,
+            weighs=True,
+            proportional=True,
+        ),
         Operator(
             "evit",
             "EViT: most attended tokens and one fused of the rest",
             _leaves_room_for_the_fused,
             needs_attention=True,
         ),
-        Operator("topk", "most attended tokens", _smaller, needs_attention=True),
-        Operator("random", "a fixed random choice of positions: the baseline", _smaller),
+        Operator("topk", "most attended tokens", _smaller, needs_attention=True, drops=True),
+        Operator("random", "a fixed random choice of positions: the baseline", _smaller, drops=True),
         Operator(
             "pit",
             "PiT style: strided depthwise convolution; prefix tokens through a Linear",

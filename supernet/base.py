@@ -8,14 +8,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, HybridEmbed, PatchEmbed, RmsNorm, RmsNormFp32
+from timm.layers import Attention, AttentionRope, HybridEmbed, PatchEmbed, RmsNorm, RmsNormFp32
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from poolshare.space import ModelError
 
-SUPPORTED = (VisionTransformer, VisionTransformerDistilled)
+from .operators.rotary import unsupported_rotation
+from .tokens import Tokens
+
+SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
+PARTS = ((Block, EvaBlock), (Attention, EvaAttention, AttentionRope))  # of which their blocks may consist
 NORMS = (nn.LayerNorm, RmsNorm, RmsNormFp32)  # of one token at a time, and countable
 
 # What models have that are no chain of plain blocks over one sequence of tokens, and poolshare has not.
@@ -35,6 +40,7 @@ BLOCKS = {
     "DiffParallelScalingBlock": "blocks that run differential attention and MLP side by side",
     "ParallelScalingBlock": "blocks that run attention and MLP side by side, from one projection",
     "ParallelThingsBlock": "blocks of several attentions side by side, each with a map of its own",
+    "EvaBlockPostNorm": "blocks with norms after attention and MLP",
     "ResPostBlock": "blocks with norms after attention and MLP",
 }
 
@@ -73,15 +79,20 @@ def make_base(name: str, options: dict[str, Any], pretrained: bool = False) -> A
         raise ModelError(f"timm cannot make model {name!r} with options {options!r:.200}: {problem:.300}") from None
     if getattr(model, "dynamic_img_size", False) and isinstance(getattr(model, "patch_embed", None), PatchEmbed):
         model.patch_embed.strict_img_size = True  # a space has one token count, so the model has one image size
+    if isinstance(model, Eva):
+        model.has_class_token = model.cls_token is not None  # as VisionTransformer says it
     return model
 
 
-def embed(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+def embed(model: Any, images: torch.Tensor) -> Tokens:
     """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C). Raises ModelError for another size."""
     wanted = (model.in_chans, *model.patch_embed.img_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
         raise ModelError(f"images are {tuple(images.shape)}, and must be (B, {', '.join(map(str, wanted))})")
-    return model.norm_pre(model._pos_embed(model.patch_embed(images)))  # type: ignore[no-any-return]
+    embedded = model._pos_embed(model.patch_embed(images))
+    return Tokens(
+        model.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
+    )  # Eva's come with a rotation
 
 
 def cropped(model: VisionTransformer) -> tuple[str, ...]:
@@ -103,8 +114,8 @@ def unsupported_part(model: Any) -> str | None:
     if type(model) not in SUPPORTED:
         return _missing(model)
     for part in model.blocks:
-        for found, expected in ((part, Block), (getattr(part, "attn", None), Attention)):
-            if type(found) is not expected:
+        for found, expected in zip((part, getattr(part, "attn", None)), PARTS, strict=True):
+            if type(found) not in expected:
                 kind = type(found).__name__
                 return f"it has {BLOCKS.get(kind, kind)}, which poolshare cannot pool or share; {_SUPPORT}"
         kind = type(part.norm1).__name__
@@ -116,12 +127,19 @@ def unsupported_part(model: Any) -> str | None:
         )
     if model.global_pool == "":
         return "it has no pooled head to classify with; choose global_pool='avg' or 'token'"
-    if not isinstance(model.patch_drop, nn.Identity):
+    if not isinstance(model.patch_drop, (nn.Identity, type(None))):
         return "patch dropout changes the token count in training; set patch_drop_rate=0"
+    if any(getattr(part.attn, "num_kv_groups", 1) > 1 for part in model.blocks):
+        return "several of its heads share keys and values, which poolshare cannot hand on"
+    reason = unsupported_rotation(getattr(model, "rope", None))
+    if reason is not None:
+        return f"{reason}, which poolshare cannot compute for pooled tokens"
     return _grid_fault(model.patch_embed)
 
 
-_SUPPORT = "it runs timm's VisionTransformer with plain sequential blocks, hybrids and distilled DeiT among them"
+_SUPPORT = (
+    "it runs timm's VisionTransformer and Eva with plain sequential blocks, hybrids and distilled DeiT among them"
+)
 
 
 def _missing(model: nn.Module) -> str:
@@ -134,8 +152,6 @@ def _missing(model: nn.Module) -> str:
         missing = "rotary position embeddings"
     elif "rel_pos" in names or "relative_position" in names:
         missing = "relative position biases, which belong to the full grid"
-    elif kind == "Eva":
-        missing = "the blocks of timm's Eva"
     else:
         return f"it is a {kind}; {_SUPPORT}"
     return f"it is a {kind} and needs {missing}, which poolshare does not have; {_SUPPORT}"
@@ -172,6 +188,6 @@ def _check_shapes(model: VisionTransformer) -> None:
     model.eval()
     tokens = embed(model, torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta"))
     wanted = (1, model.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
-    if tuple(tokens.shape) != wanted:
-        raise ValueError(f"its stem gives tokens of shape {tuple(tokens.shape)} where {wanted} are expected")
-    model.forward_head(model.norm(model.blocks[0](tokens)))
+    if tuple(tokens.features.shape) != wanted:
+        raise ValueError(f"its stem gives tokens of shape {tuple(tokens.features.shape)} where {wanted} are expected")
+    model.forward_head(model.norm(model.blocks[0](tokens.features)))

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -30,10 +31,11 @@ class Attended(NamedTuple):
     keys: torch.Tensor  # (B, heads, N, head_dim), likewise
     scale: float | None = None  # of the scores
     written: torch.Tensor | None = None  # (B, heads, N, N), post-softmax: the map, where sharing is "map"
+    bias: torch.Tensor | None = None  # (B, N), added to each key's scores: log of what it stands for; None: all alike
 
     def class_row(self) -> torch.Tensor:
         """The map's first row, what the first token (CLS) attends to. (B, heads, N)"""
-        return _rows(self.queries[:, :, :1], self.keys, self.scale)[:, :, 0]
+        return self._rows(self.queries[:, :, :1])[:, :, 0]
 
     def received(self) -> torch.Tensor:
         """The map's column sums: attention that each token receives over all heads and queries. (B, N)
@@ -41,10 +43,17 @@ class Attended(NamedTuple):
         Computed by blocks of queries, so that memory is linear in N (what a backward pass needs is not).
         """
         blocks = self.queries.split(QUERIES_AT_ONCE, dim=2)
-        total = _rows(blocks[0], self.keys, self.scale).sum(dim=(1, 2))
+        total = self._rows(blocks[0]).sum(dim=(1, 2))
         for queries in blocks[1:]:
-            total = total + _rows(queries, self.keys, self.scale).sum(dim=(1, 2))
+            total = total + self._rows(queries).sum(dim=(1, 2))
         return total
+
+    def _rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
+        queries, keys = at_least_float32(queries), at_least_float32(self.keys)
+        with without_autocast(queries):
+            scores = (queries * _factor(queries, self.scale)) @ keys.transpose(-2, -1)
+        return (scores if self.bias is None else scores + self.bias[:, None, None]).softmax(dim=-1)
 
     def detach(self) -> Attended:
         """The same values without gradients."""
@@ -52,14 +61,6 @@ class Attended(NamedTuple):
 
 
 QUERIES_AT_ONCE = 64
-
-
-def _rows(queries: torch.Tensor, keys: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
-    queries, keys = at_least_float32(queries), at_least_float32(keys)
-    with without_autocast(queries):
-        scores = (queries * _factor(queries, scale)) @ keys.transpose(-2, -1)
-    return scores.softmax(dim=-1)
 
 
 def _factor(queries: torch.Tensor, scale: float | None) -> float:
@@ -74,95 +75,140 @@ def left_for(layers: Iterable[Layer], sharing: Sharing) -> Sharing | None:
     return "qk" if any(map(needs_attention, layers)) else None
 
 
+Attends = Attention | EvaAttention | AttentionRope
+
+
 class SharedAttention(nn.Module):
-    """What is left of a timm `Attention` that uses another block's queries and keys: values and output projection.
+    """What is left of a timm attention that uses another block's queries and keys: values and output projection.
 
     Differs from timm's: `qkv` has become `v` (its last third of rows), and there are no query and key norms.
     """
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attends):
         super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim = attention.num_heads, attention.head_dim, attention.attn_dim
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.attn_dim = attention.num_heads * attention.head_dim
         self.fused_attn, self.attn_drop = attention.fused_attn, attention.attn_drop
-        full = attention.qkv
+        weight, bias = _value_rows(attention)
         self.v = nn.Linear(
-            full.in_features,
-            self.attn_dim,
-            bias=full.bias is not None,
-            device=full.weight.device,
-            dtype=full.weight.dtype,
+            weight.shape[1], self.attn_dim, bias=bias is not None, device=weight.device, dtype=weight.dtype
         )
         with torch.no_grad():
-            self.v.weight.copy_(full.weight[-self.attn_dim :])
-            if full.bias is not None:
-                self.v.bias.copy_(full.bias[-self.attn_dim :])
+            self.v.weight.copy_(weight)
+            if bias is not None:
+                self.v.bias.copy_(bias)
         self.norm, self.gate = attention.norm, attention.gate
         self.proj, self.proj_drop = attention.proj, attention.proj_drop
 
 
 def run_block(
-    block: Block, tokens: torch.Tensor, shared: Attended | None = None, leave: Sharing | None = None
+    block: Block | EvaBlock,
+    tokens: torch.Tensor,
+    shared: Attended | None = None,
+    leave: Sharing | None = None,
+    bias: torch.Tensor | None = None,
+    turned: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Attended | None]:
     """One pre-norm transformer block as timm runs it, with its fused attention on or off.
 
     tokens: (B, N, C). shared: what the owner of the queries and keys left, for a follower: only the V rows of `qkv` run.
     leave: what those after an owner need; None: the block is timm's own forward and leaves nothing. Only an owner that
-    must write its map leaves the fused kernel. Returns the new tokens (B, N, C) and what the block attended with.
+    must write its map leaves the fused kernel. bias: (B, N), what an owner adds to the scores of each key, as a mask, which
+    fused kernels take. turned: by what an owner rotates queries and keys of the patch tokens, see `operators.rotary`.
+    Returns the new tokens (B, N, C) and what the block attended with.
 
     With dropout on the map, each block draws a mask of its own under "qk"; a written map is dropped out once for all.
     """
-    if shared is None and leave is None:
-        return block(tokens), None
+    if shared is None and leave is None and bias is None:
+        return block(tokens) if turned is None else block(tokens, rope=turned), None
     attention, normed = block.attn, block.norm1(tokens)
     if shared is None:
-        used, values = _own(attention, normed)
+        used, values = _own(attention, normed, turned)
+        used = used._replace(bias=bias)
         if leave == "map":
             used = used._replace(written=_write(attention, used))
     else:
         used, values = shared, _values(attention, normed)
-    tokens = tokens + block.drop_path1(block.ls1(_project(attention, normed, _attend(attention, used, values))))
+    mixed = _project(attention, normed, _attend(attention, used, values))
+    if isinstance(block, EvaBlock):
+        tokens = tokens + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
+        mixed = block.mlp(block.norm2(tokens))
+        return tokens + block.drop_path2(mixed if block.gamma_2 is None else block.gamma_2 * mixed), used
+    tokens = tokens + block.drop_path1(block.ls1(mixed))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), used
 
 
-def _own(attention: Attention, normed: torch.Tensor) -> tuple[Attended, torch.Tensor]:
+def _own(attention: Attends, normed: torch.Tensor, turned: torch.Tensor | None) -> tuple[Attended, torch.Tensor]:
     """Queries and keys, and values (B, heads, N, head_dim)."""
     B, N, _ = normed.shape
-    qkv = attention.qkv(normed).reshape(B, N, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    queries, keys, values = qkv.unbind(0)
-    return Attended(attention.q_norm(queries), attention.k_norm(keys)), values
+    shape = B, N, attention.num_heads, attention.head_dim
+    if attention.qkv is None:
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        queries, keys, values = (part(normed).reshape(shape).transpose(1, 2) for part in parts)
+    else:
+        if isinstance(attention, EvaAttention) and attention.q_bias is not None:
+            bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+            separate = attention.qkv_bias_separate
+            qkv = attention.qkv(normed) + bias if separate else F.linear(normed, attention.qkv.weight, bias)
+        else:
+            qkv = attention.qkv(normed)
+        queries, keys, values = qkv.reshape(B, N, 3, *shape[2:]).permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    if turned is not None:
+        queries, keys = (_rotate(attention, half, turned).type_as(values) for half in (queries, keys))
+    return Attended(queries, keys), values
 
 
-def _values(attention: Attention | SharedAttention, normed: torch.Tensor) -> torch.Tensor:
+def _rotate(attention: EvaAttention | AttentionRope, vectors: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    """Queries or keys (B, heads, N, head_dim), those of patch tokens rotated, as timm does it."""
+    prefix = attention.num_prefix_tokens
+    patches = apply_rot_embed_cat(vectors[:, :, prefix:], turned, half=attention.rotate_half)
+    return torch.cat([vectors[:, :, :prefix], patches], dim=2)
+
+
+def _value_rows(attention: Attends) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the values' projection."""
+    if attention.qkv is None:
+        return attention.v_proj.weight, attention.v_proj.bias
+    width = attention.num_heads * attention.head_dim
+    if isinstance(attention, EvaAttention):
+        return attention.qkv.weight[-width:], attention.v_bias
+    return attention.qkv.weight[-width:], None if attention.qkv.bias is None else attention.qkv.bias[-width:]
+
+
+def _values(attention: Attends | SharedAttention, normed: torch.Tensor) -> torch.Tensor:
     """Values alone, (B, heads, N, head_dim)."""
     B, N, _ = normed.shape
-    if isinstance(attention, SharedAttention):
-        values = attention.v(normed)
-    else:
-        bias = None if attention.qkv.bias is None else attention.qkv.bias[-attention.attn_dim :]
-        values = F.linear(normed, attention.qkv.weight[-attention.attn_dim :], bias)
+    own = not isinstance(attention, SharedAttention)
+    values = F.linear(normed, *_value_rows(attention)) if own else attention.v(normed)
     return values.reshape(B, N, attention.num_heads, attention.head_dim).transpose(1, 2)
 
 
-def _attend(attention: Attention | SharedAttention, used: Attended, values: torch.Tensor) -> torch.Tensor:
+def _attend(attention: Attends | SharedAttention, used: Attended, values: torch.Tensor) -> torch.Tensor:
     """Map times values, by the kernel that timm would take. (B, heads, N, head_dim)"""
     if used.written is not None:
         return used.written @ values
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(used.queries, used.keys, values, dropout_p=dropped, scale=used.scale)
+        mask = None if used.bias is None else used.bias[:, None, None].to(used.queries.dtype)
+        return F.scaled_dot_product_attention(
+            used.queries, used.keys, values, attn_mask=mask, dropout_p=dropped, scale=used.scale
+        )
     return _write(attention, used) @ values
 
 
-def _write(attention: Attention | SharedAttention, used: Attended) -> torch.Tensor:
+def _write(attention: Attends | SharedAttention, used: Attended) -> torch.Tensor:
     """The map itself, (B, heads, N, N), as timm computes it with fused attention off."""
     scores = (used.queries * _factor(used.queries, used.scale)) @ used.keys.transpose(-2, -1)
+    if used.bias is not None:
+        scores = scores + used.bias[:, None, None].to(scores.dtype)
     return attention.attn_drop(scores.softmax(dim=-1))
 
 
-def _project(attention: Attention | SharedAttention, normed: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+def _project(attention: Attends | SharedAttention, normed: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """What timm does with mixed values (B, heads, N, head_dim): norm, gate and output projection. (B, N, C)"""
     B, N, _ = normed.shape
-    mixed = attention.norm(mixed.transpose(1, 2).reshape(B, N, attention.attn_dim))
+    mixed = attention.norm(mixed.transpose(1, 2).reshape(B, N, attention.num_heads * attention.head_dim))
     if attention.gate is not None:
         mixed = mixed * attention.gate(normed).sigmoid()
     return attention.proj_drop(attention.proj(mixed))

@@ -20,22 +20,33 @@ from torch import nn
 
 from poolshare.space import CostTable, ModelError
 
-from .block import Attended, run_block
+from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
 from .model import SuperNet
-from .operators.pooling import pooling_name
+from .operators.pooling import Pooling, pooling_name
+from .operators.rotary import rotation
+from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
     ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
-    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "tanh", "mish"),  # functions of elements
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),  # functions of elements
     ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
     ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
     ("elu_", "celu_", "selu_", "leaky_relu_"),
     ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
     ("eq", "le", "clamp_min", "sort"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
-    ("pad", "reshape_as"),
+    (
+        "pad",
+        "reshape_as",
+        "repeat_interleave",
+        "flip",
+        "meshgrid",
+        "cartesian_prod",
+        "sin",
+        "cos",
+    ),  # and of rotary tables
     ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
     ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants
     ("ceil",),  # sizes: timm's padding
@@ -166,8 +177,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     reference = next(supernet.parameters())
     attention = block.attn
     block_size = _size(block)
-    query_key_size = _size(attention.q_norm) + _size(attention.k_norm)
-    query_key_size += sum(p.numel() // 3 * 2 for p in attention.qkv.parameters())
+    query_key_size = _size(attention) - _size(SharedAttention(attention))
     head_size = sum(
         _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, *_heads(supernet)) if part
     )
@@ -190,11 +200,15 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
         return run_block(block, x, Attended(queries, keys, None, *written))[0]
 
-    own = _Part(block, block_size, block)
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return run_block(block, x, turned=rotation(supernet, 0, Tokens(x)))[0]
+
+    rope = getattr(supernet, "rope", None)
+    own = _Part(attend, block_size, block, *([] if rope is None else [rope]))
     shared = _Part(follow, block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
-    embed = _Part(supernet.embed, _size(supernet) - rest, supernet)
+    embed = _Part(lambda x: supernet.embed(x).features, _size(supernet) - rest, supernet)
     classify = _Part(supernet.classify, head_size, supernet)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
@@ -209,14 +223,14 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
                 return classify, (tokens(level),)
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
-                return _pooling(module), (tokens(before), *attended(before))
+                return _pooling(module, supernet.carry), (tokens(before), *attended(before))
         raise ValueError(f"{kind!r} is no kind of edge")
 
     return part
 
 
-def _pooling(module: nn.Module) -> _Part:
-    return _Part(lambda x, *left: module(x, Attended(*left)), _size(module), module)
+def _pooling(module: Pooling, carry: Carry) -> _Part:
+    return _Part(lambda x, *left: module.pool(Tokens(x), Attended(*left), carry).features, _size(module), module)
 
 
 def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,11 +17,15 @@ from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchS
 from .base import embed, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
 from .operators.pooling import make_poolings, pooling_name
+from .operators.rotary import rotation
 from .options import read_options
+from .tokens import Carry, Tokens, carried
+
+_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
 
 
-class SuperNet(VisionTransformer):
-    """A timm VisionTransformer that also takes architectures; made by `from_timm`.
+class SuperNet(_Timm):
+    """A timm VisionTransformer or Eva that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
     prefixes. Weights and their names are the base model's (plus `poolings.…` of operators that learn), so any of its
@@ -30,6 +35,7 @@ class SuperNet(VisionTransformer):
 
     space: SearchSpace
     sharing: Sharing
+    carry: Carry  # what the operators of the space ask to know of their tokens
     base: tuple[str, dict[str, Any]]  # timm name and options from which the base model can be made again
 
     @classmethod
@@ -58,8 +64,9 @@ class SuperNet(VisionTransformer):
         check_fit(name, base, space)
         model = make_base(name, options, pretrained)
         # An own class over timm's own module: no weight is renamed, no method is lost.
-        model.__class__ = DistilledSuperNet if isinstance(model, VisionTransformerDistilled) else cls
+        model.__class__ = KINDS[type(model)]
         model.space, model.sharing, model.base = space, sharing, (name, options)
+        model.carry = carried(space.operators, getattr(model, "rope", None) is not None)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -84,7 +91,8 @@ class SuperNet(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         changed: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:  # timm leaves the norms where they are
-            changed |= {"global_pool": global_pool, "fc_norm": not isinstance(self.fc_norm, nn.Identity)}
+            fc_norm = "use_fc_norm" if isinstance(self, Eva) else "fc_norm"
+            changed |= {"global_pool": global_pool, fc_norm: not isinstance(self.fc_norm, nn.Identity)}
         self.base = self.base[0], self.base[1] | changed
 
     def set_input_size(self, *args: Any, **options: Any) -> None:
@@ -104,7 +112,7 @@ class SuperNet(VisionTransformer):
             self.space.check(architecture)
         return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> Tokens:
         """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
         return embed(self, images)
 
@@ -113,10 +121,10 @@ class SuperNet(VisionTransformer):
         return self.forward_head(self.norm(tokens))
 
     def _walk(
-        self, tree: PrefixTree, index: int, tokens: torch.Tensor, attended: Attended | None
+        self, tree: PrefixTree, index: int, tokens: Tokens, attended: Attended | None
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         if tree.ends:
-            yield tree.ends, self.classify(tokens)
+            yield tree.ends, self.classify(tokens.features)
         for layer, child in tree.children.items():
             for branch in self._branches(layer, child):
                 leave = left_for(branch.children, self.sharing)
@@ -132,26 +140,35 @@ class SuperNet(VisionTransformer):
         return [PrefixTree(following), PrefixTree(others, tree.ends)]
 
     def run_layer(
-        self, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None = "qk"
-    ) -> tuple[torch.Tensor, Attended | None]:
+        self, index: int, layer: Layer, tokens: Tokens, attended: Attended | None, leave: Sharing | None = "qk"
+    ) -> tuple[Tokens, Attended | None]:
         """One edge of the graph: pooling where there is any, then block `index`.
 
         attended: what the block before left; leave: what this one must, see `left_for`. Returns the tokens after the
         block, and what it attended with. With `set_grad_checkpointing` the backward pass computes the edge once more.
         """
-        return run_edge(self, index, layer, tokens, attended, leave)
+        return run_edge(self, index, layer, tokens, attended, leave, self.carry)
 
 
 def run_edge(
-    model: Any, index: int, layer: Layer, tokens: torch.Tensor, attended: Attended | None, leave: Sharing | None
-) -> tuple[torch.Tensor, Attended | None]:
-    """`SuperNet.run_layer`, for whatever has `blocks` and `poolings`."""
+    model: Any,
+    index: int,
+    layer: Layer,
+    tokens: Tokens,
+    attended: Attended | None,
+    leave: Sharing | None,
+    carry: Carry,
+) -> tuple[Tokens, Attended | None]:
+    """`SuperNet.run_layer`, for whatever has `blocks` and `poolings`. carry: what the path must know of its tokens."""
 
-    def run(tokens: torch.Tensor, attended: Attended | None) -> tuple[torch.Tensor, Attended | None]:
+    def run(tokens: Tokens, attended: Attended | None) -> tuple[Tokens, Attended | None]:
         if layer.operator is not None:
-            before = tokens.shape[1] - model.num_prefix_tokens
-            tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)](tokens, attended)
-        return run_block(model.blocks[index], tokens, attended if layer.shared else None, leave)
+            before = tokens.features.shape[1] - model.num_prefix_tokens
+            tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)].pool(tokens, attended, carry)
+        shared = attended if layer.shared else None
+        turned = None if shared is not None else rotation(model, index, tokens)  # a follower's keys are turned already
+        features, used = run_block(model.blocks[index], tokens.features, shared, leave, tokens.log_sizes(), turned)
+        return tokens._replace(features=features), used
 
     if model.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(run, tokens, attended, use_reentrant=False)
@@ -166,8 +183,23 @@ def check_sharing(sharing: Any) -> None:
         )
 
 
+class PlainSuperNet(SuperNet, VisionTransformer):
+    """The supernet of timm's VisionTransformer."""
+
+
+class EvaSuperNet(SuperNet, Eva):
+    """The supernet of timm's Eva: DINOv3, EVA-02, PE, RoPE-ViT and others."""
+
+
 class DistilledSuperNet(SuperNet, VisionTransformerDistilled):
     """The supernet of a distilled DeiT: CLS and distillation token are prefix tokens, the logits are both heads' mean."""
+
+
+KINDS: dict[type, Any] = {
+    VisionTransformer: PlainSuperNet,
+    VisionTransformerDistilled: DistilledSuperNet,
+    Eva: EvaSuperNet,
+}
 
 
 def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:

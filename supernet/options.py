@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from poolshare.space import ModelError
@@ -54,9 +55,10 @@ def _parts(wanted: Any) -> tuple[Any, ...]:
 
 @cache
 def model_option_types() -> dict[str, Any]:
-    """Options of timm's VisionTransformer and the types of their values."""
-    hints = get_type_hints(VisionTransformer.__init__)
-    names = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
+    """Options of timm's VisionTransformer and Eva, and the types of their values."""
+    hints = get_type_hints(Eva.__init__) | get_type_hints(VisionTransformer.__init__)
+    names = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind.__init__).parameters}
+    names -= {"self", "device", "dtype"}
     return {name: hints[name] for name in sorted(names)}
 
 

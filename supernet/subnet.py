@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 import torch
@@ -12,6 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -22,21 +23,31 @@ from .block import Attended, SharedAttention, Sharing, left_for
 from .model import SuperNet, check_fit, check_sharing, run_edge
 from .operators.pooling import make_poolings
 from .options import read_options
+from .tokens import Carry, Tokens, carried, restore
 
-OURS = ("base", "architecture", "sharing")  # arguments of the entry point that are not the base model's
+Maps = Literal["nearest", "bilinear", "reduced"]  # how NCHW features come: of the full grid, or as small as the tokens
+OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry point that are not the base model's
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
-class Subnet(VisionTransformer):
-    """A timm VisionTransformer with the pooling and sharing of one architecture.
+_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
+
+
+class Subnet(_Timm):
+    """A timm VisionTransformer or Eva with the pooling and sharing of one architecture.
 
     Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, and tokens are pooled between blocks.
     Made by `from_supernet`, or by `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported
     folder; sharing="map" there gives the same function with the same weights by a written map, see `SuperNet`.
+
+    maps: what NCHW features are. "nearest": of the full grid, each patch with the features of the token that holds it;
+    "bilinear": the same, but cells of a smaller grid are interpolated; "reduced": of the grid that is left, if any.
     """
 
     architecture: Architecture
     sharing: Sharing
+    maps: Maps
+    carry: Carry  # what its operators ask to know of their tokens
     base: tuple[str, dict[str, Any]]  # timm name and options of the ViT it was made from
 
     @classmethod
@@ -56,29 +67,35 @@ class Subnet(VisionTransformer):
         return model.train(supernet.training)
 
     @classmethod
-    def from_base(cls, base: str, architecture: str, sharing: Sharing = "qk", **options: Any) -> Subnet:
+    def from_base(
+        cls, base: str, architecture: str, sharing: Sharing = "qk", maps: Maps = "nearest", **options: Any
+    ) -> Subnet:
         """The architecture over timm's model `base`, freshly initialised.
 
         Raises ArchitectureError, ModelError or SpaceError where text, base model and options do not go together.
         """
-        return timm.create_model("poolshare_vit", base=base, architecture=architecture, sharing=sharing, **options)  # type: ignore[return-value]
+        ours = {"base": base, "architecture": architecture, "sharing": sharing, "maps": maps}
+        return timm.create_model("poolshare_vit", **ours, **options)  # type: ignore[return-value]
 
     @classmethod
-    def _build(cls, base: str, architecture: str, sharing: Sharing, **options: Any) -> Subnet:
+    def _build(cls, base: str, architecture: str, sharing: Sharing, maps: Maps, **options: Any) -> Subnet:
         check_sharing(sharing)
+        check_maps(maps)
         parsed, options = Architecture.parse(architecture), read_options(base, options)
         check_fit(base, outline(base, options), _smallest_space(parsed))
         model = make_base(base, options)
         for block, layer in zip(model.blocks, parsed.layers, strict=True):
             if layer.shared:
                 block.attn = SharedAttention(block.attn)
-        model.__class__ = DistilledSubnet if isinstance(model, VisionTransformerDistilled) else cls
-        model.architecture, model.sharing, model.base = parsed, sharing, (base, options)
+        model.__class__ = KINDS[type(model)]
+        model.architecture, model.sharing, model.maps, model.base = parsed, sharing, maps, (base, options)
         pairs = pairwise(parsed.layers)
         reductions = [(now.operator, before.tokens, now.tokens) for before, now in pairs if now.operator is not None]
         model.poolings = make_poolings(model, reductions)
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
-            info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
+            if maps == "reduced":
+                info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
+        model.carry = carried((layer.operator for layer in parsed.layers), getattr(model, "rope", None) is not None)
         return model  # type: ignore[no-any-return]
 
     def forward_features(
@@ -87,17 +104,17 @@ class Subnet(VisionTransformer):
         """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
         _refuse_masks(attn_mask, is_causal)
         *_, tokens = self._block_outputs(x, len(self.blocks))
-        return self.norm(tokens)
+        return self.norm(tokens.features)
 
-    def _block_outputs(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
-        """Tokens after each of the first `count` blocks, each (B, prefix + P of that block, C)."""
-        tokens = embed(self, images)
+    def _block_outputs(self, images: torch.Tensor, count: int, carry: Carry = Carry.NOTHING) -> list[Tokens]:
+        """Tokens after each of the first `count` blocks. carry: what is to be known of them, at least."""
+        tokens, carry = embed(self, images), max(carry, self.carry)
         outputs = []
         layers = self.architecture.layers
         attended: Attended | None = None
         for index, layer in enumerate(layers[:count]):
             leave = left_for(layers[index + 1 : index + 2], self.sharing)
-            tokens, attended = run_edge(self, index, layer, tokens, attended, leave)
+            tokens, attended = run_edge(self, index, layer, tokens, attended, leave, carry)
             outputs.append(tokens)
         return outputs
 
@@ -113,33 +130,45 @@ class Subnet(VisionTransformer):
         output_dict: bool = False,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        *,
+        maps: Maps | None = None,
     ) -> Any:
         """Tokens after chosen blocks, as timm gives them; see `VisionTransformer.forward_intermediates`.
 
-        "NCHW" maps shrink with the token count. Raises ModelError for NCHW after an operator that gave up the grid,
-        for an unknown format and for a mask; "NLC" always works.
+        maps: see the class, whose own it is when None. "NLC" gives the tokens as they are. Raises ModelError for
+        reduced maps after an operator that gave up the grid, for an unknown format and for a mask.
         """
         _refuse_masks(attn_mask, is_causal)
+        maps = self.maps if maps is None else maps
+        check_maps(maps)
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        if output_fmt == "NCHW":
+        full = output_fmt == "NCHW" and maps != "reduced"
+        if output_fmt == "NCHW" and not full:
             check_grid(self.architecture, last)
-        tokens = self._block_outputs(x, last + 1 if stop_early else len(self.blocks))
-        chosen = [self.norm(tokens[index]) if norm else tokens[index] for index in sorted(set(taken))]
-        prefix = [features[:, : self.num_prefix_tokens] for features in chosen]
-        maps = [features[:, self.num_prefix_tokens :] for features in chosen]
-        if output_fmt == "NCHW":
-            maps = [m.transpose(1, 2).unflatten(2, (isqrt(m.shape[1]),) * 2).contiguous() for m in maps]
+        count = last + 1 if stop_early else len(self.blocks)
+        tokens = self._block_outputs(x, count, Carry.SOURCES if full else Carry.NOTHING)
+        chosen = [tokens[index] for index in sorted(set(taken))]
+        if norm:
+            chosen = [after._replace(features=self.norm(after.features)) for after in chosen]
+        prefix = [after.features[:, : self.num_prefix_tokens] for after in chosen]
+        if full:
+            patches = self.patch_embed.num_patches
+            images = [restore(after, self.num_prefix_tokens, patches, maps == "bilinear") for after in chosen]
+        else:
+            images = [after.features[:, self.num_prefix_tokens :] for after in chosen]
+            if output_fmt == "NCHW":
+                images = [m.transpose(1, 2).unflatten(2, (isqrt(m.shape[1]),) * 2).contiguous() for m in images]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens
         if output_dict:
             return {
-                "image_intermediates": maps,
+                "image_intermediates": images,
                 **({"image_intermediates_prefix": prefix} if with_prefix else {}),
-                **({} if intermediates_only else {"image_features": self.norm(tokens[-1])}),
+                **({} if intermediates_only else {"image_features": self.norm(tokens[-1].features)}),
             }
-        intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
-        return intermediates if intermediates_only else (self.norm(tokens[-1]), intermediates)
+        intermediates = list(zip(images, prefix, strict=True)) if with_prefix else images
+        return intermediates if intermediates_only else (self.norm(tokens[-1].features), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -154,16 +183,35 @@ class Subnet(VisionTransformer):
         raise ModelError(f"'{self.architecture}' belongs to one image size; search again for another")
 
 
+class PlainSubnet(Subnet, VisionTransformer):
+    """A subnet of timm's VisionTransformer."""
+
+
+class EvaSubnet(Subnet, Eva):
+    """A subnet of timm's Eva."""
+
+
 class DistilledSubnet(Subnet, VisionTransformerDistilled):
     """A subnet of a distilled DeiT; its logits are the mean of both heads'."""
 
 
-def check_grid(architecture: Architecture, last: int, instead: str = "ask for output_fmt='NLC' or for layers") -> None:
+KINDS: dict[type, Any] = {VisionTransformer: PlainSubnet, VisionTransformerDistilled: DistilledSubnet, Eva: EvaSubnet}
+
+
+def check_maps(maps: Any) -> None:
+    """Raise ModelError for what is no kind of map."""
+    if maps not in get_args(Maps):
+        raise ModelError(f"maps={maps!r:.80} is unknown; it must be one of {', '.join(map(repr, get_args(Maps)))}")
+
+
+def check_grid(
+    architecture: Architecture, last: int, instead: str = "ask for maps='nearest', output_fmt='NLC' or layers"
+) -> None:
     """Raise ModelError where the tokens after layer `last` form no grid, hence no map. instead: what may be asked for."""
     for index, layer in enumerate(architecture.layers[: last + 1]):
         if layer.operator is not None and not OPERATORS[layer.operator].keeps_grid:
             raise ModelError(
-                f"after layer {index} ({layer.operator}) the tokens form no grid, so there is no NCHW map of layer {last}; "
+                f"after layer {index} ({layer.operator}) the tokens form no grid, so there is no reduced NCHW map of layer {last}; "
                 f"{instead} before {index}"
             )
 
@@ -195,10 +243,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dic
     for index in shared:
         prefix = f"blocks.{index}.attn."
         for kind in ("weight", "bias"):
-            full = filtered.pop(f"{prefix}qkv.{kind}", None)
+            full = filtered.pop(f"{prefix}qkv.{kind}", filtered.pop(f"{prefix}v_proj.{kind}", None))
             if full is not None:
                 filtered[f"{prefix}v.{kind}"] = full[-model.blocks[index].attn.attn_dim :]
-        for name in [name for name in filtered if name.startswith((f"{prefix}q_norm.", f"{prefix}k_norm."))]:
+        if f"{prefix}v_bias" in filtered:
+            filtered[f"{prefix}v.bias"] = filtered.pop(f"{prefix}v_bias")
+        dropped = tuple(f"{prefix}{part}" for part in ("q_norm.", "k_norm.", "q_proj.", "k_proj.", "q_bias"))
+        for name in [name for name in filtered if name.startswith(dropped)]:
             del filtered[name]
     return filtered
 
@@ -211,7 +262,8 @@ def _with_other_pool(base: str, written: dict[str, Any], pool: Any, fc_norm: Any
             f"global_pool={pool!r} has weights of its own, which this export with {before.global_pool!r} does not hold; "
             "take 'avg', 'max', 'avgmax' or 'token', or load it as it is"
         )
-    return {"fc_norm": not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
+    name = "use_fc_norm" if isinstance(before, Eva) else "fc_norm"
+    return {name: not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
 
 
 def _without_source(base: str) -> dict[str, Any]:
@@ -222,7 +274,12 @@ def _without_source(base: str) -> dict[str, Any]:
 
 @register_model
 def poolshare_vit(
-    pretrained: bool = False, base: str = "", architecture: str = "", sharing: Sharing = "qk", **options: Any
+    pretrained: bool = False,
+    base: str = "",
+    architecture: str = "",
+    sharing: Sharing = "qk",
+    maps: Maps = "nearest",
+    **options: Any,
 ) -> Subnet:
     """A searched architecture over a timm ViT: base="deit_tiny_patch16_224", architecture="196*2 196 100@max2d*9"."""
     if not base or not architecture:
@@ -234,18 +291,16 @@ def poolshare_vit(
     from_file = read_options(base, {name: value for name, value in from_file.items() if name not in OURS})
     if from_file.get("global_pool") != options.get("global_pool") and options.get("pretrained_model_args"):
         options |= _with_other_pool(base, from_file, options["global_pool"], options.get("fc_norm"))
-    if options.get("features_only"):
+    if options.get("features_only") and maps == "reduced":
         parsed = Architecture.parse(architecture)
         _, last = feature_take_indices(parsed.depth, options.get("out_indices", 3))
-        check_grid(
-            parsed, last, "without features_only, forward_intermediates(output_fmt='NLC') gives it; take out_indices"
-        )
+        check_grid(parsed, last, "maps='nearest' gives one of the full grid; take that or out_indices")
     if not options.get("pretrained_cfg"):
         # Input size, statistics and number of classes are the base model's, whose weights this is not.
         options["pretrained_cfg"] = _without_source(base) | {"architecture": "poolshare_vit"}
     place = {name: options.pop(name, None) for name in ("device", "dtype")}  # where the caller wants it, as in timm
     model = build_model_with_cfg(
-        lambda **settings: Subnet._build(base, architecture, sharing, **settings),
+        lambda **settings: Subnet._build(base, architecture, sharing, maps, **settings),
         "poolshare_vit",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -67,7 +67,7 @@ def test_clusterings_equal_slow_obvious_ones(after, weighted):
     batch = [clumps(seed) for seed in range(4)]
     patches = torch.tensor(np.stack([points for points, _ in batch]))
     weights = torch.tensor(np.stack([w for _, w in batch])) if weighted else None
-    medoids, means = kmedoids(patches, after, weights), kmeans(patches, after, weights)
+    medoids, means = kmedoids(patches, after, weights)[0], kmeans(patches, after, weights)[0]
     for image, (points, w) in enumerate(batch):
         chosen = slow_kmedoids(points, after, w if weighted else None)
         assert torch.equal(medoids[image], patches[image, chosen])
@@ -89,7 +89,7 @@ def test_the_objective_never_rises_from_round_to_round(cluster, weighted, monkey
     scores = []
     for rounds in range(1, 8):
         monkeypatch.setattr(clustering, "ROUNDS", rounds)
-        scores.append(objective(patches, cluster(patches, 6, weights), 1.0 if weights is None else weights))
+        scores.append(objective(patches, cluster(patches, 6, weights)[0], 1.0 if weights is None else weights))
     steps = torch.stack(scores).diff(dim=0)
     assert (steps <= 1e-9).all()
     assert steps[0].min() < -1  # and it does fall
@@ -104,7 +104,7 @@ def test_kmeans_equals_scikit_learn_from_the_same_start(after):
             w = weights if weighted else None
             start = points[slow_start(after, w, len(points))]
             theirs = KMeans(after, init=start, n_init=1, max_iter=5, tol=0).fit(points, sample_weight=w)
-            ours = kmeans(torch.tensor(points)[None], after, None if w is None else torch.tensor(w)[None])
+            ours = kmeans(torch.tensor(points)[None], after, None if w is None else torch.tensor(w)[None])[0]
             centres = torch.tensor(theirs.cluster_centers_)[None]
             torch.testing.assert_close(row_by_row(ours), row_by_row(centres), rtol=1e-6, atol=1e-8)
 
@@ -115,7 +115,7 @@ def test_objectives_beside_scikit_learn_s_best_of_twenty():
     points = [np.random.default_rng(seed).normal(size=(196, 16)) for seed in range(6)]
     patches = torch.tensor(np.stack(points))
     best = torch.tensor([KMeans(49, n_init=20, random_state=0).fit(image).inertia_ for image in points])
-    means, medoids = (objective(patches, cluster(patches, 49)) / best for cluster in (kmeans, kmedoids))
+    means, medoids = (objective(patches, cluster(patches, 49)[0]) / best for cluster in (kmeans, kmedoids))
     assert means.min() > 0.98
     assert means.max() < 1.15
     assert (medoids > means).all()
@@ -127,7 +127,7 @@ def test_objectives_beside_scikit_learn_s_best_of_twenty():
 def test_one_medoid_is_the_best_of_all_by_brute_force(count, seed):
     points, weights = clumps(seed, count)
     costs = [sum(weights[i] * squared(points[i], points[j]) for i in range(count)) for j in range(count)]
-    medoid = kmedoids(torch.tensor(points)[None], 1, torch.tensor(weights)[None])
+    medoid = kmedoids(torch.tensor(points)[None], 1, torch.tensor(weights)[None])[0]
     assert torch.equal(medoid[0, 0], torch.tensor(points[int(np.argmin(costs))]))
 
 
@@ -135,14 +135,14 @@ def test_the_weights_are_those_of_the_members_not_of_the_candidate():
     """Tokens 0, 1, 10 of weights 1, 2, 8 in one cluster. For 0: 2·1 + 8·100 = 802; for 1: 1·1 + 8·81 = 649; for 10:
     1·100 + 2·81 = 262, the least. Weighing the candidate instead: 1·101 = 101, 2·82 = 164, 8·181 = 1448: token 0."""
     patches = torch.tensor([[[0.0], [1.0], [10.0]]])
-    assert kmedoids(patches, 1, torch.tensor([[1.0, 2.0, 8.0]])).item() == 10
+    assert kmedoids(patches, 1, torch.tensor([[1.0, 2.0, 8.0]]))[0].item() == 10
 
 
 def test_medoids_stay_distinct_among_equal_tokens():
     """Gradients tell which tokens were chosen where values cannot."""
     for weights in (None, torch.ones(2, 12), torch.zeros(2, 12)):
         patches = torch.ones(2, 12, 3, requires_grad=True)
-        kmedoids(patches, 5, weights).sum().backward()
+        kmedoids(patches, 5, weights)[0].sum().backward()
         assert patches.grad is not None
         assert ((patches.grad.sum(-1) == 3).sum(-1) == 5).all()
 
@@ -151,17 +151,17 @@ def test_the_lower_index_stands_for_a_pair_at_every_batch_size():
     """Two tokens without weights cost each other the same, so every pair is a tie."""
     patches = torch.randn(64, 20, 192, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, dim=1)
     patches[:, 1::2] += 0.1 * torch.randn(64, 20, 192, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(kmedoids(patches, 20), patches[:, ::2])
+    assert torch.equal(kmedoids(patches, 20)[0], patches[:, ::2])
     for image in range(64):
-        assert torch.equal(kmedoids(patches[image : image + 1], 20), patches[image : image + 1, ::2])
+        assert torch.equal(kmedoids(patches[image : image + 1], 20)[0], patches[image : image + 1, ::2])
 
 
 def test_an_empty_or_weightless_cluster_keeps_its_centre():
     patches = torch.tensor([[[2.0], [2.0], [2.0], [2.0], [8.0], [8.0]]])
     # Start at 0, 2, 4 (2, 2, 8). Ties go to the first, so the second cluster has no members from the start.
-    assert kmeans(patches, 3).flatten().tolist() == [2, 2, 8]
+    assert kmeans(patches, 3)[0].flatten().tolist() == [2, 2, 8]
     # All weightless: the start, the first three tokens, is also the end.
-    assert kmeans(patches, 3, torch.zeros(1, 6)).flatten().tolist() == [2, 2, 2]
+    assert kmeans(patches, 3, torch.zeros(1, 6))[0].flatten().tolist() == [2, 2, 2]
 
 
 def test_a_common_offset_changes_no_cluster():
@@ -169,4 +169,4 @@ def test_a_common_offset_changes_no_cluster():
     points = torch.tensor(np.stack([clumps(seed)[0] for seed in range(4)])).float()
     points = (points * 64).round() / 64  # so that the shifted ones are exact
     for cluster in (kmedoids, kmeans):
-        torch.testing.assert_close(cluster(points + 1024, 8) - 1024, cluster(points, 8), rtol=0, atol=1e-3)
+        torch.testing.assert_close(cluster(points + 1024, 8)[0] - 1024, cluster(points, 8)[0], rtol=0, atol=1e-3)

@@ -74,6 +74,7 @@ def test_an_operator_gives_its_exact_count_and_spares_the_prefix(operator, kind)
     reductions = [(before, after) for name, before, after in net.space.reductions if name == operator]
     assert reductions
     tokens, used = net.run_layer(0, net.space[0].layers[0], net.embed(images_for(net)), None)
+    tokens = tokens.features
     prefix = net.num_prefix_tokens
     for before, after in reductions:
         if before != 64:
@@ -184,14 +185,14 @@ def test_exported_programs_and_half_precision(operator):
         assert torch.isfinite(model.to(torch.bfloat16)(images.to(torch.bfloat16))).all()
 
 
-def test_intermediate_maps_exist_as_long_as_the_grid_does():
+def test_reduced_maps_exist_as_long_as_the_grid_does():
     net = make("cls", ("max2d", "tome"), levels=(64, 36, 9))
     model = Subnet.from_supernet(net, Architecture.parse("64 36@max2d 9@tome*2"))
     images = images_for(net)
     with torch.no_grad():
-        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        maps = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True, maps="reduced")
         assert [tuple(features.shape) for features in maps] == [(3, 32, 8, 8), (3, 32, 6, 6)]
         with pytest.raises(ModelError, match=r"after layer 2 \(tome\) the tokens form no grid.*output_fmt='NLC'"):
-            model.forward_intermediates(images, indices=[1, 3])
+            model.forward_intermediates(images, indices=[1, 3], maps="reduced")
         tokens = model.forward_intermediates(images, indices=[3], output_fmt="NLC", intermediates_only=True)
         assert tokens[0].shape == (3, 9, 32)

@@ -135,14 +135,14 @@ def test_gradients_reach_the_chosen_tokens_or_all_that_were_mixed(operator):
 @pytest.mark.parametrize(
     "run",
     [
-        lambda x, s: kmedoids(x, 3),
-        lambda x, s: kmedoids(x, 3, s),
-        lambda x, s: kmeans(x, 3),
-        lambda x, s: kmeans(x, 3, s.detach()),
-        lambda x, s: topk(x, s, 3),
-        lambda x, s: evit(x, s, 3),
-        lambda x, s: mstm(x, s, 3),
-        lambda x, s: tome(x, x[:, :, :2], 3),
+        lambda x, s: kmedoids(x, 3)[0],
+        lambda x, s: kmedoids(x, 3, s)[0],
+        lambda x, s: kmeans(x, 3)[0],
+        lambda x, s: kmeans(x, 3, s.detach())[0],
+        lambda x, s: topk(x, s, 3)[0],
+        lambda x, s: evit(x, s, 3)[0],
+        lambda x, s: mstm(x, s, 3)[0],
+        lambda x, s: tome(x, x[:, :, :2], 3)[0],
         lambda x, s: max1d(x, 4),
     ],
     ids=["kmedoids", "wkmedoids", "kmeans", "weighted kmeans", "topk", "evit", "mstm", "tome", "max1d"],
@@ -230,17 +230,17 @@ P, K, C = 196, 49, 192  # ViT-Tiny, 14 → 7
         (lambda x, s: max2d(x, K), 0),
         (lambda x, s: avg2d(x, K), P * C),  # fvcore counts input elements
         (lambda x, s: max1d(x, K), 0),
-        (lambda x, s: kmedoids(x, K), P * P * C),
-        (lambda x, s: kmedoids(x, K, s), P * P * C),
-        (lambda x, s: kmeans(x, K), 5 * P * K * C),
-        (lambda x, s: mstm(x, s, K), K * (P - K) * C),
-        (lambda x, s: tome(x, x[:, :, :64], 100), 98 * 98 * 64),
-        (lambda x, s: tome(x, x[:, :, :64], 97), (98 * 98 + 49 * 49) * 64),  # one pair more than a step can merge
-        (lambda x, s: tome(x[:, :25], x[:, :25, :64], 13), 13 * 12 * 64),
-        (lambda x, s: tome(x[:, :25], x[:, :25, :64], 12), (13 * 12 + 7 * 6) * 64),  # 12 of 25, then 1 of 13
-        (lambda x, s: evit(x, s, K), 0),
-        (lambda x, s: topk(x, s, K), 0),
-        (lambda x, s: random_tokens(x, K), 0),
+        (lambda x, s: kmedoids(x, K)[0], P * P * C),
+        (lambda x, s: kmedoids(x, K, s)[0], P * P * C),
+        (lambda x, s: kmeans(x, K)[0], 5 * P * K * C),
+        (lambda x, s: mstm(x, s, K)[0], K * (P - K) * C),
+        (lambda x, s: tome(x, x[:, :, :64], 100)[0], 98 * 98 * 64),
+        (lambda x, s: tome(x, x[:, :, :64], 97)[0], (98 * 98 + 49 * 49) * 64),  # one pair more than a step can merge
+        (lambda x, s: tome(x[:, :25], x[:, :25, :64], 13)[0], 13 * 12 * 64),
+        (lambda x, s: tome(x[:, :25], x[:, :25, :64], 12)[0], (13 * 12 + 7 * 6) * 64),  # 12 of 25, then 1 of 13
+        (lambda x, s: evit(x, s, K)[0], 0),
+        (lambda x, s: topk(x, s, K)[0], 0),
+        (lambda x, s: random_tokens(x, K)[0], 0),
     ],
 )
 def test_fvcore_counts_the_formula_of_each_function(run, macs):

@@ -210,8 +210,8 @@ def test_intermediates_of_the_dense_architecture_are_timms(kind: str, options: d
 
 def test_intermediates_take_every_argument_of_timms():
     ours, timms = (inspect.signature(cls.forward_intermediates).parameters for cls in (Subnet, VisionTransformer))
-    assert list(ours) == list(timms)
-    assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in timms.items()}
+    assert [*timms, "maps"] == list(ours)
+    assert {name: ours[name].default for name in timms} == {name: p.default for name, p in timms.items()}
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -224,8 +224,8 @@ def test_intermediates_of_a_pooled_architecture_are_its_tokens_on_shrinking_maps
         expected = []
         for index, layer in enumerate(architecture.layers):
             tokens, last_map = net.run_layer(index, layer, tokens, last_map)
-            expected.append(net.norm(tokens) if norm else tokens)
-        final, pairs = model.forward_intermediates(images_for(), return_prefix_tokens=True, norm=norm)
+            expected.append(net.norm(tokens.features) if norm else tokens.features)
+        final, pairs = model.forward_intermediates(images_for(), return_prefix_tokens=True, norm=norm, maps="reduced")
         flat = model.forward_intermediates(images_for(), norm=norm, output_fmt="NLC", intermediates_only=True)
     assert [grid.shape for grid, _ in pairs] == [(3, 32, side, side) for side in (4, 4, 3, 2)]
     for (grid, prefix), sequence, whole in zip(pairs, flat, expected, strict=True):
@@ -235,7 +235,7 @@ def test_intermediates_of_a_pooled_architecture_are_its_tokens_on_shrinking_maps
         for row in range(side):
             for column in range(side):
                 assert torch.equal(grid[:, :, row, column], sequence[:, row * side + column])
-    assert torch.equal(final, net.norm(tokens))
+    assert torch.equal(final, net.norm(tokens.features))
     assert torch.equal(model.forward_head(final), model(images_for()))
 
 
@@ -258,21 +258,22 @@ def test_a_feature_extractor_of_the_dense_architecture_is_timms():
 
 
 @pytest.mark.parametrize("out_indices", [(0, 1), (1, 2, 3), [-1], (0, 3)])
-def test_a_feature_extractor_of_a_pooled_architecture_gives_its_maps(out_indices: Any):
+@pytest.mark.parametrize("maps", ["nearest", "reduced"])
+def test_a_feature_extractor_of_a_pooled_architecture_gives_its_maps(out_indices: Any, maps: str):
     extractor = timm.create_model(
-        "poolshare_vit", base=BASE, architecture=POOLED, features_only=True, out_indices=out_indices, **TINY
+        "poolshare_vit", base=BASE, architecture=POOLED, features_only=True, out_indices=out_indices, maps=maps, **TINY
     ).eval()
-    sides = [4, 4, 3, 2]
+    sides = [4, 4, 3, 2] if maps == "reduced" else [4, 4, 4, 4]
     whole = timm.create_model("poolshare_vit", base=BASE, architecture=POOLED, **TINY).eval()
     state = whole.state_dict()
     state.update({key.removeprefix("model."): tensor for key, tensor in extractor.state_dict().items()})
     whole.load_state_dict(state)
     with torch.no_grad():
-        maps = extractor(images_for())
-        expected = whole.forward_intermediates(images_for(), list(out_indices), intermediates_only=True)
-    assert [found.shape[-1] for found in maps] == [sides[index] for index in out_indices]
+        features = extractor(images_for())
+        expected = whole.forward_intermediates(images_for(), list(out_indices), intermediates_only=True, maps=maps)
+    assert [found.shape[-1] for found in features] == [sides[index] for index in out_indices]
     assert [16 * 4 / sides[index] for index in out_indices] == extractor.feature_info.reduction()
-    for found, tokens in zip(maps, expected, strict=True):
+    for found, tokens in zip(features, expected, strict=True):
         torch.testing.assert_close(found, tokens, rtol=1e-4, atol=1e-4)
 
 
@@ -291,9 +292,12 @@ def test_a_grid_that_an_operator_gave_up_has_no_map(monkeypatch: pytest.MonkeyPa
     lossy = Operator("max2d", "as if it lost the grid", OPERATORS["max2d"].can_reduce, needs_grid=True)
     model = exported("16*2 9@max2d*2")
     monkeypatch.setitem(OPERATORS, "max2d", lossy)
-    assert len(model.forward_intermediates(images_for(), [0, 1], intermediates_only=True)) == 2
-    with pytest.raises(ModelError, match=r"after layer 2 \(max2d\).*layer 3; ask for output_fmt='NLC' or .* before 2"):
-        model.forward_intermediates(images_for(), [3])
+    assert len(model.forward_intermediates(images_for(), [0, 1], intermediates_only=True, maps="reduced")) == 2
+    with pytest.raises(
+        ModelError,
+        match=r"after layer 2 \(max2d\).*layer 3; ask for maps='nearest', output_fmt='NLC' or layers before 2",
+    ):
+        model.forward_intermediates(images_for(), [3], maps="reduced")
     assert model.forward_intermediates(images_for(), [3], output_fmt="NLC")[1][0].shape == (3, 9, 32)
     with pytest.raises(ModelError, match="output_fmt is 'NHWC'; it must be 'NCHW' or 'NLC'"):
         model.forward_intermediates(images_for(), output_fmt="NHWC")
@@ -420,11 +424,15 @@ FREE = "16*2 9@tome*2"  # tome gives up the grid
 
 
 def test_features_only_after_an_operator_without_a_grid_is_refused_when_the_model_is_made():
-    options = {"base": BASE, "architecture": FREE, "features_only": True, **TINY}
-    with pytest.raises(ModelError, match=r"after layer 2 \(tome\).*without features_only.*take out_indices before 2"):
+    options = {"base": BASE, "architecture": FREE, "features_only": True, "maps": "reduced", **TINY}
+    with pytest.raises(ModelError, match=r"after layer 2 \(tome\).*maps='nearest'.*take that or out_indices before 2"):
         timm.create_model("poolshare_vit", **options)
     model = timm.create_model("poolshare_vit", **options, out_indices=(0, 1)).eval()
     assert [found.shape[-1] for found in model(images_for())] == [4, 4]
+    whole = timm.create_model("poolshare_vit", **(options | {"maps": "nearest"})).eval()
+    assert [found.shape[-1] for found in whole(images_for())] == [4, 4, 4]
+    with pytest.raises(ModelError, match="maps='small' is unknown; it must be one of 'nearest', 'bilinear', 'reduced'"):
+        timm.create_model("poolshare_vit", **(options | {"maps": "small"}))
 
 
 @pytest.mark.parametrize("operator", ["tome", "kmedoids", "kmeans", "mstm"])
@@ -438,7 +446,7 @@ def test_a_model_made_from_its_base_can_be_saved_as_timm_does_and_loaded(tmp_pat
     model = Subnet.from_base(BASE, POOLED, **{**TINY, "qkv_bias": "False"}).eval()
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert type(again) is Subnet
+    assert isinstance(again, Subnet)
     assert str(again.architecture) == POOLED
     assert torch.equal(again(images_for()), model(images_for()))
 

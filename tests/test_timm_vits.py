@@ -17,12 +17,12 @@ MODULES = (
     "vision_transformer_sam", "naflexvit", "cait", "convit", "crossvit", "tnt", "volo", "xcit", "deepseek_vit",
     "gemma4_vit", "qwen3_vit",
 )  # fmt: skip
-PLAIN = {"vision_transformer", "vision_transformer_hybrid", "vitamin", "deit"}
+PLAIN = {"vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva"}
 
 
 def structure(model: Any) -> tuple[Any, ...]:
     """What makes a difference to how a model is run: kinds of its parts, not their sizes."""
-    tokens = (model.has_class_token, model.num_reg_tokens > 0, model.no_embed_class, model.pos_embed is None)
+    tokens = (model.has_class_token, model.reg_token is not None, model.no_embed_class, model.pos_embed is None)
     head = (model.global_pool, model.pool_include_prefix, type(model.fc_norm), type(model.norm), type(model.norm_pre))
     stem = type(getattr(model.patch_embed, "backbone", None)), type(model.patch_embed), model.dynamic_img_size
     block = tuple((name, type(part).__name__) for name, part in model.blocks[0].named_modules())
@@ -82,7 +82,9 @@ def test_every_vit_of_timm_is_run_faithfully_or_says_what_is_missing(monkeypatch
             except ModelError:
                 reasons[name] = refusal(name)
                 expected = (
-                    base.BLOCKS if module in PLAIN else {**base.MISSING, "": "rotary", "-": "relative", "E": "Eva"}
+                    {**base.BLOCKS, "": "share keys and values"}
+                    if module in PLAIN
+                    else {**base.MISSING, "": "rotary", "-": "relative"}
                 )
                 assert any(part in reasons[name] for part in expected.values()) or "it is a" in reasons[name], name
             else:
@@ -98,15 +100,13 @@ def test_every_vit_of_timm_is_run_faithfully_or_says_what_is_missing(monkeypatch
 @pytest.mark.parametrize(
     ("name", "options", "missing"),
     [
-        ("vit_small_patch16_dinov3", {"depth": 1}, "rotary position embeddings"),
-        ("vit_base_patch16_rope_reg1_gap_256", {"depth": 1}, "rotary position embeddings"),
         ("beit_base_patch16_224", {"depth": 1}, "relative position biases"),
         ("vit_relpos_small_patch16_224", {"depth": 1}, "relative position biases"),
         ("samvit_base_patch16", {"depth": 1}, "attention in windows"),
         ("vit_base_patch16_rpn_224", {"depth": 1}, "norms after attention and MLP"),
         ("vit_base_patch16_xp_224", {"depth": 1}, "attention and MLP side by side"),
         ("vit_dlittle_patch16_reg1_gap_256", {"depth": 1}, "differential attention"),
-        ("eva_giant_patch14_224", {"depth": 1}, "the blocks of timm's Eva"),
+        ("eva02_enormous_patch14_clip_224", {"depth": 1}, "norms after attention and MLP"),
         ("naflexvit_base_patch16_gap", {}, "a token count that changes"),
     ],
 )

@@ -35,6 +35,7 @@ from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.scoring import count_correct, count_right
 from poolshare.space import Architecture, Layer, forecast
 from poolshare.supernet import Subnet, SuperNet
+from poolshare.supernet.model import PlainSuperNet
 from poolshare.supernet.training.loop import fit, train_model
 from poolshare.supernet.training.sandwich import Sandwich
 
@@ -206,7 +207,7 @@ class StateNorm(nn.Module):
         return F.layer_norm(tokens, self.shape, self.scale[self.state], self.shift[self.state], self.eps)
 
 
-class StateNet(SuperNet):
+class StateNet(PlainSuperNet):
     """A supernet whose blocks have norms of their own for each (token count, own or shared map)."""
 
     @classmethod
@@ -218,11 +219,11 @@ class StateNet(SuperNet):
         supernet.__class__ = cls
         return supernet  # type: ignore[return-value]
 
-    def run_layer(self, index: int, layer: Layer, tokens: torch.Tensor, attended: Any) -> Any:
+    def run_layer(self, index: int, layer: Layer, *path: Any) -> Any:
         """As before, in the state of this layer."""
         block = self.blocks[index]
         block.norm1.state = block.norm2.state = f"{layer.tokens} {layer.shared}"
-        return super().run_layer(index, layer, tokens, attended)
+        return super().run_layer(index, layer, *path)
 
 
 def divergence(student: torch.Tensor, targets: torch.Tensor, clip: float = 5.0) -> torch.Tensor:

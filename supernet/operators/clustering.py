@@ -1,7 +1,8 @@
 """Token Pooling (Marin et al., arXiv 2110.03860): K tokens that stand for all, Σᵢ wᵢ · minⱼ ‖fᵢ − f̂ⱼ‖² made small.
 
 Both clusterings run a fixed number of rounds for a whole batch at once; no step depends on what another image holds.
-Weights and distances only steer: gradients reach the tokens that come out (K-Medoids) or go in (K-Means).
+Weights and distances only steer: gradients reach the tokens that come out (K-Medoids) or go in (K-Means). Both also
+return which of the new tokens each of the old ones became a part of.
 """
 
 from __future__ import annotations
@@ -13,28 +14,37 @@ from .indexing import add_at, at_least_float32, best_and_rest, take, without_aut
 ROUNDS = 5  # the paper: no more are needed
 
 
-def kmedoids(patches: torch.Tensor, after: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """`after` of the tokens themselves, in their order, around which the others lie close. (B, P, C) → (B, after, C)
+def kmedoids(
+    patches: torch.Tensor, after: int, weights: torch.Tensor | None = None, sizes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`after` of the tokens themselves, in their order, around which the others lie close.
 
-    weights: (B, P), ≥ 0, what each token's distance counts; None: 1. Starts from the heaviest tokens, without weights
-    from evenly spaced ones. The new medoid of a cluster is the member j with the least Σ over members i of wᵢ·d(i, j),
-    d the squared distance.
+    (B, P, C) → (B, after, C), and (B, P): the cluster of each token.
+    weights: (B, P), ≥ 0, what each token's distance counts; None: sizes, and without these 1. Starts from the heaviest
+    tokens, without weights from evenly spaced ones. The new medoid of a cluster is the member j with the least Σ over
+    members i of wᵢ·d(i, j), d the squared distance.
     """
-    distances = _squared_distances(_points(patches))
-    weighted = distances if weights is None else distances * at_least_float32(weights.detach())[:, :, None]
+    distances, weight = _squared_distances(_points(patches)), sizes if weights is None else weights
+    weighted = distances if weight is None else distances * at_least_float32(weight.detach())[:, :, None]
     medoids = _start(patches, after, weights)
     for _ in range(ROUNDS):
-        medoids = _central_members(weighted, _nearest_medoid(distances, medoids), after)
-    return take(patches, medoids.sort(dim=1).values)
+        clusters = _nearest_medoid(distances, medoids)
+        medoids = _central_members(weighted, clusters, after)
+    order = medoids.sort(dim=1)
+    return take(patches, order.values), order.indices.sort(dim=1).indices.gather(1, clusters)
 
 
-def kmeans(patches: torch.Tensor, after: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Weighted means of `after` clusters, in the order of the tokens they began as. (B, P, C) → (B, after, C)
+def kmeans(
+    patches: torch.Tensor, after: int, weights: torch.Tensor | None = None, sizes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted means of `after` clusters, in the order of the tokens they began as.
 
-    weights and start: as in `kmedoids`. A cluster that loses all its members, or all their weight, keeps its centre.
+    (B, P, C) → (B, after, C), and (B, P): the cluster of each token. Weights, sizes and start: as in `kmedoids`. A cluster
+    that loses all its members, or all their weight, keeps its centre.
     """
     points, start = _points(patches), _start(patches, after, weights)
-    weight = torch.ones_like(points[:, :, :1]) if weights is None else at_least_float32(weights.detach())[:, :, None]
+    given = sizes if weights is None else weights
+    weight = torch.ones_like(points[:, :, :1]) if given is None else at_least_float32(given.detach())[:, :, None]
     centres = take(points, start)
     weighted = weight * points
     for _ in range(ROUNDS):
@@ -42,7 +52,7 @@ def kmeans(patches: torch.Tensor, after: int, weights: torch.Tensor | None = Non
         centres = _means(weighted, weight, clusters, centres)
     # The last means once more, of the tokens as they came: these carry gradients.
     weighted = weight * at_least_float32(patches)
-    return _means(weighted, weight, clusters, centres + _mean_token(patches)).to(patches.dtype)
+    return _means(weighted, weight, clusters, centres + _mean_token(patches)).to(patches.dtype), clusters
 
 
 def _points(patches: torch.Tensor) -> torch.Tensor:

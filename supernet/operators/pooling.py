@@ -16,6 +16,7 @@ from torch import nn
 from poolshare.space.operators import OPERATORS, grid_stride
 
 from ..block import Attended
+from ..tokens import Carry, Tokens, keep, merge
 from .clustering import kmeans, kmedoids
 from .merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
 
@@ -48,7 +49,7 @@ class Pooling(nn.Module):
         super().__init__()
         self.operator, self.before, self.after = operator, before, after
         self.num_prefix_tokens, self.has_cls = model.num_prefix_tokens, model.has_class_token
-        channels = model.embed_dim
+        self.patches, channels = model.patch_embed.num_patches, model.embed_dim
         match operator:
             case "max2d_conv":
                 self.conv: nn.Module = _dirac(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
@@ -68,41 +69,53 @@ class Pooling(nn.Module):
                     nn.init.zeros_(self.prefix.bias)
 
     def forward(self, tokens: torch.Tensor, attended: Attended | None) -> torch.Tensor:
-        """(B, prefix + before, C) → (B, prefix + after, C). attended: what the block before left.
+        """Features alone, as in `pool`, of tokens on the whole grid. (B, prefix + before, C) → (B, prefix + after, C)"""
+        return self.pool(Tokens(tokens), attended).features
+
+    def pool(self, tokens: Tokens, attended: Attended | None, carry: Carry = Carry.NOTHING) -> Tokens:
+        """`before` patch tokens → `after`. attended: what the block before left; carry: what the path must know of them.
 
         Prefix tokens pass by untouched, except that "pit" sends them through a Linear.
         """
-        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        reduced = self._reduce(patches, attended)
-        if not self.num_prefix_tokens:
-            return reduced
-        return torch.cat([self.prefix(prefix) if self.operator == "pit" else prefix, reduced], dim=1)
+        prefix = tokens.features[:, : self.num_prefix_tokens]
+        patches = tokens.features[:, self.num_prefix_tokens :]
+        reduced, which = self._reduce(patches, attended, tokens.sizes)
+        if self.num_prefix_tokens:
+            reduced = torch.cat([self.prefix(prefix) if self.operator == "pit" else prefix, reduced], dim=1)
+        declared = OPERATORS[self.operator]
+        if which is None or carry == Carry.NOTHING:
+            return Tokens(reduced)
+        after = (keep if declared.drops else merge)(tokens, reduced, which, self.patches, carry)
+        return after._replace(proportional=True) if declared.proportional else after
 
-    def _reduce(self, patches: torch.Tensor, attended: Attended | None) -> torch.Tensor:
+    def _reduce(
+        self, patches: torch.Tensor, attended: Attended | None, sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new patch tokens, and which were kept or where the old ones went; None: the cells of a smaller grid."""
         after = self.after
         match self.operator:
             case "max2d":
-                return max2d(patches, after)
+                return max2d(patches, after), None
             case "avg2d":
-                return avg2d(patches, after)
+                return avg2d(patches, after), None
             case "max2d_conv":
-                return max2d(_from_grid(self.conv(_to_grid(patches))), after)
+                return max2d(_from_grid(self.conv(_to_grid(patches))), after), None
             case "max1d":
-                return max1d(patches, after)
+                return max1d(patches, after), self._pairs(patches)
             case "max1d_conv":
-                return max1d(self.conv(patches.transpose(1, 2)).transpose(1, 2), after)
+                return max1d(self.conv(patches.transpose(1, 2)).transpose(1, 2), after), self._pairs(patches)
             case "pit":
-                return _from_grid(self.conv(_to_grid(patches)))
+                return _from_grid(self.conv(_to_grid(patches))), None
             case "kmedoids":
-                return kmedoids(patches, after)
+                return kmedoids(patches, after, sizes=sizes)
             case "kmeans":
-                return kmeans(patches, after)
+                return kmeans(patches, after, sizes=sizes)
             case "random":
                 return random_tokens(patches, after)
         if attended is None:
             raise RuntimeError(f"{self.operator} needs the attention of the block before it")
-        if self.operator == "tome":
-            return tome(patches, attended.keys[:, :, self.num_prefix_tokens :].mean(dim=1), after)
+        if self.operator in ("tome", "tome_prop"):
+            return tome(patches, attended.keys[:, :, self.num_prefix_tokens :].mean(dim=1), after, sizes)
         if self.operator != "evit":  # the others' scores only choose
             attended = attended.detach()
         if self.operator == "wkmedoids":
@@ -118,6 +131,13 @@ class Pooling(nn.Module):
             case "topk":
                 return topk(patches, scores, after)
         raise NotImplementedError(f"operator {self.operator!r} of {', '.join(OPERATORS)} has no mathematics")
+
+    def _pairs(self, patches: torch.Tensor) -> torch.Tensor:
+        """Where tokens go when neighbours of the sequence become one, once or several times. (B, P)"""
+        positions, count = torch.arange(self.before, device=patches.device), self.before
+        while count > self.after:
+            positions, count = positions // 2, (count + 1) // 2
+        return positions.expand(patches.shape[0], -1)
 
 
 def pooling_name(operator: str, before: int, after: int) -> str:
