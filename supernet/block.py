@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ def left_for(layers: Iterable[Layer], sharing: Sharing) -> Sharing | None:
     return "qk" if any(map(needs_attention, layers)) else None
 
 
-Attends = Attention | EvaAttention | AttentionRope
+Attends: TypeAlias = Attention | EvaAttention | AttentionRope
 
 
 class SharedAttention(nn.Module):

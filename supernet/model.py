@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -21,7 +21,10 @@ from .operators.rotary import rotation
 from .options import read_options
 from .tokens import Carry, Tokens, carried
 
-_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
+if TYPE_CHECKING:
+    _Timm: TypeAlias = VisionTransformer
+else:
+    _Timm = nn.Module  # it stands before timm's own class
 
 
 class SuperNet(_Timm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import isqrt
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import timm
 import torch
@@ -30,7 +30,10 @@ OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry poi
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
-_Timm = VisionTransformer if TYPE_CHECKING else nn.Module  # at run time it stands before timm's own class
+if TYPE_CHECKING:
+    _Timm: TypeAlias = VisionTransformer
+else:
+    _Timm = nn.Module  # it stands before timm's own class
 
 
 class Subnet(_Timm):
