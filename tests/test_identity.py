@@ -220,7 +220,7 @@ def test_a_stopped_retraining_is_begun_anew_by_an_option_that_says_what_is_lost(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("poolshare.search.exported.retrain.accuracy", stop)  # all is trained, nothing is written
+        patch.setattr("poolshare.search.exported.retrain.answers_on_test", stop)  # all is trained, nothing is written
         with pytest.raises(MemoryError):
             verb(*words)
     status, _, err = verb(*words, "--lr", "0.01")
