@@ -51,7 +51,8 @@ IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little 
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
 MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", *SEARCHING, *PLACES)
-ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # begin weights that are no plain path
+LOCAL = "local-dir:"  # begins a folder in timm's words
+ADDRESSES = ("hf-hub:", "hf_hub:", LOCAL)  # begin weights that are no plain path
 
 
 def option(default: Any, help: str, metavar: str | None = None, **limits: Any) -> Any:
@@ -277,8 +278,8 @@ def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:
             normal["data_dir"] = _absolute(data_dir)
     for name in ("weights", "search_data", "class_map"):
         place = normal.get(name)
-        if isinstance(place, str | os.PathLike) and os.fspath(place) and not str(place).startswith(ADDRESSES):
-            normal[name] = _absolute(place)
+        if isinstance(place, str | os.PathLike) and os.fspath(place):
+            normal[name] = _address(os.fspath(place))
     return {name: normal[name] for name in PLACES if name in normal}
 
 
@@ -292,6 +293,12 @@ def moved(data: str, data_dir: str | None, now: str | None, now_dir: str | None)
     wished = normal_places({"data": now or data, "data_dir": now_dir})
     same = wished["data"] == data
     return wished["data"], wished["data_dir"] or (data_dir if same else None)
+
+
+def _address(place: str) -> str:
+    if place.startswith(LOCAL):
+        return LOCAL + _absolute(place.removeprefix(LOCAL))
+    return place if place.startswith(ADDRESSES) else _absolute(place)
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

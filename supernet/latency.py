@@ -13,6 +13,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,14 @@ def device_name(device: torch.device) -> str:
     """What a table that was measured here is not valid without."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}"
+    listing = Path("/proc/cpuinfo")
+    return f"{device.type} {cpu_name(listing.read_text(encoding='utf-8') if listing.exists() else '')}"
+
+
+def cpu_name(listing: str) -> str:
+    """What a processor calls itself in Linux's list of them; without that, its kind: two of a kind differ in speed."""
+    names = [line.partition(":")[2].strip() for line in listing.splitlines() if line.startswith("model name")]
+    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 def measure_latency_table(

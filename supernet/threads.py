@@ -119,7 +119,7 @@ def step_of(model: Any, recipe: Recipe | None) -> Callable[[int], None]:
 
     Of a supernet one of four architectures, the largest among them.
     """
-    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    shape = (model.in_chans, *model.patch_embed.img_size)
     pool = torch.randn(MOST_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     arguments: tuple[Any, ...] = ()
     if isinstance(model, SuperNet):

@@ -81,7 +81,7 @@ def read_card(name: str, option: str = "--weights") -> Card:
 
     Raises ModelError where there is none, or it is not one of a timm model.
     """
-    path = _file_of(name, option, CARD)
+    path = file_of(name, option, CARD)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or "architecture" not in found:
@@ -124,7 +124,7 @@ def read_checkpoint(name: str, option: str = "--weights") -> Checkpoint:
     Raises ModelError for what cannot be read, holds pickled code, no weights, or values that are not finite.
     """
     folder = has_card(name)
-    path = _file_of(name, option) if folder else Path(name).expanduser()
+    path = file_of(name, option) if folder else Path(name).expanduser()
     content = _read(path, f"{option} {name}")
     notes: list[str] = []
     inner: Any = content
@@ -168,7 +168,7 @@ def load_base_weights(
 # Reading
 
 
-def _file_of(name: str, option: str, wanted: str | None = None) -> Path:
+def file_of(name: str, option: str, wanted: str | None = None) -> Path:
     """A file of a folder or repository: `wanted`, or that of the weights."""
     source = next((one for one in SOURCES if name.startswith(one)), "")
     if source.startswith("hf"):

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search.config import SearchConfig, checked_config
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.job.prepare import matched_classes, prepare
+from poolshare.search.job.prepare import matched_classes, model_options, prepare, space_of
 from poolshare.search.job.records import read_json, write_json
 from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace
 from poolshare.supernet import SuperNet, count_macs, measure_macs
+from poolshare.supernet.base import outline
 from poolshare.supernet.training.checkpoint import load_tensors
 
 SMALL = [
@@ -124,12 +125,13 @@ def test_pareto_names_a_point_and_writes_what_it_is_asked_for(run, verb, tmp_pat
     for words, problem in (
         (["--pick", "budget"], "needs a budget"),
         (["--cost", "latency"], "has no latency"),
-        (["--png", tmp_path / "figure.jpg"], "does not end in .png"),
+        (["--csv", tmp_path / "early.csv", "--png", tmp_path / "figure.jpg"], "does not end in .png"),
         (["--pick", "cheap"], "cheap"),
     ):
         status, _, err = verb("pareto", folder, *words)
         assert status in (1, 2), words
         assert problem in err
+    assert not (tmp_path / "early.csv").exists()
 
 
 def test_the_walk_through_of_the_readme_works_as_written(run, tmp_path, monkeypatch):
@@ -498,6 +500,19 @@ def test_space_counts_a_head_of_the_datas_classes_as_search_does(verb):
         0,
         True,
     )
+
+
+def test_space_tells_of_the_space_that_search_takes_whatever_decides_its_defaults(verb):
+    args = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
+    words = ["space", "--img-size", "32", "--model-args", ",".join(f"{name}={value}" for name, value in args.items())]
+    for flag, options in (("--pretrained", {"pretrained": True}), ("--no-training", {"training": False})):
+        status, out, err = verb(*words, flag, "--json")
+        assert status == 0, err
+        found = json.loads(out)
+        config = checked_config(data="photos", img_size=32, model_args=args, **options)
+        wanted = space_of(config, outline(config.model, model_options(config))).to_json()
+        assert {name: found[name] for name in wanted} == wanted
+        assert (found["budget_macs"] is None) == (flag == "--pretrained")
 
 
 def test_space_says_about_where_a_number_is_an_estimate(verb):

@@ -242,6 +242,17 @@ def test_a_search_that_fails_in_training_continues_to_the_same_bits(loaders, par
     assert cut.run.config.batch_size == 20
 
 
+def test_generators_of_a_users_loaders_are_left_where_they_were(digits):
+    train, validation = (TensorDataset(*(part[where] for part in digits)) for where in (slice(200), slice(200, 300)))
+    generator = torch.Generator().manual_seed(7)
+    before = generator.get_state()
+    loaders = DataLoader(train, 20, shuffle=True, generator=generator), DataLoader(validation, 64, generator=generator)
+    data = open_own(loaders, "mine")
+    first, again = (torch.cat([labels for _, labels in data.train_loader(0, 20)]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_images_of_doubles_are_those_of_floats(digits, tmp_path):
     images, labels = digits
     for kind in (torch.float32, torch.float64):

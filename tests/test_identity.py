@@ -144,6 +144,25 @@ def test_other_images_weights_or_options_are_another_run(place):
             search("photos", out="run", **{"weights": place / "start.safetensors"} | OPTIONS | changes)
 
 
+def test_weights_in_a_folder_are_known_by_their_contents_wherever_it_lies(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "own" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    config = SearchConfig(data="digits", weights="local-dir:own")
+    assert config.weights == f"local-dir:{tmp_path / 'own'}"
+    run = RunFolder(tmp_path / "run", config)
+    run.path.mkdir()
+    run.write_config("some images")
+    (tmp_path / "own").rename(tmp_path / "moved")
+    for weights in ("moved", "local-dir:moved"):
+        moved = SearchConfig(data="digits", weights=weights)
+        RunFolder.check(run.path, moved)
+        assert run.check_weights(moved)
+    save_file({"x": torch.ones(1)}, tmp_path / "moved" / "model.safetensors")
+    with pytest.raises(RunError, match=r"are not those .* was begun with"):
+        run.check_weights(moved)
+
+
 def test_a_changed_preset_breaks_no_run_begun_with_the_old_one(place, monkeypatch):
     monkeypatch.setattr(presets, "default_levels", lambda *arguments: (4,))
     folder = search("photos", out="run", weights="start.safetensors", **OPTIONS).run
@@ -220,7 +239,7 @@ def test_a_stopped_retraining_is_begun_anew_by_an_option_that_says_what_is_lost(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("poolshare.search.exported.retrain.accuracy", stop)  # all is trained, nothing is written
+        patch.setattr("poolshare.search.exported.retrain.answers_on_test", stop)  # all is trained, nothing is written
         with pytest.raises(MemoryError):
             verb(*words)
     status, _, err = verb(*words, "--lr", "0.01")

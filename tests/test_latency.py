@@ -1,6 +1,7 @@
 """Latency tables: sums against the whole, on made-up timings with a known truth and on models that are really timed."""
 
 import json
+import platform
 import random
 
 import numpy as np
@@ -9,7 +10,18 @@ import torch
 
 from poolshare.space import Architecture, ModelError, SearchSpace
 from poolshare.supernet import Latency, SuperNet, latency, measure_latency_table
-from poolshare.supernet.latency import counts, design, fit, kinds_of, measure_shares, table_of, time_models, typical
+from poolshare.supernet.latency import (
+    counts,
+    cpu_name,
+    design,
+    device_name,
+    fit,
+    kinds_of,
+    measure_shares,
+    table_of,
+    time_models,
+    typical,
+)
 from poolshare.supernet.measure import parts
 
 SPACES = [
@@ -149,3 +161,10 @@ def test_models_are_timed_in_the_precision_asked_for(net, monkeypatch, sharing):
 def test_no_images_are_refused(net):
     with pytest.raises(ModelError, match="batch size 0 is not possible"):
         measure_latency_table(net, 0)
+
+
+def test_a_table_of_another_processor_is_told_by_its_name():
+    one, other = (f"processor\t: 0\nmodel name\t: {name}\n" * 2 for name in ("EPYC 7B13", "EPYC 9B14"))
+    assert (cpu_name(one), cpu_name(other)) == ("EPYC 7B13", "EPYC 9B14")
+    assert cpu_name("processor\t: 0\n") in (platform.processor(), platform.machine())
+    assert device_name(torch.device("cpu")).removeprefix("cpu ")

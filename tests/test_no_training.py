@@ -21,6 +21,7 @@ from poolshare.search.untrained import search as untrained_search
 from poolshare.space import PoolshareError
 from poolshare.space.presets import UNTRAINED, even_levels
 from poolshare.supernet.base import outline
+from poolshare.supernet.training.checkpoint import load_tensors
 
 OPTIONS = {"depth": 4, "embed_dim": 24, "num_heads": 2}
 MODEL = {"model": "vit_tiny_patch16_224", "img_size": 64, "model_args": OPTIONS, "training": False, "device": "cpu"}
@@ -89,6 +90,11 @@ def test_losses_and_accuracies_are_those_of_the_exported_models_on_every_image(l
         assert row["loss"] == pytest.approx(float(losses.mean()), abs=2e-5)
         assert row["loss_margin"] == pytest.approx(2.1009 * float(losses.std()) / 19**0.5, rel=1e-3, abs=2e-5)
         assert row["correct"] == int((logits.argmax(dim=-1) == labels).sum())
+
+
+def test_what_was_spent_is_kept_in_a_unit_that_no_objective_changes(labelled):
+    passes = load_tensors(labelled.run.losses)[1]["spent"] / labelled.report.images
+    assert labelled.run.read_summary()["dense_passes"] == pytest.approx(passes, abs=0.05)
 
 
 def test_its_frontier_and_picks_are_by_loss(labelled):

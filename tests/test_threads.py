@@ -12,7 +12,7 @@ from poolshare.search.job import job as job_module
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.job import run_job
 from poolshare.search.job.prepare import prepare
-from poolshare.space import TrainingError
+from poolshare.space import SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, threads
 from poolshare.supernet.threads import choose_threads, computing_with, fastest, step_of
 from poolshare.supernet.training import distributed
@@ -82,6 +82,13 @@ def test_a_timed_step_leaves_the_model_and_the_generator_as_they_were():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_a_hybrid_is_timed_on_images_and_not_on_what_its_stem_makes_of_them():
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 128}
+    net = SuperNet.from_timm("vit_tiny_r_s16_p8_224", SearchSpace(2, (16, 4), ("max2d",), 2), **small)
+    assert net.patch_embed.proj.in_channels != net.in_chans == 3
+    step_of(net, None)(2)
+
+
 @pytest.mark.slow
 def test_the_number_is_recorded_and_every_verb_of_the_run_computes_with_it(two_cores, tmp_path):
     used = []
@@ -97,7 +104,9 @@ def test_the_number_is_recorded_and_every_verb_of_the_run_computes_with_it(two_c
     two_cores.setattr(torch, "set_num_threads", lambda new: number.__setitem__(0, new))
     measure = job_module.measure_latency_table
     two_cores.setattr(
-        job_module, "measure_latency_table", lambda net, batch, progress: measure(net, batch, rounds=1, check=1)
+        job_module,
+        "measure_latency_table",
+        lambda net, batch, dtype, progress: measure(net, batch, dtype=dtype, rounds=1, check=1),
     )
     two_cores.setattr(SuperNet, "forward", seen)
     two_cores.setattr(threads, "fastest", lambda step, cores: 2)
@@ -123,13 +132,13 @@ def test_the_number_is_recorded_and_every_verb_of_the_run_computes_with_it(two_c
     assert set(counted) == {2}
     seen_by = []
     for module in ("finalists", "trust"):
-        train = __import__(f"poolshare.search.{module}", fromlist=["train_model"]).train_model
+        train = __import__(f"poolshare.search.analysis.{module}", fromlist=["train_model"]).train_model
 
         def spied(*arguments, train=train, **options):
             seen_by.append(torch.get_num_threads())
             return train(*arguments, **options)
 
-        two_cores.setattr(f"poolshare.search.{module}.train_model", spied)
+        two_cores.setattr(f"poolshare.search.analysis.{module}.train_model", spied)
     found.finalists(1, epochs=1, quiet=True)
     found.trust(2, 0, epochs=1, quiet=True)
     assert seen_by == [2, 2, 2]

@@ -214,6 +214,16 @@ def test_trust_belongs_to_the_weights_it_was_measured_with(tmp_path, monkeypatch
     assert (tmp_path / "run" / "trust-1-epochs.csv").exists()
 
 
+def test_trainings_of_another_budget_are_not_mixed_with_those_of_this_one(tmp_path):
+    folder, plan = run_job(SearchConfig(**SMALL, epochs=0, sampler="random", trials=4), tmp_path / "run"), Plan(6, 0, 1)
+    measure_trust(folder, plan, recipe_changes={"epochs": 0}, device="cpu")
+    rows = folder.trust_rows.read_bytes()
+    other = RunFolder(folder.path, folder.config.changed(budget="60%"))
+    with pytest.raises(RunError, match="was begun within another budget"):
+        measure_trust(other, plan, recipe_changes={"epochs": 0}, device="cpu")
+    assert folder.trust_rows.read_bytes() == rows
+
+
 def test_a_budget_that_few_architectures_keep_has_as_many_second_trainings_as_these(tmp_path):
     config = SearchConfig(
         **SMALL | {"model_args": {"depth": 2, "embed_dim": 16, "num_heads": 2}}, levels=(64, 16), epochs=0

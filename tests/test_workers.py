@@ -18,6 +18,7 @@ import pytest
 from conftest import Forked, call, one_of_each
 from optuna.trial import TrialState
 
+from poolshare.search.job import worker
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.job import make_task, study_name
 from poolshare.search.job.prepare import load_weights, prepare
@@ -30,7 +31,7 @@ from poolshare.search.study.journal import JournalStore
 from poolshare.search.study.loop import run_study
 from poolshare.search.study.open import open_store
 from poolshare.search.study.postgres import PostgresStore
-from poolshare.space import ConfigError, RunError
+from poolshare.space import ConfigError, PoolshareError, RunError
 
 PASSWORD = "se{c}ret%20p@ss:w/ord"
 QUOTED = "se%7Bc%7Dret%2520p%40ss%3Aw%2Ford"  # as an address has it
@@ -209,6 +210,21 @@ def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_proces
 
 
 @pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "postgresql"))
+def test_a_worker_waits_for_no_supernet_before_it_refuses_what_it_was_given(digits_run, monkeypatch):
+    monkeypatch.setattr(worker, "_wait_for_supernet", lambda *arguments: pytest.fail("it waited"))
+
+    def others(logits, labels):
+        return logits.argmax(dim=-1) == labels
+
+    for options, says in (
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"data_dir": "x"}, "--data-dir x belongs to"),
+        ({"metric": others}, "this run is scored by top1"),
+    ):
+        with pytest.raises(PoolshareError, match=says):
+            worker.work(digits_run.folder, **options)
+
+
 def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(
     kind, alone, job, tmp_path, request
 ):

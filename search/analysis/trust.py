@@ -97,11 +97,13 @@ def measure_trust(
             load_dense(job.supernet, folder.dense)
         check_batches(job.data, recipe, 1)
         job = _within_latency(job, folder, report)
+        drawn = draw(job, plan)
+        _check_drawn(folder, rows, drawn)
         chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
         if chosen.note:
             console.print(chosen.note, markup=False, soft_wrap=True)
         with computing_with(chosen.number):
-            return _measure(folder, plan, job, recipe, header, rows, console)
+            return _measure(folder, plan, job, drawn, recipe, header, rows, console)
 
 
 def _within_latency(job: Job, folder: RunFolder, report: Report | None) -> Job:
@@ -126,6 +128,7 @@ def _measure(
     folder: RunFolder,
     plan: Plan,
     job: Job,
+    drawn: list[tuple[Architecture, int]],
     recipe: Recipe,
     header: Mapping[str, Any],
     rows: list[dict[str, Any]],
@@ -134,7 +137,6 @@ def _measure(
     workers = job.config.workers
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
-    drawn = draw(job, plan)
     # An architecture has one score: the one from before its first training.
     scores = {row["architecture"]: row["supernet_correct"] for row in rows}
     new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
@@ -183,6 +185,16 @@ def _earlier_rows(folder: RunFolder, header: Mapping[str, Any]) -> list[dict[str
         if tuple(frame.columns) != POINTS or frame.isna().any(axis=None):
             raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
         return frame.to_dict("records")
+
+
+def _check_drawn(folder: RunFolder, rows: list[dict[str, Any]], drawn: list[tuple[Architecture, int]]) -> None:
+    """Raise RunError where earlier trainings are of another draw: the run has another budget by now, or other latencies."""
+    bands = {str(architecture): band for architecture, band in drawn}
+    if any(bands.get(row["architecture"]) != row["band"] for row in rows):
+        raise RunError(
+            f"{folder.trust_rows} was begun within another budget, or with another latency table, than {folder.path} has now: "
+            f"search with that one again, or move {folder.trust_rows} away"
+        )
 
 
 def draw(job: Job, plan: Plan) -> list[tuple[Architecture, int]]:

@@ -64,15 +64,13 @@ def pareto(
     frontier = report.by(column)  # raises before anything is written
     compared = comparison([report, *others], column)
     chosen = None if pick is None else report.pick(pick, column)
+    if png is not None and png.suffix.lower() != ".png":
+        raise ConfigError(f"--png {png} does not end in .png; the numbers go beside it, into the same name with .csv")
     if csv is not None:
         write_csv(csv, frontier)
     if png is not None:
         from ..report.figure import figure_numbers, figure_png
 
-        if png.suffix.lower() != ".png":
-            raise ConfigError(
-                f"--png {png} does not end in .png; the numbers go beside it, into the same name with .csv"
-            )
         figure_png(report, png, column, others)
         figure_numbers([report, *others], png.with_suffix(".csv"), column)
     if refresh:

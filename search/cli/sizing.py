@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,24 +42,35 @@ def space(
         int | None, typer.Option(min=1, help="Classes of the head: as many as your data have. Default: the model's.")
     ] = None,
     model_args: ModelArgs = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option("--pretrained", help="Of a search that begins with pretrained weights: its defaults are others."),
+    ] = False,
+    no_training: Annotated[bool, typer.Option("--no-training", help="Of a search without training.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Size and costs of a search space; trains nothing.
 
-    With the classes of the data it says what `search` will say.
+    With the classes of the data, and the options of the search that decide its defaults, it says what `search` will say.
     """
     from poolshare.space import parse_budget
-    from poolshare.supernet import measure_macs
+    from poolshare.supernet import SuperNet, measure_macs
 
-    from ..job.prepare import make_supernet, model_options, with_card
+    from ..job.prepare import model_options, space_of, with_card
 
     given = {
         "model": model, "levels": levels, "operators": operators, "max_run": max_run, "sharing": sharing, "budget": budget,
-        "img_size": img_size, "in_chans": in_chans, "model_args": model_args,
+        "img_size": img_size, "in_chans": in_chans, "model_args": model_args, "pretrained": pretrained,
+        "training": not no_training,
     }  # fmt: skip
     config = checked_config(data="", **with_card(read_options(given)))
-    net = make_supernet(config, model_options(config) | ({} if num_classes is None else {"num_classes": num_classes}))
+    options, budget = (
+        model_options(config) | ({} if num_classes is None else {"num_classes": num_classes}),
+        config.budget,
+    )
+    # Costs ask for no weights, so none are fetched.
+    net = SuperNet.from_timm(config.model, partial(space_of, config), sharing=config.sharing, **options)
     macs = measure_macs(net)
     costs, conditions = (macs, "") if config.objective == "macs" else _latency(net, threads)
     limit = None if budget is None else parse_budget(budget, costs.total(net.space[0]), costs.quantity)

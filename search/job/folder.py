@@ -18,7 +18,7 @@ from poolshare.space import Architecture, RunError
 from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, held, reading
 
-from ..config import ADDRESSES, MAY_DIFFER, PLACES, SearchConfig, first_problem
+from ..config import ADDRESSES, LOCAL, MAY_DIFFER, PLACES, SearchConfig, first_problem
 from .images import changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
 
@@ -117,7 +117,7 @@ class RunFolder:
             ]
             if earlier.data != config.data and {*map(DataKind.of, (earlier.data, config.data))} != {DataKind.FOLDER}:
                 changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
-            by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
+            by_content = folder._fact("weights_sha256") and _weights_file(config.weights)
             if earlier.weights != config.weights and not by_content:
                 changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
             if changed:
@@ -213,14 +213,15 @@ class RunFolder:
         return tuple(self._fact("notes") or ())
 
     def check_weights(self, config: SearchConfig) -> str | None:
-        """The SHA-256 of the weights that the run begins with, None where there are none or they are no file.
+        """The SHA-256 of the weights that the run begins with, None where there are none or they are not on this machine.
 
         Raises RunError where the file of this configuration is not the one that the run was begun with.
         """
         there = self._fact("weights_sha256") if (self.path / "config.json").exists() else None
-        if config.weights is None or not Path(config.weights).is_file():
+        file = _weights_file(config.weights)
+        if file is None:
             return there
-        found = digest_of(Path(config.weights))
+        found = digest_of(file)
         if there not in (None, found):
             raise RunError(
                 f"--weights {config.weights} are not those {self.path} was begun with (SHA-256 {found[:16]} now, "
@@ -348,6 +349,21 @@ class RunFolder:
             if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
+
+
+def _weights_file(weights: str | None) -> Path | None:
+    """The file that weights are read from, by itself or in a folder; None for those of a repository, or where none is.
+
+    Raises ModelError for a folder that holds none.
+    """
+    if weights is None:
+        return None
+    place = Path(weights.removeprefix(LOCAL))
+    if place.is_dir():
+        from poolshare.supernet.weights import file_of
+
+        return file_of(weights, "--weights")
+    return place if place.is_file() else None
 
 
 def _columns(frame: pd.DataFrame) -> list[str]:

@@ -162,11 +162,7 @@ def prepare(
     have those. The job's configuration is the `resolved` one.
     Raises the PoolshareError of whatever does not fit.
     """
-    if config.metric != metric_name(metric):
-        raise ConfigError(
-            f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
-            "returned, or give it to `poolshare.search.work`"
-        )
+    check_same_metric(config, metric)
     for name in ("images", "unlabelled"):
         if config.training and getattr(config, name):
             raise ConfigError(f"--{name} goes with --no-training: give that too, or leave this out")
@@ -239,6 +235,15 @@ def prepare(
     included = tuple(map(supernet.space.check, include))
     supernet.to(device)
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes, head)
+
+
+def check_same_metric(config: SearchConfig, metric: Metric) -> None:
+    """Raise ConfigError for another metric than that of the configuration."""
+    if config.metric != metric_name(metric):
+        raise ConfigError(
+            f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
+            "returned, or give it to `poolshare.search.work`"
+        )
 
 
 def _guided(config: SearchConfig, fresh: bool) -> SearchConfig:

@@ -21,7 +21,7 @@ from ..scoring import Metric, top1
 from ..study.open import check_storage
 from .folder import RunFolder
 from .job import make_task, score_candidates
-from .prepare import is_trained, load_weights, open_given, prepare
+from .prepare import check_same_metric, is_trained, load_weights, open_given, pick_device, prepare
 
 SECONDS_BETWEEN_LOOKS = 2
 PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
@@ -53,9 +53,13 @@ def work(
     folder = RunFolder.open(run)
     folder.check_trains("worker")
     folder.check_same(folder.data_fingerprint, kind)
+    # What can be refused now is not refused after hours of waiting for the supernet.
+    pick_device(device or folder.config.device)
+    check_same_metric(folder.config, metric)
     own, place = None, None
     if data is None or isinstance(data, (str, Path)):
         place = None if data is None else str(data)
+        folder.config.at(place, data_dir)
     else:
         own = _open_own(data, classes, folder.config, workers, console)
     folder = _wait_for_supernet(folder, console)

@@ -139,7 +139,7 @@ class _Record:
     def __init__(self, folder: RunFolder):
         self.path = folder.losses
         self.losses: dict[Architecture, ImageLosses] = {}
-        self.spent = self.seconds = 0.0
+        self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
         if not self.path.exists():
             return
         tensors, facts = load_tensors(self.path)
@@ -148,7 +148,7 @@ class _Record:
                 text = name.removeprefix("loss ")
                 loss, right = (tensors[f"{kind} {text}"].numpy()[None] for kind in ("loss", "right"))
                 self.losses[Architecture.parse(text)] = ImageLosses(loss, right)
-        self.spent, self.seconds = facts["spent"], facts["seconds"]
+        self.spent = facts["spent"]
 
     def save(self) -> None:
         """Write it, whole or not at all."""
@@ -156,7 +156,7 @@ class _Record:
         for architecture, losses in self.losses.items():
             tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
             tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
-        save_tensors(self.path, tensors, {"spent": self.spent, "seconds": self.seconds})
+        save_tensors(self.path, tensors, {"spent": self.spent})
 
 
 def _run(job: Job, out: Path, console: Console) -> RunFolder:
@@ -177,22 +177,22 @@ def _run(job: Job, out: Path, console: Console) -> RunFolder:
             say(note)
         start = time.monotonic()
         record, images = _Record(folder), len(job.data.split("search"))
-        cost = expected_cost(job.allowed, images)
-        left = max(0.0, cost - record.spent)
         dense = job.objective.total(job.dense)
+        cost = expected_cost(job.allowed, images) / dense
+        left = max(0.0, cost - record.spent)
         say(
             f"{job.config.title}: {job.supernet.space.size:,} architectures, {job.allowed.size_text} of them within the budget"
         )
         say(
             f"searching {'goes on and ' if record.spent else ''}takes about as long as the dense model on "
-            f"{left / dense:,.0f} images, {time_text(left * _seconds_per_unit(job))}"
+            f"{left:,.0f} images, {time_text(left * dense * _seconds_per_unit(job))}"
         )
-        with progress_bar(console, "searching without training", cost / dense, "dense images") as advance:
+        with progress_bar(console, "searching without training", cost, "dense images") as advance:
             candidates = _search(job, record, advance)
         spent = time.monotonic() - start
         more = {
             "looked_at": len(record.losses),
-            "dense_passes": round(record.spent / (dense * images), 1),
+            "dense_passes": round(record.spent / images, 1),
             "labelled": job.data.labelled,
         }
         folder.write_candidates(candidates)
@@ -205,14 +205,14 @@ def _search(job: Job, record: _Record, advance: Advance) -> pd.DataFrame:
     images, dense, said = len(job.data.split("search")), job.objective.total(job.dense), ""
 
     def score(architectures: Sequence[Architecture], begin: int, end: int) -> ImageLosses:
-        walk = (end - begin) * forecast(dict.fromkeys([job.dense, *architectures]), job.objective).cost
+        walk = (end - begin) * forecast(dict.fromkeys([job.dense, *architectures]), job.objective).cost / dense
         found = image_losses(
             job.supernet,
             architectures,
             _batches(job, begin, end),
             labelled=job.data.labelled,
             metric=job.metric,
-            progress=lambda share: advance((record.spent + share * walk) / dense, said),
+            progress=lambda share: advance(record.spent + share * walk, said),
         )
         record.spent += walk
         return found
@@ -223,11 +223,11 @@ def _search(job: Job, record: _Record, advance: Advance) -> pd.DataFrame:
         if record.losses:
             record.save()
 
-    advance(record.spent / dense)
+    advance(record.spent)
     found = search_untrained(job.allowed, score, images, Effort(seed=job.config.seed), note, known=record.losses)
     found.race.run(job.include, images)
     record.save()
-    advance(record.spent / dense, total=record.spent / dense)
+    advance(record.spent, total=record.spent)
     task, rows = make_task(job), []
     wanted = dict.fromkeys([*found.finalists, job.dense, *job.include])
     for architecture in wanted:

@@ -6,6 +6,7 @@ What is random in them is keyed by (seed, epoch, step), so that a stopped traini
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,26 +83,43 @@ class _Epoch:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         loader, steps = self.loader, len(self.loader)
         seed = int(np.random.SeedSequence(self.key).generate_state(1)[0])
-        for holder in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-            generator = getattr(holder, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-        with keyed_generators(*self.key):
-            batches = iter(loader)
-        for step in range(steps):
-            with keyed_generators(*self.key, step):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
-            if step < self.start:
-                continue
-            images, labels = _batch(batch, f"batch {step} of the {self.where} loader")
-            _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
-            share = len(images) // self.world_size
-            mine = slice(self.rank * share, (self.rank + 1) * share)
-            labels = labels[mine].long()
-            yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
+        with _seeded(_generators(loader), seed):
+            with keyed_generators(*self.key):
+                batches = iter(loader)
+            for step in range(steps):
+                with keyed_generators(*self.key, step):
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
+                if step < self.start:
+                    continue
+                images, labels = _batch(batch, f"batch {step} of the {self.where} loader")
+                _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
+                share = len(images) // self.world_size
+                mine = slice(self.rank * share, (self.rank + 1) * share)
+                labels = labels[mine].long()
+                yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
+
+
+def _generators(loader: DataLoader) -> list[torch.Generator]:
+    """Those that a loader and its samplers draw from, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+@contextmanager
+def _seeded(generators: Sequence[torch.Generator], seed: int) -> Iterator[None]:
+    """Have the user's generators draw from `seed`; afterwards they are where they were."""
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> samples.Part:
