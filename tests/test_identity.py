@@ -95,7 +95,9 @@ def test_one_place_has_one_spelling(tmp_path, monkeypatch):
 def test_a_run_keeps_what_it_was_resolved_to(made):
     config = RunFolder.open(made / "run").config
     assert (config.data, config.weights) == (str(made / "photos"), str(made / "start.safetensors"))
-    assert (config.levels, config.operators, config.max_run, config.in_chans) == ((4, 1), ("max2d",), 3, 3)
+    assert (config.levels, config.operators, config.max_run, config.in_chans) == (
+        (4, 3, 2, 1), ("tome", "kmeans", "avg2d"), 1, 3,
+    )  # fmt: skip
     assert config.model == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert config.title == "vit_tiny_patch16_224 on photos"
 
@@ -107,9 +109,9 @@ def unchanged(run: Path, *names: str) -> dict[str, bytes]:
 def test_a_run_goes_on_under_other_spellings_with_defaults_spelled_out_and_when_all_has_moved(place, monkeypatch):
     before = unchanged(place / "run")
     spelled = {
-        "levels": (4, 1),
-        "operators": ("max2d",),
-        "max_run": 3,
+        "levels": (4, 3, 2, 1),
+        "operators": ("tome", "kmeans", "avg2d"),
+        "max_run": 1,
         "in_chans": 3,
         "search_fraction": 0.2,
         "lr": 3e-4,
@@ -135,8 +137,8 @@ def test_other_images_weights_or_options_are_another_run(place):
     with pytest.raises(RunError, match=r"start\.safetensors are not those .* was begun with"):
         search("photos", out="run", weights="start.safetensors", **OPTIONS)
     for changes, says in (
-        ({"levels": (4,)}, r"levels: \(4, 1\) there, \(4,\) now"),
-        ({"max_run": 1}, "max_run: 3 there, 1 now"),
+        ({"levels": (4,)}, r"levels: \(4, 3, 2, 1\) there, \(4,\) now"),
+        ({"max_run": 2}, "max_run: 1 there, 2 now"),
         ({"recipe": {"mixup": 0.5}}, "recipe: {} there"),
         ({"weights": None, "lr": 3e-4}, "weights: '.*start.safetensors' there, None now"),
     ):
@@ -164,16 +166,16 @@ def test_weights_in_a_folder_are_known_by_their_contents_wherever_it_lies(tmp_pa
 
 
 def test_a_changed_preset_breaks_no_run_begun_with_the_old_one(place, monkeypatch):
-    monkeypatch.setattr(presets, "default_levels", lambda *arguments: (4,))
+    monkeypatch.setattr(presets, "even_levels", lambda *arguments: (4,))
     folder = search("photos", out="run", weights="start.safetensors", **OPTIONS).run
-    assert folder.config.levels == load_supernet(folder).space.levels == (4, 1)
+    assert folder.config.levels == load_supernet(folder).space.levels == (4, 3, 2, 1)
     assert "levels" in folder.defaults
     # Where they were asked for, leaving them out asks for others.
     content = read_json(folder.path / "config.json")
     write_json(
         folder.path / "config.json", content | {"defaults": [name for name in content["defaults"] if name != "levels"]}
     )
-    with pytest.raises(RunError, match=r"levels: \(4, 1\) there, \(4,\) now"):
+    with pytest.raises(RunError, match=r"levels: \(4, 3, 2, 1\) there, \(4,\) now"):
         search("photos", out="run", weights="start.safetensors", **OPTIONS)
 
 
@@ -182,6 +184,8 @@ def test_trust_and_finalists_find_images_and_weights_that_moved(place, verb):
     (place / "start.safetensors").rename(place / "weights.safetensors")
     plan = ("trust", "run", "--architectures", "2", "--twice", "0", "--bands", "1", "--epochs", "1", "-q")
     status, _, err = verb(*plan)
+    assert (status, "start.safetensors cannot be read" in err) == (2, True), err
+    status, _, err = verb(*plan, "--weights", "weights.safetensors")
     assert (status, "no data at" in err) == (2, True), err
     status, _, err = verb(*plan, "--data", "moved", "--weights", "weights.safetensors")
     assert status == 0, err

@@ -297,7 +297,8 @@ def test_pit_looks_at_every_patch(side):
     for after in range(1, side**2):
         if OPERATORS["pit"].can_reduce(side**2, after):
             tokens = torch.ones(1, 1 + side**2, CHANNELS, requires_grad=True)
-            model = SimpleNamespace(num_prefix_tokens=1, has_class_token=True, embed_dim=CHANNELS, patch_embed=None)
+            grid = SimpleNamespace(num_patches=side**2)
+            model = SimpleNamespace(num_prefix_tokens=1, has_class_token=True, embed_dim=CHANNELS, patch_embed=grid)
             Pooling("pit", side**2, after, model)(tokens, None).sum().backward()
             assert tokens.grad is not None
             assert tokens.grad.min() > 0, (side**2, after)

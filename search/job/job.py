@@ -75,7 +75,7 @@ def run_job(
         return RunFolder(Path(out), config)
     if (Path(out) / "config.json").exists():
         earlier = RunFolder.open(out)
-        earlier.check_same(job.data.fingerprint, kind, job.data.files)
+        folder.check_same(job.data.fingerprint, kind, job.data.files)
         recorded = earlier.config.threads
     else:
         recorded = None
