@@ -23,7 +23,7 @@ SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
 PARTS = ((Block, EvaBlock), (Attention, EvaAttention, AttentionRope))  # of which their blocks may consist
 NORMS = (nn.LayerNorm, RmsNorm, RmsNormFp32)  # of one token at a time, and countable
 
-# What models have that are no chain of plain blocks over one sequence of tokens, and poolshare has not.
+# What unsupported models have instead of a chain of plain blocks over one sequence of tokens.
 MISSING = {
     "Cait": "talking heads and class attention after the last block",
     "ConVit": "attention gated by position",

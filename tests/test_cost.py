@@ -193,7 +193,7 @@ def test_a_table_comes_back_from_json_as_the_same_value():
     ],
 )
 def test_damaged_json_of_a_table_is_refused(damage: dict[str, Any], fragment: str):
-    with pytest.raises(SpaceError, match="this is no cost table in JSON") as caught:
+    with pytest.raises(SpaceError, match="this is not a cost table in JSON") as caught:
         CostTable.from_json({**random_table(SPACES[0], 0).to_json(), **damage})
     assert fragment in str(caught.value)
 

@@ -412,7 +412,7 @@ def test_an_architecture_outside_the_space_is_refused_before_anything_runs(
     for outside in ("16*3", "16*4", "16*2 8@max2d*2", "16*2 9@tome*2"):
         with pytest.raises(ArchitectureError, match=r"levels are|layers|operators of this space"):
             net(images_for(net), [net.space[0], Architecture.parse(outside)])
-    with pytest.raises(ArchitectureError, match=r"is no Architecture; Architecture\.parse"):
+    with pytest.raises(ArchitectureError, match=r"is not an Architecture; Architecture\.parse"):
         net(images_for(net), ["16*2 16*2"])
 
 

@@ -263,7 +263,7 @@ def load_export(path: str | Path) -> Exported:
     for name in ("config.json", "model.safetensors", "architecture.json"):
         if not (path / name).is_file():
             raise RunError(
-                f"{path} is no exported folder: it holds no {name}; `poolshare export RUN --out {path}` makes one"
+                f"{path} is not an exported folder: it has no {name}; `poolshare export RUN --out {path}` makes one"
             )
     try:
         facts = read_json(path / "architecture.json")

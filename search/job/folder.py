@@ -60,7 +60,7 @@ class RunFolder:
         path = Path(path)
         if not (path / "config.json").is_file():
             raise RunError(
-                f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
+                f"{path} is not a run folder: it has no config.json; `poolshare search --out {path}` makes one"
             )
         with reading(path / "config.json", "restore it, or search into a new folder"):
             content = read_json(path / "config.json")
@@ -116,7 +116,7 @@ class RunFolder:
                 and not (name in BY_MODEL and getattr(config, name) is None)
             ]
             if earlier.data != config.data and {*map(DataKind.of, (earlier.data, config.data))} != {DataKind.FOLDER}:
-                changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
+                changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is not a place
             by_content = folder._fact("weights_sha256") and config.weights and Path(config.weights).is_file()
             if earlier.weights != config.weights and not by_content:
                 changed.append(f"weights: {earlier.weights!r} there, {config.weights!r} now")
@@ -209,11 +209,11 @@ class RunFolder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user was told of data and weights when the run was begun or continued."""
+        """The notes on data and weights that were printed when the run was begun or continued."""
         return tuple(self._fact("notes") or ())
 
     def check_weights(self, config: SearchConfig) -> str | None:
-        """The SHA-256 of the weights that the run begins with, None where there are none or they are no file.
+        """The SHA-256 of the weights that the run begins with, None where there are none or they are not a file.
 
         Raises RunError where the file of this configuration is not the one that the run was begun with.
         """

@@ -80,7 +80,7 @@ class Benchmark:
             return cls.of(frame, SearchSpace(**facts["space"]), *tables)
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{csv} with {sidecar.name} is no benchmark, or damaged ({error!s:.200}); restore both"
+                f"{csv} with {sidecar.name} is not a benchmark, or is damaged ({error!s:.200}); restore both"
             ) from None
 
     @property

@@ -1,7 +1,7 @@
 """What a reduction does to each image's answer: losses in whole micronats, their mean and its paired interval.
 
 Top-1 moves only where an image is near a border between classes; a loss moves with every image, so a few hundred of
-them tell architectures apart that score the same accuracy. A loss is rounded to a whole number of micronats (1e-6 nat)
+them distinguish architectures of equal accuracy. A loss is rounded to a whole number of micronats (1e-6 nat)
 image by image: sums are exact, whatever the order of images, batches and workers.
 """
 
