@@ -202,7 +202,7 @@ def test_damaged_json_of_a_table_is_refused(damage: dict[str, Any], fragment: st
 def test_a_table_without_a_part_is_refused_by_that_part(missing: str):
     value = random_table(SPACES[0], 0).to_json()
     del value[missing]
-    with pytest.raises(SpaceError, match=f"no cost table in JSON: KeyError\\('{missing}'\\)"):
+    with pytest.raises(SpaceError, match=f"not a cost table in JSON: KeyError\\('{missing}'\\)"):
         CostTable.from_json(value)
 
 

@@ -233,8 +233,8 @@ def prepare(
         if not timed and recipe.within < 1 and (limit is None or limit > recipe.within * dense):
             raise ConfigError(
                 f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
-                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for more expensive ones too: give --budget "
-                f"{recipe.within:.0%}, or less"
+                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for more expensive ones too: give "
+                f"--budget {recipe.within:.0%}, or less"
             )
     included = tuple(map(supernet.space.check, include))
     supernet.to(device)
