@@ -116,7 +116,7 @@ def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -
 def better_with_dense(folder: RunFolder, architecture: Architecture) -> int | None:
     """How many search-validation images it gets right with the dense model's weights, where the supernet's are worse.
 
-    None where they are not, or where nobody tried: a search tries its frontier.
+    None where they are not, or where it was not tried: a search tries its frontier.
     """
     summary, tuned = folder.read_summary(), read_tuned(folder)
     if tuned is None:

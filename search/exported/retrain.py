@@ -209,7 +209,7 @@ class Teacher(NamedTuple):
 
 
 def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> Teacher | None:
-    """The exported folder `path`, if it can teach the source; None: the run's dense model, "none": nobody."""
+    """The exported folder `path`, if it can teach the source; None: the run's dense model, "none": no teacher."""
     if str(path) == "none":
         return None
     if path is None:
@@ -218,8 +218,8 @@ def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> T
             return None
         if (found := _dense_model(source)) is None:
             raise RunError(
-                f"{dense['weights']}, the dense model of the run that {source.path} comes from, is gone or another one: bring it "
-                "back, give an export of the dense model as --teacher DIR, or do without: --teacher none"
+                f"{dense['weights']}, the dense model of the run that {source.path} comes from, is missing or was changed: restore "
+                "it, give an export of the dense model as --teacher DIR, or do without: --teacher none"
             )
         return Teacher("the dense model", found, dense["sha256"])
     teacher = load_export(path)

@@ -42,7 +42,9 @@ def head_notes(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
     ]
     remedy = "give the order of its classes as --class-map FILE, one folder's name a line"
     if binomial_interval(right, images)[0] <= max(least, 100 / len(classes)):
-        notes.append(f"warning: the trained head's answers are near chance: if it knows these classes, {remedy}")
+        notes.append(
+            f"warning: the trained head's predictions are near chance: if it was trained on these classes, {remedy}"
+        )
     present = np.unique(labels)
     if images >= IMAGES_PER_CLASS * len(present):
         seen = np.unique(np.concatenate([labels, predicted]))
@@ -54,7 +56,7 @@ def head_notes(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
             pairs = [(row, column) for row, column in pairs if row != column and table[row, column]][:3]
             swapped = ", ".join(f"{classes[seen[row]]!r} as {classes[seen[column]]!r}" for row, column in pairs)
             notes.append(
-                f"warning: the head seems to have its classes in another order: it answers {swapped}, and by the best order "
+                f"warning: the head seems to have its classes in another order: it predicts {swapped}; in the best order "
                 f"{100 * best / images:.2f} % would be right: {remedy}"
             )
     return tuple(notes)

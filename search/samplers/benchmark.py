@@ -104,6 +104,6 @@ def _both(path: str | Path) -> tuple[Path, Path]:
     path = Path(path)
     if not path.name.endswith(".csv.gz"):
         raise RunError(
-            f"{path} does not end in .csv.gz, as the table of a benchmark does; its space stands in a .json beside"
+            f"{path} does not end in .csv.gz, as the table of a benchmark does; its space is in a .json beside it"
         )
     return path, path.with_name(path.name.removesuffix(".csv.gz") + ".json")

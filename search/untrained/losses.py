@@ -113,7 +113,7 @@ def image_losses(
                 nats = F.nll_loss(answers, labels, reduction="none")
             if not bool(nats.isfinite().all()):
                 named = walked[positions[0]]
-                raise ModelError(f"'{named}' gives answers that are not numbers; check the weights and the images")
+                raise ModelError(f"'{named}' has outputs that are not numbers; check the weights and the images")
             values[positions] = (nats * MICRONATS).round().long()
             right[positions] = judged(metric, logits, wanted)
         parts.append(ImageLosses(values[1:].cpu().numpy(), right[1:].cpu().numpy()))
