@@ -613,8 +613,8 @@ def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     assert status == 0, err
     assert "the data's classes in their order: '0' is output 0, '1' is output 1, '2' is output 2" in err
     assert "if it has seen any of these images" in err
-    assert "warning: the trained head's answers are near chance" in err  # its weights are random
-    assert "warning: the trained head's answers are near chance" in out
+    assert "warning: the trained head's predictions are near chance" in err  # its weights are random
+    assert "warning: the trained head's predictions are near chance" in out
     summary = RunFolder.open(tmp_path / "run").read_summary()
     counts = np.array(summary["images"]["search"])
     assert (len(counts), counts.sum(), sum(summary["images"]["train"])) == (10, 377, 880)
