@@ -247,7 +247,7 @@ def _check_names(options: dict[str, Any]) -> None:
 
 def _check_own(name: str, options: dict[str, Any]) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"name {name!r} is no name for the data; give a text such as 'cells, May'")
+        raise ConfigError(f"name {name!r} is not a name for the data; give a text such as 'cells, May'")
     for option in NOT_OWN:
         if options.get(option) is not None:
             raise ConfigError(f"{option}={options[option]!r}: leave it out, the data given in Python decide it")
@@ -275,5 +275,5 @@ def _whole(options: dict[str, Any], name: str) -> int:
     """An option that is needed before the configuration is checked as a whole."""
     value = options.get(name, 0)
     if type(value) is not int or value < 0:
-        raise ConfigError(f"{name}={value!r} is no whole number from 0")
+        raise ConfigError(f"{name}={value!r} is not a whole number from 0")
     return value

@@ -46,7 +46,7 @@ ONLY_TRAINING = (
     "trials",
     "sampler",
 )
-IMAGES = 1000  # scored on, at most, where nothing is trained: more tell little more, and take time
+IMAGES = 1000  # scored on, at most, where nothing is trained: more add little and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
@@ -58,7 +58,7 @@ ADDRESSES = ("hf-hub:", "hf_hub:", LOCAL)  # begin weights that are no plain pat
 def option(default: Any, help: str, metavar: str | None = None, **limits: Any) -> Any:
     """A field that is an option of the command line too, which reads here what it needs to know of it.
 
-    default: ... where it is decided by the situation, or required. help: that holds "Default:" tells such a decision.
+    default: ... where it is decided by the situation, or required. A help text with "Default:" describes such a decision.
     """
     return Field(default, description=help, json_schema_extra={"metavar": metavar}, **limits)
 
@@ -153,8 +153,8 @@ class SearchConfig(BaseModel):
     amp: Literal["none", "bf16"] = option("none", "Automatic mixed precision in training.")
     recipe: dict[str, Any] = option(
         {},
-        "More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; the README lists "
-        "all.",
+        "More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; supernet/README.md "
+        "lists all.",
         metavar="KEY=VALUE,…",
     )
     seed: int = option(0, "What all random choices are keyed by.", ge=0, le=2**32 - 1)

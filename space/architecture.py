@@ -149,7 +149,7 @@ class Architecture:
                     f"run {position} of the JSON has a value of the wrong type: {dict(entry)!r:.120}"
                 )
             if _RUN.fullmatch(str(run)) is None:
-                raise ArchitectureError(f"run {position} of the JSON: {run.operator!r:.40} is no operator name")
+                raise ArchitectureError(f"run {position} of the JSON: {run.operator!r:.40} is not an operator name")
             runs.append(run)
         return cls.from_runs(runs)
 

@@ -108,7 +108,7 @@ class CostTable:
                 raise ValueError(f"quantity is {value['quantity']!r:.40}, not one of {', '.join(COSTS)}")
             return cls(value["quantity"], _count(value["source"]), own, shared, pool, sink, first)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SpaceError(f"this is no cost table in JSON: {error!r}") from None
+            raise SpaceError(f"this is not a cost table in JSON: {error!r}") from None
 
 
 def needs_attention(layer: Layer) -> bool:
@@ -118,5 +118,5 @@ def needs_attention(layer: Layer) -> bool:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no cost; costs are whole numbers from 0")
+        raise ValueError(f"{value!r} is not a cost; costs are whole numbers from 0")
     return value

@@ -31,9 +31,10 @@ PRESETS: dict[str, SearchSpace] = {
 }
 
 
-# That work on a model which was not trained with them; why tome_prop: results/operators, ImageNet without training.
+# For models that were not trained with them; why tome_prop: results/operators, ImageNet without training.
 UNTRAINED = ("tome_prop", "evit", "topk", "mstm", "kmeans")
-WARM_OPERATORS = ("tome", "kmeans", "avg2d")  # that leave a pretrained model most of what it knows (results/defaults)
+# For pretrained models: merging and clustering keep most of their accuracy (results/operators).
+WARM_OPERATORS = ("tome", "kmeans", "avg2d")
 EVEN_LEVELS = 10  # about so many token counts below a pretrained model's own
 
 

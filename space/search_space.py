@@ -143,7 +143,7 @@ class SearchSpace:
         """The architecture itself. Raises ArchitectureError with layer and reason where the space does not hold it."""
         if not isinstance(architecture, Architecture):
             raise ArchitectureError(
-                f"{architecture!r:.80} is no Architecture; Architecture.parse reads the text of one"
+                f"{architecture!r:.80} is not an Architecture; Architecture.parse reads the text of one"
             )
         misfit = self._first_misfit(architecture.layers)
         if misfit is None:
@@ -168,7 +168,7 @@ class SearchSpace:
         )
 
     def _first_misfit(self, layers: tuple[Layer, ...]) -> int | None:
-        """Index of the first layer that is no edge of the graph; the depth where there are too few or too many."""
+        """Index of the first layer that is not an edge of the graph; the depth where there are too few or too many."""
         node: Node | None = None
         for index, layer in enumerate(layers):
             if index == self.depth or (after := self.edges[node].get(layer)) is None:

@@ -23,12 +23,12 @@ SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
 PARTS = ((Block, EvaBlock), (Attention, EvaAttention, AttentionRope))  # of which their blocks may consist
 NORMS = (nn.LayerNorm, RmsNorm, RmsNormFp32)  # of one token at a time, and countable
 
-# What models have that are no chain of plain blocks over one sequence of tokens, and poolshare has not.
+# What unsupported models have instead of a chain of plain blocks over one sequence of tokens.
 MISSING = {
     "Cait": "talking heads and class attention after the last block",
     "ConVit": "attention gated by position",
     "CrossVit": "two branches of tokens that attend to each other",
-    "Gemma4VitClassifier": "rotary position embeddings",
+    "Gemma4VitClassifier": "rotary position embeddings of another kind",
     "NaFlexVit": "a token count that changes from image to image",
     "TNT": "tokens within tokens",
     "VOLO": "outlook attention on the grid",
@@ -149,7 +149,7 @@ def _missing(model: nn.Module) -> str:
     if kind in MISSING:
         missing = MISSING[kind]
     elif "rope" in names or "rotary" in modules or "ropeattention" in modules:
-        missing = "rotary position embeddings"
+        missing = "rotary position embeddings of another kind"
     elif "rel_pos" in names or "relative_position" in names:
         missing = "relative position biases, which belong to the full grid"
     else:

@@ -20,7 +20,7 @@ def counted(
     sizes: the cheapest to count first. A size whose terms are a combination of those of earlier sizes gets the same
     combination of their counts. The first, the middle one and the last of these are counted as well, and the last of
     those that are `like` each other, whose counts might follow a law of their own: where one differs, or a combination
-    is no whole number, `terms` do not describe `count` and every size is counted.
+    is not a whole number, `terms` do not describe `count` and every size is counted.
     """
     found, combined = _combined(sizes, terms, count)
     last_of = {like(size): index for index, (size, _) in enumerate(combined)}

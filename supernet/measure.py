@@ -112,7 +112,7 @@ def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
             "write it with matmul or convolutions, or name it in FREE_OPERATORS if it multiplies nothing"
         )
     if total != int(total):
-        raise ModelError(f"fvcore counts {total} MACs in {type(model).__name__}, which is no whole number")
+        raise ModelError(f"fvcore counts {total} MACs in {type(model).__name__}, which is not a whole number")
     return int(total)
 
 
@@ -224,7 +224,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
                 return _pooling(module, supernet.carry), (tokens(before), *attended(before))
-        raise ValueError(f"{kind!r} is no kind of edge")
+        raise ValueError(f"{kind!r} is not a kind of edge")
 
     return part
 

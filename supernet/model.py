@@ -179,7 +179,7 @@ def run_edge(
 
 
 def check_sharing(sharing: Any) -> None:
-    """Raise ModelError for what is no kind of sharing."""
+    """Raise ModelError for an unknown kind of sharing."""
     if sharing not in get_args(Sharing):
         raise ModelError(
             f"sharing={sharing!r:.80} is unknown; it must be 'qk' (queries and keys) or 'map' (a written map)"

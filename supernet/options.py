@@ -66,14 +66,14 @@ def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of model `name`, each read by the type that timm's signature has.
 
     Options come from files and command lines too, and timm's own ones beside these would read other files, or load
-    weights from them. Raises ModelError for one that is no property of a VisionTransformer, or has another type.
+    weights from them. Raises ModelError for one that is not a property of a VisionTransformer, or has another type.
     """
     known, found = model_option_types(), {}
     for option, value in options.items():
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ModelError(f"{option}={value!r:.80} is no option of model {name!r} that may be given here{hint}")
+            raise ModelError(f"{option}={value!r:.80} is not an option of model {name!r} that may be given here{hint}")
         try:
             found[option] = read_value(known[option], value)
         except ValueError as error:

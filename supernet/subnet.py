@@ -202,7 +202,7 @@ KINDS: dict[type, Any] = {VisionTransformer: PlainSubnet, VisionTransformerDisti
 
 
 def check_maps(maps: Any) -> None:
-    """Raise ModelError for what is no kind of map."""
+    """Raise ModelError for an unknown kind of map."""
     if maps not in get_args(Maps):
         raise ModelError(f"maps={maps!r:.80} is unknown; it must be one of {', '.join(map(repr, get_args(Maps)))}")
 

@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     """The value that travels along a path.
 
     The three of bookkeeping are None while the patch tokens are cells of the whole grid, where they are constants (see
-    `grid_sizes`, `grid_places`, `grid_sources`), and where nobody asks for them. They carry no gradient.
+    `grid_sizes`, `grid_places`, `grid_sources`), and where nothing uses them. They carry no gradient.
     """
 
     features: torch.Tensor  # (B, prefix + P, C)

@@ -182,7 +182,7 @@ def _refused_or_canonical(text: str) -> None:
         ({"runs": [{"tokens": 16, "operator": None, "length": 1}, 3]}, ["run 2"]),
         (
             {"runs": [{"tokens": 16, "operator": None, "length": 1}, {"tokens": 9, "operator": "a b", "length": 1}]},
-            ["run 2", "'a b'", "no operator name"],
+            ["run 2", "'a b'", "not an operator name"],
         ),
         ({"runs": [{"tokens": 16, "operator": "", "length": 1}]}, ["layer 0", "operator"]),
         ({"runs": [{"tokens": 16, "operator": "max2d", "length": 1}]}, ["layer 0", "first layer"]),

@@ -196,7 +196,7 @@ def test_keys_walk_along_the_frontier(opened, report):
     assert opened.page.locator("#frontier tbody tr:not(:has(button))").count() == 0
     opened.page.locator("#frontier tbody button").first.press("Enter")
     assert opened.text("#architecture") == frontier[0]
-    opened.page.locator("#dearer").press("Enter")
+    opened.page.locator("#more-expensive").press("Enter")
     assert opened.text("#architecture") == frontier[1]
     opened.page.locator("#axis input").first.press("ArrowRight")
     assert opened.texts("#frontier tbody code") == list(report.by("parameters")["architecture"])

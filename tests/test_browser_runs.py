@@ -54,7 +54,7 @@ def test_a_data_set_with_hostile_names_is_text_in_terminal_and_page(browser, tmp
     assert status == 0, err
     assert attack in out
     assert "\x1b" not in out + err
-    opened = Opened(browser, tmp_path / "run " + attack / "report.html")
+    opened = Opened(browser, tmp_path / ("run " + attack) / "report.html")
     opened.page.wait_for_timeout(200)  # an alert would need a moment
     assert opened.problems == []
     assert opened.requests == [opened.address]

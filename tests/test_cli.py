@@ -171,7 +171,7 @@ def test_show_draws_a_text_or_an_export(run, verb, tmp_path):
     status, _, err = verb("show", "64 16")
     assert (status, "needs an operator" in err) == (2, True)
     status, _, err = verb("show", folder)
-    assert (status, "is no exported folder" in err) == (1, True)
+    assert (status, "is not an exported folder" in err) == (1, True)
 
 
 def test_an_export_loads_in_a_fresh_process_and_gives_the_supernets_logits(run, verb, tmp_path):
@@ -232,7 +232,7 @@ def test_retrain_and_evaluate_agree_and_overwrite_nothing(run, verb, tmp_path):
     assert (tmp_path / "export-retrained" / "model.safetensors").read_bytes() == before
     status, _, err = verb("evaluate", folder)
     assert status == 1
-    assert "is no exported folder" in err
+    assert "is not an exported folder" in err
 
 
 def test_retraining_depends_on_its_seed_alone(run, verb, tmp_path):
@@ -297,9 +297,9 @@ def test_continuing_with_more_epochs_trains_on_and_keeps_the_old_scores(verb, tm
         (["search", "--out", "OUT"], 2, "--data"),
         (["space", "--model", "vit_tinny"], 2, "vit_tinny"),
         (["space", "--model", "resnet18"], 2, "it is a ResNet"),
-        (["pareto", "OUT"], 1, "is no run folder"),
-        (["export", "OUT", "--out", "OTHER"], 1, "is no run folder"),
-        (["retrain", "OUT"], 1, "is no exported folder"),
+        (["pareto", "OUT"], 1, "is not a run folder"),
+        (["export", "OUT", "--out", "OTHER"], 1, "is not a run folder"),
+        (["retrain", "OUT"], 1, "is not an exported folder"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_named_and_nothing_is_written(words, status, says, verb, tmp_path, monkeypatch):
@@ -599,7 +599,7 @@ def test_retraining_with_the_dense_model_as_teacher_and_a_recipe(run, verb, tmp_
         (("--recipe", "lr=3"), "--lr decides it"),
         (("--recipe", "mixup"), "--recipe 'mixup' is not KEY=VALUE"),
         (("--recipe", "drop_path=2"), "--recipe drop_path=2.0: Input should be less than 1"),
-        (("--teacher", tmp_path / "nowhere"), "nowhere is no exported folder"),
+        (("--teacher", tmp_path / "nowhere"), "nowhere is not an exported folder"),
     ):
         status, _, err = verb("retrain", export, "--out", tmp_path / "other", *words)
         assert (status != 0, says in err) == (True, True), err
@@ -628,8 +628,8 @@ def test_a_search_begins_with_the_weights_of_a_file(verb, tmp_path):
     assert status == 0, err
     assert "the data's classes in their order: '0' is output 0, '1' is output 1, '2' is output 2" in err
     assert "if it has seen any of these images" in err
-    assert "warning: the trained head's answers are near chance" in err  # its weights are random
-    assert "warning: the trained head's answers are near chance" in out
+    assert "warning: the trained head's predictions are near chance" in err  # its weights are random
+    assert "warning: the trained head's predictions are near chance" in out
     summary = RunFolder.open(tmp_path / "run").read_summary()
     counts = np.array(summary["images"]["search"])
     assert (len(counts), counts.sum(), sum(summary["images"]["train"])) == (10, 377, 880)
@@ -726,7 +726,7 @@ def test_training_within_a_limit_is_a_recipe_of_the_search_alone(verb, tmp_path)
     assert "--recipe within=0.01 leaves nothing to train" in errors
     status, _, errors = verb("search", *words, "--recipe", "within=0.5", "--out", tmp_path / "none")
     assert status == 2
-    assert "--budget 60% asks for dearer ones too: give --budget 50%, or less" in errors
+    assert "--budget 60% asks for more expensive ones too: give --budget 50%, or less" in errors
     assert not (tmp_path / "none").exists()
     assert verb("export", out, "--budget", "60%", "--out", tmp_path / "export")[0] == 0
     status, _, errors = verb(

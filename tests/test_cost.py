@@ -193,7 +193,7 @@ def test_a_table_comes_back_from_json_as_the_same_value():
     ],
 )
 def test_damaged_json_of_a_table_is_refused(damage: dict[str, Any], fragment: str):
-    with pytest.raises(SpaceError, match="this is no cost table in JSON") as caught:
+    with pytest.raises(SpaceError, match="this is not a cost table in JSON") as caught:
         CostTable.from_json({**random_table(SPACES[0], 0).to_json(), **damage})
     assert fragment in str(caught.value)
 
@@ -202,7 +202,7 @@ def test_damaged_json_of_a_table_is_refused(damage: dict[str, Any], fragment: st
 def test_a_table_without_a_part_is_refused_by_that_part(missing: str):
     value = random_table(SPACES[0], 0).to_json()
     del value[missing]
-    with pytest.raises(SpaceError, match=f"no cost table in JSON: KeyError\\('{missing}'\\)"):
+    with pytest.raises(SpaceError, match=f"not a cost table in JSON: KeyError\\('{missing}'\\)"):
         CostTable.from_json(value)
 
 

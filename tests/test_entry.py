@@ -441,7 +441,7 @@ def a_share(logits, labels):
         ({"recipe": {"cutmix": 0.2}, "batch_size": 7}, "such as 8"),
         ({"storage": "postgresql://127.0.0.1:1/searches"}, "cannot be reached"),
         ({"classes": "ab"}, "give a list of names"),
-        ({"name": ""}, "is no name"),
+        ({"name": ""}, "is not a name"),
         ({"classes": ["only"]}, "name 2 classes or more"),
         ({"metric": lambda logits, labels: logits.argmax(-1) == labels}, "define it with `def`"),
         ({"metric": partial(top3)}, "define it with `def`"),

@@ -30,7 +30,7 @@ def test_one_of_each_token_schedule_takes_part_the_most_accurate_first():
     frame = pd.DataFrame({"architecture": texts, "top1": [90.0, 91.0, 80.0, 80.0, 70.0], "macs": [9, 8, 7, 6, 5]})
     assert list(choose(frame, 9, "macs")["architecture"]) == [texts[1], texts[3], texts[4]]
     assert list(choose(frame, 2, "macs")["architecture"]) == [texts[1], texts[3]]
-    own = [texts[4], texts[1], "64 64 4@max2d"]  # the last one is dearer than the budget
+    own = [texts[4], texts[1], "64 64 4@max2d"]  # the last one is over the budget
     assert list(choose(frame, 2, "macs", own)["architecture"]) == [texts[1], texts[3], texts[4]]
 
 

@@ -17,7 +17,7 @@ from poolshare.space import Architecture, BudgetError, SearchSpace
 from poolshare.supernet import SuperNet, latency
 from poolshare.supernet.latency import Share
 
-# Sums of a table: ms, of 10 that the dense network takes. The dearer, the more accurate.
+# Sums of a table: ms, of 10 that the dense network takes. The more expensive, the more accurate.
 SUMS = {"64*2": 10.0, "64 36@max2d": 6.0, "64 16@max2d": 5.0, "64 9@max2d": 4.5, "64 4@max2d": 4.0}
 DENSE = {"architecture": "64*2", "top1": 90.0, "macs": 100, "parameters": 10, "latency_ms": 10.0}
 

@@ -103,7 +103,7 @@ def test_bad_requests_say_what_is_wrong(supernet):
         image_losses(supernet, ARCHITECTURES, [])
     images, labels = pictures(2)
     images[1] = torch.nan
-    with pytest.raises(ModelError, match="'16 16 16 16' gives answers that are not numbers"):
+    with pytest.raises(ModelError, match="'16 16 16 16' has outputs that are not numbers"):
         image_losses(supernet, ARCHITECTURES, [(images, labels)])
 
 

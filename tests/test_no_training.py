@@ -178,7 +178,7 @@ def test_loose_pictures_are_noticed_without_being_told(place, tmp_path):
     )
     assert found.run.config.unlabelled
     assert found.run.classes == ("0", "1", "2")
-    assert any("6 images tell architectures apart badly" in note for note in found.run.notes)
+    assert any("6 images distinguish architectures poorly" in note for note in found.run.notes)
 
 
 def first_half(logits, labels):

@@ -417,7 +417,7 @@ def test_an_architecture_outside_the_space_is_refused_with_layer_and_reason(text
 def test_what_is_no_architecture_is_in_no_space(value: Any):
     space = SearchSpace(3, (16, 9))
     assert value not in space
-    with pytest.raises(ArchitectureError, match=r"is no Architecture; Architecture\.parse reads the text of one"):
+    with pytest.raises(ArchitectureError, match=r"is not an Architecture; Architecture\.parse reads the text of one"):
         space.check(value)
 
 

@@ -125,7 +125,7 @@ def a_class_without_images(root):
         (empty, "no class folders in .*ROOT/CLASS/"),
         (no_folders, "no class folders"),
         (empty_class, r"no image \(\.png .*one': add some"),
-        (too_deep, "deeper/0' lies in a class folder: put images directly into ROOT/CLASS"),
+        (too_deep, "deeper/0' is inside a class folder: put images directly into ROOT/CLASS"),
         (a_class_without_images, "no image .*train/3'"),
     ],
 )

@@ -29,15 +29,15 @@ def test_a_head_in_another_order_is_noticed_and_named_though_it_is_far_from_chan
     labels, predicted = answered(0.9)
     order = np.array([0, 1, 2, 4, 5, 6, 7, 8, 9, 3])
     _, warning = head_notes(labels, order[predicted], CLASSES)
-    assert warning.startswith("warning: the head seems to have its classes in another order: it answers 'kind ")
-    assert f"by the best order {100 * np.mean(labels == predicted):.2f} % would be right" in warning
+    assert warning.startswith("warning: the head seems to have its classes in another order: it predicts 'kind ")
+    assert f"in the best order {100 * np.mean(labels == predicted):.2f} % would be right" in warning
     assert "--class-map" in warning
 
 
 def test_answers_near_chance_are_warned_of():
     labels, predicted = answered(0.1)
     _, warning = head_notes(labels, predicted, CLASSES)
-    assert warning.startswith("warning: the trained head's answers are near chance")
+    assert warning.startswith("warning: the trained head's predictions are near chance")
     few = head_notes(np.arange(10), np.roll(np.arange(10), 1), CLASSES)  # one image a class tells of no order
     assert [note.partition(":")[0] for note in few[1:]] == ["warning"]
 

@@ -153,7 +153,7 @@ class Ways:
         return out
 
     def place(self, name: str) -> Path:
-        """A folder that is not there yet: rows that are missing are measured anew."""
+        """A folder that is not there yet: rows that are missing are measured again."""
         tries = (self.folder / f"{name}-{number}" for number in range(1000))
         return next(path for path in tries if not path.exists())
 

@@ -182,15 +182,17 @@ def macs_of(architecture: Architecture, size: int) -> int:
 
 @cache
 def hand_made(budget: float, size: int) -> dict[str, Architecture]:
-    """The dearest schedule of each family within the budget."""
+    """The most expensive schedule of each family within the budget."""
     (tokens, *fewer), limit = LEVELS[size], budget * macs_of(dense_model(size), size)
 
-    def dearest(schedules: Sequence[Architecture]) -> list[Architecture]:  # of ever cheaper ones; none or one
+    def most_expensive(
+        schedules: Sequence[Architecture],
+    ) -> list[Architecture]:  # ever cheaper ones; returns none or one
         first = bisect_left(schedules, True, key=lambda one: macs_of(one, size) <= limit)
         return list(schedules[first : first + 1])
 
-    late = [dearest([late_reduction(tokens, after, at) for at in range(DEPTH - 1, 0, -1)]) for after in fewer]
-    [merging] = dearest([merging_schedule(tokens, merges) for merges in range(1, tokens // 2)])
+    late = [most_expensive([late_reduction(tokens, after, at) for at in range(DEPTH - 1, 0, -1)]) for after in fewer]
+    [merging] = most_expensive([merging_schedule(tokens, merges) for merges in range(1, tokens // 2)])
     return {"uniform": max(chain(*late), key=lambda one: macs_of(one, size)), "tome": merging}
 
 

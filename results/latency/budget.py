@@ -52,7 +52,7 @@ def write_digits(folder: Path) -> None:
 
 
 def share(found: Path, dense: Path, batch: int, rounds: int) -> float:
-    """The found model's time over the dense one's, in this process."""
+    """The searched model's time over the dense one's, in this process."""
     import timm
     import torch
 

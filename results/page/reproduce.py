@@ -2,7 +2,7 @@
 
     python results/page/reproduce.py runs/digits runs/eurosat      # a minute; chromium must be installed
 
-1. Each run's report.html is written anew and photographed: the first window on a laptop in light and on a phone in dark
+1. Each run's report.html is written again and photographed: the first window on a laptop in light and on a phone in dark
    colours, and the whole page; the run's numbers are copied beside the pictures.
 2. A page with every architecture of DeiT-Tiny's space, at its exact costs and with made-up accuracies (only the speed is
    looked at), is opened, drawn, pointed at and clicked: medians in speed.json.

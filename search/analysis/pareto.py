@@ -3,7 +3,7 @@
 A candidates frame has one row per scored architecture and these columns: `architecture` (canonical text),
 `top1` (percent on the search-validation images), `correct` and `total` (images), `macs` (per image),
 `parameters` and `generation`; `latency_ms` (per image) where it was measured; `loss` and `loss_margin` (nats, and the
-half-width of its 95 % interval) where architectures were compared by a loss, which then decides, for it tells more of
+half-width of its 95 % interval) where architectures were compared by a loss, which then decides, for it says more about
 few images than `top1` does. Rows stand in the order in which they were scored. Every function here is pure: frames go
 in, new frames and numbers come out. `cost` names the column to be kept small.
 """

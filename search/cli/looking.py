@@ -113,12 +113,12 @@ def show(
     if os.path.isdir(what):  # unlike Path's it takes a text of any length
         path = Path(what) / "architecture.json"
         if not path.is_file():
-            raise RunError(f"{what} is no exported folder: it holds no architecture.json")
+            raise RunError(f"{what} is not an exported folder: it has no architecture.json")
         with reading(path, "export it again"):
             facts = read_json(path)
             architecture = Architecture.parse(facts["architecture"])
             if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
-                raise ValueError("a cost is no positive whole number")
+                raise ValueError("a cost is not a positive whole number")
     else:
         architecture = Architecture.parse(what)
     if as_json:

@@ -135,7 +135,7 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         return None if text is None else tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise SpaceError(f"{option} {text!r} is no list of whole numbers; write for example 196,100,49") from None
+        raise SpaceError(f"{option} {text!r} is not a list of whole numbers; write for example 196,100,49") from None
 
 
 def settings_of(

@@ -1,1 +1,1 @@
-"""Architectures taken home: exported, retrained, evaluated, and asked for predictions."""
+"""Architectures as models: exported, retrained, evaluated, used for predictions."""

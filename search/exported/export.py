@@ -116,7 +116,7 @@ def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -
 def better_with_dense(folder: RunFolder, architecture: Architecture) -> int | None:
     """How many search-validation images it gets right with the dense model's weights, where the supernet's are worse.
 
-    None where they are not, or where nobody tried: a search tries its frontier.
+    None where they are not, or where it was not tried: a search tries its frontier.
     """
     summary, tuned = folder.read_summary(), read_tuned(folder)
     if tuned is None:
@@ -263,7 +263,7 @@ def load_export(path: str | Path) -> Exported:
     for name in ("config.json", "model.safetensors", "architecture.json"):
         if not (path / name).is_file():
             raise RunError(
-                f"{path} is no exported folder: it holds no {name}; `poolshare export RUN --out {path}` makes one"
+                f"{path} is not an exported folder: it has no {name}; `poolshare export RUN --out {path}` makes one"
             )
     try:
         facts = read_json(path / "architecture.json")

@@ -36,7 +36,7 @@ def predict(
     images: files, and folders whose images, however deep, are taken in natural order. say: told which files of a folder
     are passed over. console: where the progress of more than one batch goes.
     An image that cannot be read has no classes, and an `error` that names it and says why. Raises DataError where there
-    are no images.
+    are not images.
     """
     paths = [path for one in images for path in _files(Path(one), say)]
     source, place = load_export(exported), pick_device(device)

@@ -62,7 +62,7 @@ def retrain(
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
 
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
-    restart: give up what an interrupted call with other options has trained for `out`, and begin anew.
+    restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
     the dense model that the run has tuned, if any. threads: of PyTorch on a CPU; None: see `choose_threads`.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
@@ -126,7 +126,7 @@ def retrain(
                 settings=settings,
                 progress=partial(advance_loss, advance),
                 say=partial(console.print, markup=False, soft_wrap=True),
-                otherwise=f"give --restart to lose these epochs and begin {out.name} anew, or choose another --out",
+                otherwise=f"give --restart to discard these epochs and start {out.name} again, or choose another --out",
             )
         if not first:
             return {}
@@ -209,7 +209,7 @@ class Teacher(NamedTuple):
 
 
 def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> Teacher | None:
-    """The exported folder `path`, if it can teach the source; None: the run's dense model, "none": nobody."""
+    """The exported folder `path`, if it can teach the source; None: the run's dense model, "none": no teacher."""
     if str(path) == "none":
         return None
     if path is None:
@@ -218,8 +218,8 @@ def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> T
             return None
         if (found := _dense_model(source)) is None:
             raise RunError(
-                f"{dense['weights']}, the dense model of the run that {source.path} comes from, is gone or another one: bring it "
-                "back, give an export of the dense model as --teacher DIR, or do without: --teacher none"
+                f"{dense['weights']}, the dense model of the run that {source.path} comes from, is missing or was changed: restore "
+                "it, give an export of the dense model as --teacher DIR, or do without: --teacher none"
             )
         return Teacher("the dense model", found, dense["sha256"])
     teacher = load_export(path)

@@ -60,7 +60,7 @@ class RunFolder:
         path = Path(path)
         if not (path / "config.json").is_file():
             raise RunError(
-                f"{path} is no run folder: it holds no config.json; `poolshare search --out {path}` makes one"
+                f"{path} is not a run folder: it has no config.json; `poolshare search --out {path}` makes one"
             )
         with reading(path / "config.json", "restore it, or search into a new folder"):
             content = read_json(path / "config.json")
@@ -209,7 +209,7 @@ class RunFolder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user was told of data and weights when the run was begun or continued."""
+        """The notes on data and weights that were printed when the run was begun or continued."""
         return tuple(self._fact("notes") or ())
 
     def check_weights(self, config: SearchConfig) -> str | None:

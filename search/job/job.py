@@ -329,7 +329,7 @@ def conclude(
     top1 = tuned.top1 if tuned else _dense_top1(job, candidates)
     try:
         earlier = folder.read_summary()["seconds"]
-    except RunError:  # none yet, or damaged: it is made anew
+    except RunError:  # none yet, or damaged: it is made again
         earlier = {}
     seconds = {
         "training": _training_seconds(folder, earlier.get("training", 0.0)),

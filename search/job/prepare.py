@@ -212,7 +212,7 @@ def prepare(
     if head is not None and data.labelled:
         notes += (
             f"the head of {head} was trained before: if it has seen any of these images, scores on search-validation are "
-            "higher than on new ones; `poolshare evaluate` on test images that it has never seen tells",
+            "higher than on new ones; check with `poolshare evaluate` on test images that it has never seen",
         )
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
@@ -229,8 +229,8 @@ def prepare(
         if not timed and recipe.within < 1 and (limit is None or limit > recipe.within * dense):
             raise ConfigError(
                 f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
-                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for dearer ones too: give --budget "
-                f"{recipe.within:.0%}, or less"
+                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for more expensive ones too: give "
+                f"--budget {recipe.within:.0%}, or less"
             )
     included = tuple(map(supernet.space.check, include))
     supernet.to(device)

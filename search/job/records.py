@@ -38,8 +38,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it holds no object")
-    # A file of another format version is told as that, whatever its checksum.
+        raise ValueError("it is not a JSON object")
+    # Another format version is reported as such, whatever the checksum.
     if value.get("format") == FORMAT and value.pop("checksum", None) != _checksum(value):
         raise ValueError("its checksum does not fit, so it was edited or damaged")
     return value

@@ -14,7 +14,7 @@ from ..scoring import answers, baseline
 from .prepare import Job
 
 BATCH = 256
-IMAGES_PER_CLASS = 5  # fewer tell too little of which class is answered as which
+IMAGES_PER_CLASS = 5  # fewer do not show which class is taken for which
 GAIN = 0.2  # share of the images that another order of the classes must make right to be believed
 
 
@@ -42,7 +42,9 @@ def head_notes(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
     ]
     remedy = "give the order of its classes as --class-map FILE, one folder's name a line"
     if binomial_interval(right, images)[0] <= max(least, 100 / len(classes)):
-        notes.append(f"warning: the trained head's answers are near chance: if it knows these classes, {remedy}")
+        notes.append(
+            f"warning: the trained head's predictions are near chance: if it was trained on these classes, {remedy}"
+        )
     present = np.unique(labels)
     if images >= IMAGES_PER_CLASS * len(present):
         seen = np.unique(np.concatenate([labels, predicted]))
@@ -52,9 +54,9 @@ def head_notes(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
         if best - right > GAIN * images:
             pairs = sorted(zip(rows, columns, strict=True), key=lambda pair: -table[pair])
             pairs = [(row, column) for row, column in pairs if row != column and table[row, column]][:3]
-            told = ", ".join(f"{classes[seen[row]]!r} as {classes[seen[column]]!r}" for row, column in pairs)
+            swapped = ", ".join(f"{classes[seen[row]]!r} as {classes[seen[column]]!r}" for row, column in pairs)
             notes.append(
-                f"warning: the head seems to have its classes in another order: it answers {told}, and by the best order "
+                f"warning: the head seems to have its classes in another order: it predicts {swapped}; in the best order "
                 f"{100 * best / images:.2f} % would be right: {remedy}"
             )
     return tuple(notes)

@@ -113,7 +113,7 @@ def _wait_for_folder(run: Path, console: Console) -> None:
     start = time.monotonic()
     if absent():
         console.print(
-            f"{run} is no run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
+            f"{run} is not a run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
             markup=False,
             soft_wrap=True,
         )
@@ -123,15 +123,15 @@ def _wait_for_folder(run: Path, console: Console) -> None:
 
 def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
     """The run as it is once its supernet has all its epochs."""
-    told = False
+    announced = False
     while not is_trained(folder):
-        if not told:
+        if not announced:
             console.print(
                 f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",
                 markup=False,
                 soft_wrap=True,
             )
-            told = True
+            announced = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
         folder = RunFolder.open(folder.path)
     return folder

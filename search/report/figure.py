@@ -59,7 +59,7 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
         if report.certified
         else f"Found: {len(report.candidates):,} of the space's {report.space_size:,} architectures are scored"
     )
-    # A dollar sign in a title is no formula, hence parse_math.
+    # A dollar sign in a title does not start a formula, hence parse_math.
     title = textwrap.shorten(report.title, 75, placeholder=" ...")
     figure.text(0.08, 0.945, title, fontsize=15, fontweight="bold", color=INK, parse_math=False)
     figure.text(0.08, 0.9, scored, fontsize=11, color=INK)

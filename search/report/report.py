@@ -393,8 +393,8 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         labelled=summary.get("labelled", True),
         objective=COSTS[summary.get("objective", "macs")].column,
     )
-    if (told := report.against_dense).startswith("warning:"):
-        report = replace(report, notes=(*report.notes, told))
+    if (text := report.against_dense).startswith("warning:"):
+        report = replace(report, notes=(*report.notes, text))
     _ = report.frontier  # a budget that nothing keeps is refused here
     return report
 
@@ -409,7 +409,7 @@ def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
     if cost.column not in summary["dense"]:
         raise BudgetError(
             f"budget {budget!r} is one of {cost.label}, which this run has not measured; repeat its `poolshare search` with "
-            f"--budget {budget}, which trains nothing anew"
+            f"--budget {budget}, which trains nothing again"
         )
     dense = round(summary["dense"][cost.column] * cost.scale)
     return {cost.column: parse_budget(budget, dense, cost.quantity) / cost.scale}

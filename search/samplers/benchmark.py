@@ -80,7 +80,7 @@ class Benchmark:
             return cls.of(frame, SearchSpace(**facts["space"]), *tables)
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{csv} with {sidecar.name} is no benchmark, or damaged ({error!s:.200}); restore both"
+                f"{csv} with {sidecar.name} is not a benchmark, or is damaged ({error!s:.200}); restore both"
             ) from None
 
     @property
@@ -104,6 +104,6 @@ def _both(path: str | Path) -> tuple[Path, Path]:
     path = Path(path)
     if not path.name.endswith(".csv.gz"):
         raise RunError(
-            f"{path} does not end in .csv.gz, as the table of a benchmark does; its space stands in a .json beside"
+            f"{path} does not end in .csv.gz, as the table of a benchmark does; its space is in a .json beside it"
         )
     return path, path.with_name(path.name.removesuffix(".csv.gz") + ".json")

@@ -80,7 +80,7 @@ def run_study(
     as it grows.
 
     A generation is proposed from the complete earlier generations alone, by randomness that is keyed by (seed,
-    generation), so its slots hold the same architectures whoever queues them, how many workers score them, and
+    generation), so its slots hold the same architectures whichever worker queues them, how many workers score them, and
     whichever of them die: what is missing is queued again, what is scored stays.
     """
     with store or open_store(folder.journal, None, name) as store, store.errors():

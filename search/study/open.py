@@ -12,7 +12,7 @@ from .store import Store
 def check_storage(url: str | None) -> str:
     """The kind of storage at an address; None: the run folder's journal.
 
-    Raises ConfigError where it is no address, RunError where the database cannot be used, long before it is needed.
+    Raises ConfigError where it is not an address, RunError where the database cannot be used, long before it is needed.
     """
     if url is None:
         return "journal"

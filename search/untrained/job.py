@@ -36,7 +36,7 @@ from .losses import MICRONATS, ImageLosses, image_losses
 from .search import Effort, expected_cost, search_untrained
 
 BATCH = 32  # images of one walk: more of them do not run faster on a CPU, and hold more memory
-FEW = 64  # images: fewer tell architectures apart badly
+FEW = 64  # images: fewer hardly distinguish architectures
 _TRIED = 12  # architectures that the forecast is timed with
 
 
@@ -121,7 +121,7 @@ def _drawn(job: Job) -> Job:
     config, whole = job.config, len(job.data.split("search"))
     if whole < 2:
         raise DataError(
-            f"{config.data} holds {whole} image to score on, which tells nothing apart: give some hundred of them, as the "
+            f"{config.data} holds {whole} image to score on, which is too few to compare architectures: give a few hundred, as the "
             "model will see in use"
         )
     order = np.random.default_rng(config.seed).permutation(whole)[: config.images]
@@ -129,7 +129,7 @@ def _drawn(job: Job) -> Job:
     if len(order) < whole:
         notes += (f"{len(order):,} of the {whole:,} images are scored on, drawn with seed {config.seed}: see --images",)
     if len(order) < FEW:
-        notes += (f"warning: {len(order)} images tell architectures apart badly; some hundred do better",)
+        notes += (f"warning: {len(order)} images distinguish architectures poorly; a few hundred do better",)
     return replace(job, data=job.data.drawn("search", order), notes=notes)
 
 

@@ -1,7 +1,7 @@
 """What a reduction does to each image's answer: losses in whole micronats, their mean and its paired interval.
 
 Top-1 moves only where an image is near a border between classes; a loss moves with every image, so a few hundred of
-them tell architectures apart that score the same accuracy. A loss is rounded to a whole number of micronats (1e-6 nat)
+them distinguish architectures of equal accuracy. A loss is rounded to a whole number of micronats (1e-6 nat)
 image by image: sums are exact, whatever the order of images, batches and workers.
 """
 
@@ -113,7 +113,7 @@ def image_losses(
                 nats = F.nll_loss(answers, labels, reduction="none")
             if not bool(nats.isfinite().all()):
                 named = walked[positions[0]]
-                raise ModelError(f"'{named}' gives answers that are not numbers; check the weights and the images")
+                raise ModelError(f"'{named}' has outputs that are not numbers; check the weights and the images")
             values[positions] = (nats * MICRONATS).round().long()
             right[positions] = judged(metric, logits, wanted)
         parts.append(ImageLosses(values[1:].cpu().numpy(), right[1:].cpu().numpy()))

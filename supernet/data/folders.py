@@ -154,7 +154,7 @@ def read_folder(
     listing = list_folder(root, depth=1)
     if listing.deeper:
         nested = os.path.join(root, listing.deeper[0])
-        raise DataError(f"{nested!r} lies in a class folder: put images directly into ROOT/CLASS/")
+        raise DataError(f"{nested!r} is inside a class folder: put images directly into ROOT/CLASS/")
     label_of = {folder.name: (known or names).index(name) for folder, name in zip(folders, names, strict=True)}
     homes = [os.path.dirname(path) for path in listing.paths]
     empty = [folder for folder in folders if folder.name not in {*homes}]
@@ -164,7 +164,9 @@ def read_folder(
     notes = listing.notes
     if loose := len(homes) - len(inside):
         first = next(path for path, home in zip(listing.paths, homes, strict=True) if not home)
-        notes += (f"{loose} image(s) in {str(root)!r} lie in no class folder ({readable(first)}) and are not read.",)
+        notes += (
+            f"{loose} image(s) in {str(root)!r} are outside the class folders ({readable(first)}) and are not read.",
+        )
     if not len(inside):
         raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
     items = [(os.path.join(root, listing.paths[index]), label_of[homes[index]]) for index in inside]

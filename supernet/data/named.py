@@ -133,6 +133,6 @@ def _indices(labels: Sequence[Any], num_classes: int | None, place: Place) -> np
     foreign = indices[(indices < 0) | (indices >= (num_classes or np.inf))]
     if len(foreign):
         raise DataError(
-            f"{place.name} has images labelled {foreign[0]}, which is no class: take data that are labelled"
+            f"{place.name} has images labelled {foreign[0]}, which is not a class: take data that are labelled"
         )
     return indices.astype(np.int64)

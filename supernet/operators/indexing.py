@@ -38,7 +38,7 @@ def _flat(indices: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 as it is, anything narrower as float32: bfloat16 has 8 bits, too few to tell near tokens apart."""
+    """float64 as it is, anything narrower as float32: bfloat16 has 8 bits, too few to distinguish similar tokens."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

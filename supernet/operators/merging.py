@@ -141,7 +141,7 @@ def _merges_per_step(before: int, after: int) -> list[int]:
 
 
 def _merge_pairs(held: torch.Tensor, keys: torch.Tensor, merges: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step: tokens at even places (A) look for their likest at odd places (B); the best `merges` of A join it.
+    """One step: tokens at even places (A) are matched to the most similar at odd places (B); the best `merges` of A merge.
 
     (B, P, columns) → (B, P − merges, columns), and (B, P): which of these holds each token. Keys may be sums: their
     direction is that of their mean.

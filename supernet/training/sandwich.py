@@ -24,12 +24,13 @@ LEAST = 0.3  # share of the dense MACs below which such a step trains nothing, u
 class Sandwich:
     """Which architectures a supernet step trains: the largest, the smallest, and `students` drawn across MAC bands.
 
-    Bands are of equal width from the cheapest to the dearest, so that small and large networks get equal shares
+    Bands are of equal width from the cheapest to the most expensive, so that small and large networks get equal shares
     whatever their numbers. Draws are keyed by (seed, step) alone: nothing to save, and the same on every process.
 
     within: a share of the dense network's cost. A step then trains `DRAWN` architectures across the bands up to
     there, all on labels, and neither the largest nor the smallest: what is not searched takes no part. It ranks better
-    (results/trust), and says little of dearer ones, nor of the largest where it is 1. Raises BudgetError where nothing is so cheap.
+    (results/trust), but says little about more expensive ones, nor about the largest where it is 1. Raises BudgetError where
+    nothing is so cheap.
 
     guided: a teacher's distribution takes part in the loss: the dense model that the supernet began as. A step then trains
     `GUIDED` architectures across the bands from a `LEAST` share of the dense cost, or half of the limit, to the limit, and

@@ -60,7 +60,7 @@ function showSelection() {
   if (!why.length) why.push(`Nothing that was scored is both as cheap and ${betterWord}.`);
   byId("selection-why").textContent = why.join(" ");
   step("cheaper", "Cheaper", [...front].reverse().find((other) => costs[other] < costs[row]));
-  step("dearer", "More expensive", front.find((other) => costs[other] > costs[row]));
+  step("more-expensive", "More expensive", front.find((other) => costs[other] > costs[row]));
   byId("architecture").textContent = rows.architecture[row];
   byId("picture").replaceChildren(drawPicture(rows.architecture[row]));
 
