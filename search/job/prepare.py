@@ -202,7 +202,7 @@ def prepare(
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
-    supernet = make_supernet(begin, options)
+    supernet = make_supernet(config, options, begin.pretrained)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
     if config.guided is None:
         config = _guided(config, matched.fresh)
@@ -391,10 +391,10 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
     return dict(config.model_args) | {name: value for name, value in given.items() if value is not None}
 
 
-def make_supernet(config: SearchConfig, options: dict[str, Any]) -> SuperNet:
-    """The supernet of a configuration."""
-    space = partial(space_of, config)
-    return SuperNet.from_timm(config.model, space, config.pretrained, sharing=config.sharing, **options)
+def make_supernet(config: SearchConfig, options: dict[str, Any], pretrained: bool | None = None) -> SuperNet:
+    """The supernet of a configuration. pretrained: whether it gets timm's weights; None: as the configuration says."""
+    space, load = partial(space_of, config), config.pretrained if pretrained is None else pretrained
+    return SuperNet.from_timm(config.model, space, load, sharing=config.sharing, **options)
 
 
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
