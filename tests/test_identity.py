@@ -175,7 +175,7 @@ def test_a_changed_preset_breaks_no_run_begun_with_the_old_one(place, monkeypatc
     write_json(
         folder.path / "config.json", content | {"defaults": [name for name in content["defaults"] if name != "levels"]}
     )
-    with pytest.raises(RunError, match=r"levels: \(4, 3, 2, 1\) there, \(4,\) now"):
+    with pytest.raises(RunError, match=r"levels: \(4, 3, 2, 1\) there, \(4, 1\) now"):
         search("photos", out="run", weights="start.safetensors", **OPTIONS)
 
 
