@@ -216,6 +216,31 @@ def test_a_set_that_keeps_more_than_its_label(monkeypatch):
     assert (found.classes, found.open_test().labels.tolist()) == (("0", "1"), labels)
 
 
+def test_a_changed_file_of_a_torchvision_set_that_is_not_in_memory_changes_its_fingerprint(tmp_path, monkeypatch):
+    files = [tmp_path / f"{index}.png" for index in range(12)]
+    for index, file in enumerate(files):
+        Image.new("L", (8, 8), index).save(file)
+    dataset = Labelled(labels=[0, 1] * 6, targets=[0, 1] * 6, classes=["a", "b"])
+    dataset._image_files = files  # as Food101, Flowers102 and others keep them
+    monkeypatch.setattr(named, "create_dataset", lambda *_, **__: dataset)
+    before = open_data("torch/some", data_dir=".", **GREY).fingerprint
+    assert open_data("torch/some", data_dir=".", **GREY).fingerprint == before
+    Image.effect_noise((8, 8), 90).save(files[3])
+    assert open_data("torch/some", data_dir=".", **GREY).fingerprint != before
+
+
+@pytest.mark.parametrize(("made_from", "same"), [("abc", True), ("abd", False)])
+def test_a_hub_set_is_known_by_what_it_was_made_from(monkeypatch, made_from, same):
+    def fingerprint(of):
+        columns = HubColumns(label=[0, 1] * 10)
+        columns.info, columns._fingerprint = SimpleNamespace(splits=("train", "test")), of
+        reader = HubReader(first=0, dataset=columns, class_to_idx={"a": 0, "b": 1})
+        monkeypatch.setattr(named, "create_dataset", lambda *_, **__: SimpleNamespace(reader=reader))
+        return open_data("hfds/some", **GREY).fingerprint
+
+    assert (fingerprint("abc") == fingerprint(made_from)) == same
+
+
 class HubReader(SimpleNamespace):
     """As timm's reader of a Hugging Face set: grey images whose value is their number."""
 

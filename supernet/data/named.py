@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,11 @@ def open_digits(place: Place) -> Found:
 def open_timm(place: Place) -> Found:
     """A data set of torchvision or the Hugging Face hub, as timm opens it. Raises DataError where it cannot be used."""
     name, parts = place.name, _Parts(place)
-    items, labels = parts.open("train")
+    items, found = parts.open("train")
     names: Any = getattr(items, "classes", None) or getattr(items, "all_categories", ())
     if parts.of_hub:
         names = items.class_to_idx
-    train = parts.split(items, labels, len(names) or None)
+    train = parts.split(items, found, len(names) or None)
     names = names or range(int(train.labels.max()) + 1)
     classes = tuple(", ".join(one) if isinstance(one, tuple) else str(one) for one in names)
     # "validation" is timm's word for the test images of torchvision's sets
@@ -54,7 +55,12 @@ def open_timm(place: Place) -> Found:
         return Found(classes, train, open_test)
     search = parts.split(*parts.open(others[1]), len(classes))
     sources, count = (train.source, search.source), len(train)
-    both = Source(_Joined(*sources), np.concatenate([one.labels for one in sources]))  # neither is decoded yet
+    both = Source(
+        _Joined(*sources),  # neither is decoded yet
+        np.concatenate([one.labels for one in sources]),
+        sizes=_column([one.sizes for one in sources]),
+        digests=_column([one.digests for one in sources]),
+    )
     note = f"{name}: architectures are scored on its {len(search)} {others[1]} images."
     return Found(classes, Split(both, np.arange(count)), open_test, Split(both, np.arange(count, len(both))), (note,))
 
@@ -101,7 +107,13 @@ class _Parts:
             Images(items, self.place.name, self.place.scale_16bit),
             _indices(labels, num_classes, self.place),
         )
-        return whole(Source(read, indices, digests=_digests(getattr(items, "data", None), len(labels))))
+        count = len(indices)
+        if self.of_hub:  # Hugging Face's own hash of what a data set was made from
+            made_from = getattr(items.dataset, "_fingerprint", None)
+            digests = None if made_from is None else np.full(count, digest(str(made_from).encode()), dtype=np.uint64)
+        else:
+            digests = _digests(getattr(items, "data", None), count)
+        return whole(Source(read, indices, sizes=_sizes(items, count), digests=digests))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +126,22 @@ class _Joined:
     def __call__(self, index: int) -> Any:
         count = len(self.first)
         return self.first.read(index) if index < count else self.second.read(index - count)
+
+
+def _column(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """One after the other; None where one of them is unknown."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
+
+
+def _sizes(items: Any, count: int) -> np.ndarray | None:
+    """Bytes of each image file, (N,) int64, where a data set of torchvision keeps their paths; None elsewhere."""
+    for kept in getattr(items, "__dict__", {}).values():
+        if isinstance(kept, (list, tuple)) and len(kept) == count:
+            paths = [one[0] if isinstance(one, tuple) and one else one for one in kept]
+            if isinstance(paths[0], (str, os.PathLike)) and os.path.isfile(paths[0]):
+                return np.array([os.path.getsize(path) for path in paths], dtype=np.int64)
+    return None
 
 
 def _digests(rows: Any, count: int | None = None) -> np.ndarray | None:
