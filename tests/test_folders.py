@@ -327,6 +327,16 @@ def test_what_was_set_aside_is_said_even_when_quiet(flat, tmp_path, quick, verb)
     assert "20 of its 100 images were set aside as test" in out
 
 
+def test_a_retraining_shows_that_images_are_checked_and_says_what_it_tests_on_even_when_quiet(flat, tmp_path, verb):
+    words = ("retrain", exported(tmp_path / "model", flat), "--epochs", "1", "--batch-size", "40")
+    status, _, error = verb(*words)
+    assert status == 0, error
+    assert "checking images: 100%" in error
+    status, out, error = verb(*words, "--out", tmp_path / "quiet", "--quiet")
+    assert (status, "checking" in error) == (0, False), error
+    assert "20 of its 100 images were set aside as test" in out
+
+
 def test_every_opening_of_a_folder_shows_progress(flat):
     args = {"depth": 1, "embed_dim": 8, "num_heads": 1}
     size = {"img_size": 16, "in_chans": 1, "levels": (1,)}
