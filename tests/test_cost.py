@@ -208,7 +208,7 @@ def test_a_table_without_a_part_is_refused_by_that_part(missing: str):
 
 @pytest.mark.parametrize("value", [None, [], "macs", 3])
 def test_what_is_no_object_is_no_table(value: Any):
-    with pytest.raises(SpaceError, match="no cost table in JSON"):
+    with pytest.raises(SpaceError, match="not a cost table in JSON"):
         CostTable.from_json(value)
 
 

@@ -196,7 +196,9 @@ def test_retraining_is_taught_by_the_runs_dense_model(found, tmp_path):
 
     (found.run.dense).rename(found.run.path / "elsewhere")
     try:
-        with pytest.raises(RunError, match=r"dense\.safetensors, the dense model .* is gone .* --teacher none"):
+        with pytest.raises(
+            RunError, match=r"dense\.safetensors, the dense model .* is missing or was changed.* --teacher none"
+        ):
             retrain(tmp_path / "export", tmp_path / "gone", **options)
         assert not (tmp_path / "gone").exists()
         assert evaluate(tmp_path / "taught", device="cpu")["dense_top1"] is None

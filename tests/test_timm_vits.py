@@ -23,7 +23,13 @@ PLAIN = {"vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "
 def structure(model: Any) -> tuple[Any, ...]:
     """What makes a difference to how a model is run: kinds of its parts, not their sizes."""
     tokens = (model.has_class_token, model.reg_token is not None, model.no_embed_class, model.pos_embed is None)
-    head = (model.global_pool, model.pool_include_prefix, type(model.fc_norm), type(model.norm), type(model.norm_pre))
+    head = (
+        model.global_pool,
+        getattr(model, "pool_include_prefix", None),
+        type(model.fc_norm),
+        type(model.norm),
+        type(model.norm_pre),
+    )
     stem = type(getattr(model.patch_embed, "backbone", None)), type(model.patch_embed), model.dynamic_img_size
     block = tuple((name, type(part).__name__) for name, part in model.blocks[0].named_modules())
     biases = tuple(name for name, _ in model.blocks[0].named_parameters())

@@ -209,7 +209,6 @@ def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_proces
     pd.testing.assert_frame_equal(*(pd.read_csv(path / "benchmark.csv.gz") for path in (folder, alone)))
 
 
-@pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "postgresql"))
 def test_a_worker_waits_for_no_supernet_before_it_refuses_what_it_was_given(digits_run, monkeypatch):
     monkeypatch.setattr(worker, "_wait_for_supernet", lambda *arguments: pytest.fail("it waited"))
 
@@ -225,6 +224,7 @@ def test_a_worker_waits_for_no_supernet_before_it_refuses_what_it_was_given(digi
             worker.work(digits_run.folder, **options)
 
 
+@pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "postgresql"))
 def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(
     kind, alone, job, tmp_path, request
 ):
