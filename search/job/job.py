@@ -73,17 +73,23 @@ def run_job(
     if distributed.rank() > 0:
         _train(job, None, console)
         return RunFolder(Path(out), config)
-    if (Path(out) / "config.json").exists():
-        earlier = RunFolder.open(out)
-        folder.check_same(job.data.fingerprint, kind, job.data.files)
-        recorded = earlier.config.threads
-    else:
-        recorded = None
-    threads = choose_threads(config.threads, recorded, job.supernet, job.recipe)
-    notes = (*job.notes, *([threads.note] if threads.note else []))
-    job = replace(job, config=config.changed(threads=threads.number), notes=notes)
-    with computing_with(threads.number):
+    job, threads = with_threads(job, folder, kind, job.recipe)
+    with computing_with(threads):
         return _run(job, Path(out), console, storage, kind)
+
+
+def with_threads(job: Job, folder: RunFolder, kind: str, recipe: Recipe | None = None) -> tuple[Job, int | None]:
+    """The job with its number of threads, the run's where it was begun, and that number; see `choose_threads`.
+
+    Raises RunError for other images, or a study elsewhere, than those the run was begun with.
+    """
+    recorded = None
+    if (folder.path / "config.json").exists():
+        folder.check_same(job.data.fingerprint, kind, job.data.files)
+        recorded = RunFolder.open(folder.path).config.threads
+    threads = choose_threads(job.config.threads, recorded, job.supernet, recipe)
+    notes = (*job.notes, *([threads.note] if threads.note else []))
+    return replace(job, config=job.config.changed(threads=threads.number), notes=notes), threads.number
 
 
 def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) -> RunFolder:

@@ -20,13 +20,13 @@ from poolshare.supernet.data import Place
 from poolshare.supernet.data.listing import is_image, subfolders
 from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Batches, Data
-from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.threads import computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
 from ..job.folder import RunFolder
-from ..job.job import conclude, make_task, time_models, timed_job
+from ..job.job import conclude, make_task, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
 from ..job.trained_head import checked_head
 from ..progress import Advance, progress_bar, time_text
@@ -66,16 +66,8 @@ def run_untrained(
     folder = RunFolder(Path(out), config)
     folder.check_weights(config)
     job = _drawn(prepare(config, console, data, metric, RunFolder.classes_of(out), load=not folder.supernet.exists()))
-    if (Path(out) / "config.json").exists():
-        earlier = RunFolder.open(out)
-        earlier.check_same(job.data.fingerprint, "journal", job.data.files)
-        recorded = earlier.config.threads
-    else:
-        recorded = None
-    threads = choose_threads(config.threads, recorded, job.supernet)
-    notes = (*job.notes, *([threads.note] if threads.note else []))
-    job = replace(job, config=job.config.changed(threads=threads.number), notes=notes)
-    with computing_with(threads.number):
+    job, threads = with_threads(job, folder, "journal")
+    with computing_with(threads):
         return _run(job, Path(out), console)
 
 
