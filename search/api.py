@@ -36,6 +36,8 @@ NOT_OWN = (
     "download",
     "search_fraction",
     "search_data",
+    "search_images",
+    "check_images",
     "scale_16bit",
     "img_size",
     "in_chans",
@@ -67,7 +69,8 @@ def search(
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
         levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
         trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
-        data_dir, download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
+        data_dir, download, search_fraction, search_images, check_images, img_size, in_chans, search_data, scale_16bit, which
+        own data decide by themselves.
 
         training=False searches the model as it is, see `--no-training`; unlabelled and images belong to that.
 

@@ -50,7 +50,7 @@ IMAGES = 1000  # scored on, at most, where nothing is trained: more add little a
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
-MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", *SEARCHING, *PLACES)
+MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", "check_images", *SEARCHING, *PLACES)
 LOCAL = "local-dir:"  # begins a folder in timm's words
 ADDRESSES = ("hf-hub:", "hf_hub:", LOCAL)  # begin weights that are no plain path
 
@@ -146,6 +146,11 @@ class SearchConfig(BaseModel):
         None,
         "Score on these class folders instead. Default: val/ where there is a test/ beside it.",
         metavar="FOLDER",
+    )
+    search_images: int = option(10_000, "Score on at most so many images, drawn class by class.", metavar="N", ge=2)
+    check_images: Literal["once", "now", "never"] = option(
+        "once",
+        "When image files are decoded as a check: once, and again where a file has changed; now, all of them; never.",
     )
     scale_16bit: bool = option(False, "Take 16-bit grey images, 65,535 as white; else they are refused.")
     metric: str = "top1"  # name of the function that says which answers are right

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from poolshare.space.processes import usable_cores
+
 from .measure import evaluating
 from .model import SuperNet
 from .training.loop import attention_of, precision_of
@@ -31,14 +33,6 @@ class Threads(NamedTuple):
 
     number: int | None  # None: leave PyTorch as it is
     note: str = ""
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hypothesis import settings
 from torch import nn
 
 from poolshare.search import cli
+from poolshare.supernet.data.seen import CACHE_VARIABLE
 
 # In CI a few examples of each kind; the slow tests (pytest -m slow) fuzz with thousands.
 settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
@@ -58,6 +59,14 @@ def _one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")  # as asked for, so that no search times steps to choose a number
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the suite sees of image files stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import Forked, call
+from conftest import DIGITS, Forked, call, one_of_each
 from opened import open_data
 from safetensors.torch import load_file, save_file
 
@@ -96,15 +97,20 @@ def torchrun(*words, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("together")
+def environments(count=2):
+    """What torchrun tells each of so many processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     told |= {"TORCHELASTIC_RUN_ID": "none"}
-    both = [Forked(in_each_process, folder, RANK=str(rank), LOCAL_RANK=str(rank), **told) for rank in (0, 1)]
+    return [told | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    both = [Forked(in_each_process, folder, **told) for told in environments()]
     for status, _, err in [process.wait() for process in both]:
         assert status == 0, err
     return folder
@@ -145,10 +151,12 @@ def test_training_continues_with_another_number_of_processes(together, tmp_path)
 def test_the_command_trains_in_two_processes_of_which_one_writes_and_prints(tmp_path):
     words = ["search", "--data", "digits", "--model-args", "depth=3,embed_dim=16,num_heads=2", "--batch-size", "128"]
     words += ["--sampler", "random", "--trials", "10", "--device", "cpu", "--json", "--out", str(tmp_path / "run")]
-    finished = torchrun("-m", "poolshare.search.cli", *words, "--epochs", "2")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("training the supernet: 100%") == 1
-    json.loads(finished.stdout)
+    both = [Forked.verb(*words, "--epochs", "2", **told) for told in environments()]
+    (status, out, err), (other_status, *said) = (process.wait() for process in both)
+    assert (status, other_status) == (0, 0), (err, said)
+    assert "training the supernet: 100%" in err
+    assert said == ["", ""]
+    json.loads(out)
     assert load_tensors(tmp_path / "run" / "training.safetensors")[1]["epochs"] == 2
     assert len(pd.read_csv(tmp_path / "run" / "candidates.csv")) == 10
     status, _, err = call(*words, "--epochs", "3")
@@ -163,3 +171,58 @@ def test_what_one_of_two_processes_refuses_ends_both(digits_run):
     refused = torchrun("-m", "poolshare.search.cli", *words, "--epochs", "3", "--lr", "0.5")
     assert refused.returncode != 0
     assert "lr: 0.002 there, 0.5 now" in refused.stderr
+
+
+# Scoring
+
+
+def images_scored(folder):
+    """Of every architecture that was scored: right answers and images."""
+    rows = pd.read_csv(folder / "candidates.csv").itertuples()
+    return {row.architecture: (row.correct, row.total) for row in rows}
+
+
+@pytest.mark.parametrize("sampler", ["exhaustive", "evolution"])
+@pytest.mark.parametrize("count", one_of_each([2, 4], 2))
+def test_processes_score_what_one_scores_to_the_last_image(sampler, count, digits_run, tmp_path):
+    words = ["search", *DIGITS[1:], "--sampler", sampler, "--trials", "40", "--threads", "1", "-q"]
+    found = []
+    for name, told in (("one", environments(1)), ("several", environments(count))):
+        folder = shutil.copytree(digits_run.folder, tmp_path / name)
+        for old in ("candidates.csv", "study.journal", "summary.json"):
+            (folder / old).unlink(missing_ok=True)
+        processes = [Forked.verb(*words, "--out", folder, **environment) for environment in told]
+        for status, _, err in [process.wait() for process in processes]:
+            assert status == 0, err
+        found.append(images_scored(folder))
+    assert found[0] == found[1]
+    assert {total for _, total in found[0].values()} == {377}
+
+
+def test_a_worker_of_two_processes_is_one_worker(digits_run, tmp_path):
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    whole = images_scored(folder)
+    for old in ("candidates.csv", "study.journal", "summary.json"):
+        (folder / old).unlink(missing_ok=True)
+    both = [Forked.verb("worker", folder, "--device", "cpu", "--json", "-q", **told) for told in environments()]
+    (status, out, err), (other, *said) = (process.wait() for process in both)
+    assert (status, other, said) == (0, 0, ["", ""]), err
+    assert json.loads(out)["scored"] == len(whole)
+    assert call("search", *DIGITS[1:], "--out", folder, "-q")[0] == 0
+    assert images_scored(folder) == whole
+
+
+def test_a_process_killed_while_scoring_ends_the_search_clearly_and_the_same_command_goes_on(digits_run, tmp_path):
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    whole = images_scored(folder)
+    for old in ("candidates.csv", "study.journal", "summary.json"):
+        (folder / old).unlink(missing_ok=True)
+    words = ["search", *DIGITS[1:], "--out", folder]
+    first, second = (Forked.verb(*words, **told) for told in environments())
+    first.wait_for("scoring the whole space")
+    second.send(signal.SIGKILL)
+    status, _, err = first.wait()
+    assert second.wait()[0] == -signal.SIGKILL
+    assert (status, "processes that torchrun started has ended" in " ".join(err.split())) == (1, True), err
+    assert call(*words, "-q")[0] == 0
+    assert images_scored(folder) == whole

@@ -140,7 +140,7 @@ def test_other_images_are_refused_before_anything_is_trained(run, tmp_path, verb
     before = sorted(path.name for path in changed.iterdir())
     code, _, error = verb(words[0], changed, *words[1:], "--epochs", "7", "--device", "cpu", "-q")  # as none did yet
     assert code == 1
-    assert "(other classes, labels or sizes of files); restore them" in " ".join(error.split())
+    assert "(other classes or labels); restore them" in " ".join(error.split())
     assert sorted(path.name for path in changed.iterdir()) == before
 
 

@@ -106,10 +106,10 @@ def test_names_in_any_encoding(tmp_path):
     run = RunFolder(tmp_path / "run", checked_config(data=str(tmp_path)))
     run.path.mkdir()
     run.write_config(data.fingerprint, files=data.files)
-    name = next(iter(data.files))
-    changed = data.files | {name: "other"}
+    name = next(data.files())[0]
+    changed = {**dict(data.files()), name: "other"}.items()
     with pytest.raises(RunError) as caught:
-        run.check_images("5 images, 0", changed)
+        run.check_images("5 images, 0", lambda: changed)
     assert repr(name) in str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """Training: the sandwich against its definition, resuming against an undisturbed run, and what stops it."""
 
+import contextlib
 import math
 import os
 import random
@@ -14,6 +15,7 @@ from opened import open_data
 
 from poolshare.space import BudgetError, RunError, SearchSpace, TrainingError
 from poolshare.supernet import SuperNet, measure_macs
+from poolshare.supernet.training import curve
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors, state_before
 from poolshare.supernet.training.loop import steps_per_epoch, train_model, train_supernet
 from poolshare.supernet.training.recipe import Recipe
@@ -343,3 +345,42 @@ def test_a_damaged_or_foreign_file_is_refused_and_shapes_are_looked_at_first(tmp
         unnoticed += 1
     assert unnoticed < 40
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
+
+
+def test_a_training_keeps_its_curve_and_a_resumed_one_has_the_same(digits, costs, tmp_path, monkeypatch):
+    monkeypatch.setattr(curve, "ROWS", 5)
+    recipe, told = Recipe(epochs=2, batch_size=100, lr=1e-3), []
+    steps = steps_per_epoch(digits, recipe)
+    taken: list[float] = []
+
+    class Stop(Exception):
+        pass
+
+    def train(state, stop_at=None):
+        def progress(step, loss):
+            if loss is not None:
+                taken.append(loss)
+            if step == stop_at:
+                raise Stop
+
+        with contextlib.suppress(Stop):
+            train_supernet(make_net(), digits, costs, recipe, state=state, progress=progress, watch=told.append, save_seconds=0)
+        return curve.read_curve(state.with_suffix(".csv"))
+
+    whole = train(tmp_path / "whole.safetensors")
+    every = math.ceil(2 * steps / 5)
+    assert [row.step for row in whole] == [*range(every, 2 * steps + 1, every)]
+    assert [row.loss for row in whole] == pytest.approx(
+        [sum(taken[row.step - every : row.step]) / every for row in whole], rel=1e-5
+    )
+    assert [row.epoch for row in whole] == pytest.approx([row.step / steps for row in whole], rel=1e-5)
+    assert [row._replace(images_per_second=0) for row in told] == [
+        pytest.approx(row._replace(images_per_second=0), rel=1e-5) for row in whole
+    ]
+    assert all(row.gradient_norm > 0 and row.images_per_second > 0 and 0 < row.lr <= 1e-3 for row in whole)
+    train(tmp_path / "state.safetensors", stop_at=every + 1)
+    resumed = train(tmp_path / "state.safetensors")
+    for one, other in zip(resumed[:1] + resumed[2:], whole[:1] + whole[2:], strict=True):  # a stop begins a mean anew
+        assert one._replace(images_per_second=0) == other._replace(images_per_second=0)
+    (tmp_path / "state.csv").write_text("nonsense")
+    assert curve.read_curve(tmp_path / "state.csv") == []

@@ -122,6 +122,8 @@ def worker(
     from ..job.worker import work
 
     result = work(run, storage, data, data_dir, workers, device, progress_console(quiet), threads=threads)
+    if launched_rank():
+        return None
     if as_json:
         return print_json(result)
     console = PlainConsole()

@@ -361,7 +361,7 @@ def _open(
     missing = [one for one in opened.classes if one not in set(classes)]
     if not missing:
         opened = opened.relabelled(classes, [classes.index(one) for one in opened.classes])
-    if same and (found := difference(opened.fingerprint, facts["data_fingerprint"])):
+    if same and (found := difference(opened.fingerprint, facts["data_fingerprint"], mended=True)):
         raise DataError(
             f"the training images of {name} are not those the model was searched on ({found}), so its test images may "
             "not be either; restore them, or give other test images as --data FOLDER"

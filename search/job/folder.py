@@ -19,7 +19,7 @@ from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, held, reading
 
 from ..config import ADDRESSES, LOCAL, MAY_DIFFER, PLACES, SearchConfig, first_problem
-from .images import changed_files, difference, write_images
+from .images import FileList, changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
 
 if TYPE_CHECKING:
@@ -149,13 +149,13 @@ class RunFolder:
         self,
         data: str,
         storage: str = "journal",
-        files: Mapping[str, str] | None = None,
+        files: FileList | None = None,
         classes: Sequence[str] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         """Write config.json with the fingerprint of the training images, and the kind of storage its study is in.
 
-        files: of images that are files, a word for the contents of each by its name; kept in images.csv. classes: of the
+        files: lists images that are files, each with a word for its contents; kept in images.csv. classes: of the
         model, in the order of its head. notes: on data and weights; those of earlier calls are kept.
         Raises what `check_same` and `check_weights` do, before anything is written.
         """
@@ -167,7 +167,7 @@ class RunFolder:
         earlier = self.notes if path.exists() else ()
         content = {
             "format": FORMAT,
-            "data": data,
+            "data": self.data_fingerprint if path.exists() else data,
             "storage": storage,
             "search": self.config.model_dump(mode="json"),
             "defaults": sorted(defaults),
@@ -177,9 +177,9 @@ class RunFolder:
         }
         write_json(path, content)
         if files and not self.images.exists():
-            write_images(self.images, files)
+            write_images(self.images, files())
 
-    def check_same(self, data: str, storage: str, files: Mapping[str, str] | None = None) -> None:
+    def check_same(self, data: str, storage: str, files: FileList | None = None) -> None:
         """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
         self.check_images(data, files)
         there = self._fact("storage")
@@ -187,10 +187,10 @@ class RunFolder:
             remedy = "give --storage, or set POOLSHARE_STORAGE" if there == "postgresql" else "leave out --storage"
             raise RunError(f"the study of {self.path} is in a {there}: {remedy}, or search into a new folder")
 
-    def check_images(self, fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+    def check_images(self, fingerprint: str, files: FileList | None = None) -> None:
         """Raise RunError where the run was begun with other training images, naming `files` that differ."""
-        if found := difference(fingerprint, self.data_fingerprint):
-            named = changed_files(self.images, files or {})
+        if found := difference(fingerprint, self.data_fingerprint, mended=True):
+            named = changed_files(self.images, dict(files() if files else ()))
             raise RunError(
                 f"the training images of {self.config.data} are not those {self.path} was begun with "
                 f"({found}{named and f': {named}'}); restore them to continue it, or search into a new folder"

@@ -41,6 +41,7 @@ from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
 from .records import FORMAT, versions, write_csv, write_json
+from .together import count_together, help_scoring, scoring_together, search_batches
 from .trained_head import checked_head
 
 
@@ -71,7 +72,9 @@ def run_job(
     config = job.config
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
-        _train(job, None, console)
+        with distributed.joined(next(job.supernet.parameters()).device):
+            _train(job, None, console)
+            help_scoring(job)
         return RunFolder(Path(out), config)
     job, threads = with_threads(job, folder, kind, job.recipe)
     with computing_with(threads):
@@ -108,8 +111,9 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
         for note in job.notes:
             console.print(note, markup=False, soft_wrap=True)
         announce(job, pace, trained, console, tuned=folder.dense.exists())
-        _train(job, folder, console)
-        candidates, scoring = _score(job, folder, console, storage)
+        with distributed.joined(next(job.supernet.parameters()).device):
+            _train(job, folder, console)
+            candidates, scoring = _score(job, folder, console, storage)
         conclude(job, folder, candidates, scoring, time_models(job, candidates, console))
     return folder
 
@@ -199,13 +203,12 @@ def _training_seconds(folder: RunFolder, otherwise: float) -> float:
 
 def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = None) -> Task:
     """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-    known = dict(record or {})
+    batches, known = search_batches(job), dict(record or {})
 
     def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
         new = [architecture for architecture in architectures if architecture not in known]
         if new or not architectures:
-            counts, total = count_correct(job.supernet, new, batches, progress, job.metric)
+            counts, total = count_together(job, new, batches, progress)
             found = dict(zip(new, counts, strict=True))
         else:
             found, total = {}, known[architectures[0]][1]
@@ -260,9 +263,10 @@ def score_candidates(
 def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
     """Score the candidates; returns the candidates frame and the seconds spent."""
     start = time.monotonic()
-    task = make_task(job, _record(folder))
-    frame = score_candidates(job, task, folder, console, storage)
-    frame = _with_included(job, task, frame)
+    with scoring_together(job):
+        task = make_task(job, _record(folder))
+        frame = score_candidates(job, task, folder, console, storage)
+        frame = _with_included(job, task, frame)
     folder.write_candidates(frame)
     return frame, time.monotonic() - start
 

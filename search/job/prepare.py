@@ -184,12 +184,15 @@ def prepare(
                 scale_16bit=config.scale_16bit,
             )
             if config.unlabelled:
-                data = open_pictures(place, image_format(data_config), seed=config.seed, progress=progress)
+                when = config.check_images
+                data = open_pictures(place, image_format(data_config), seed=config.seed, when=when, progress=progress)
             else:
                 data = open_data(
                     place,
                     image_format(data_config),
                     search_fraction=config.search_fraction,
+                    search_images=config.search_images if config.training else None,
+                    when=config.check_images,
                     seed=config.seed,
                     progress=progress,
                     augmentation=recipe.augmentation,

@@ -15,6 +15,7 @@ from poolshare.space.data_kind import DataKind
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.threads import choose_threads, computing_with
+from poolshare.supernet.training import distributed
 
 from ..config import SearchConfig
 from ..scoring import Metric, top1
@@ -22,6 +23,7 @@ from ..study.open import check_storage
 from .folder import RunFolder
 from .job import make_task, score_candidates
 from .prepare import check_same_metric, is_trained, load_weights, open_given, pick_device, prepare
+from .together import help_scoring, scoring_together
 
 SECONDS_BETWEEN_LOOKS = 2
 PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
@@ -44,7 +46,8 @@ def work(
     data, data_dir: where the images of the search lie here, if elsewhere. data, classes, metric: those given in Python to
     the search, see `poolshare.search.search`. workers: processes that load images. threads: of PyTorch on a CPU; None: see
     `choose_threads`.
-    Returns how many architectures were scored here, and in all. Raises a PoolshareError for whatever the user can mend, for
+    Returns how many architectures were scored here, and in all. Processes that torchrun started together are one worker,
+    each with its share of the images; all but the first return nothing. Raises a PoolshareError for whatever the user can mend, for
     instance other images than those of the search.
     """
     console = console or Console(quiet=True)
@@ -73,7 +76,10 @@ def work(
         job = job.with_latency(latency)
     elif job.config.objective == "latency":
         raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
-    task, scored = make_task(job), 0
+    if distributed.rank() > 0:
+        help_scoring(job)
+        return {}
+    scored = 0
 
     def score(architectures: Any, progress: Any) -> Any:
         nonlocal scored
@@ -84,7 +90,8 @@ def work(
     chosen = choose_threads(threads, folder.config.threads, job.supernet)
     if chosen.note:
         console.print(chosen.note, markup=False, soft_wrap=True)
-    with computing_with(chosen.number):
+    with computing_with(chosen.number), scoring_together(job):
+        task = make_task(job)
         found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from poolshare.space.errors import DataError
 
-from .listing import ENDINGS, class_name, list_folder, readable, some, subfolders
-from .pictures import Images
+from .listing import ENDINGS, Listing, class_name, list_folder, readable, some, subfolders
+from .pictures import Files, Images
 from .sources import Found, Place, Source, Split, whole
 
 TRAIN_FOLDERS = ("train", "training")  # in upper or lower case, like the two below
@@ -104,11 +104,11 @@ def open_folder(place: Place) -> Found:
 
 def _both(first: Source, second: Source, prefix: str) -> Source:
     """The images of two folders as those of one; `prefix` comes before the second one's names."""
-    columns: list[Any] = [(one.labels, one.sizes, one.digests) for one in (first, second)]
-    labels, sizes, digests = map(np.concatenate, zip(*columns, strict=True))
+    columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (first, second)]
+    labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
     names = [*(first.names or ()), *(f"{prefix}/{name}" for name in second.names or ())]
     read: Any = replace(first.read, items=first.read.items + second.read.items)  # type: ignore[attr-defined,type-var]
-    return Source(read, labels, names, sizes, digests)
+    return Source(read, labels, names, sizes, digests, times)
 
 
 def list_classes(root: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
@@ -155,28 +155,25 @@ def read_folder(
     if listing.deeper:
         nested = os.path.join(root, listing.deeper[0])
         raise DataError(f"{nested!r} is inside a class folder: put images directly into ROOT/CLASS/")
-    label_of = {folder.name: (known or names).index(name) for folder, name in zip(folders, names, strict=True)}
-    homes = [os.path.dirname(path) for path in listing.paths]
-    empty = [folder for folder in folders if folder.name not in {*homes}]
+    index_of = {name: index for index, name in enumerate(known or names)}
+    label_of = {folder.name: index_of[name] for folder, name in zip(folders, names, strict=True)}
+    homes = (os.path.dirname(path) for path in listing.paths)
+    labels = np.fromiter((label_of.get(home, -1) for home in homes), dtype=np.int64, count=len(listing.paths))
+    used = {*np.unique(labels).tolist()}
+    empty = [folder for folder in folders if label_of[folder.name] not in used]
     if empty and known is None:
         raise DataError(f"no image ({' '.join(ENDINGS)}) in class folder {str(empty[0])!r}: add some, or remove it")
-    inside = np.flatnonzero([home != "" for home in homes])
+    inside = np.flatnonzero(labels >= 0)
     notes = listing.notes
-    if loose := len(homes) - len(inside):
-        first = next(path for path, home in zip(listing.paths, homes, strict=True) if not home)
+    if loose := len(labels) - len(inside):
+        first = listing.paths[int(np.argmin(labels))]
         notes += (
             f"{loose} image(s) in {str(root)!r} are outside the class folders ({readable(first)}) and are not read.",
         )
     if not len(inside):
         raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
-    items = [(os.path.join(root, listing.paths[index]), label_of[homes[index]]) for index in inside]
-    source = Source(
-        Images(items, str(root), scale_16bit),
-        np.array([label for _, label in items], dtype=np.int64),
-        [listing.paths[index] for index in inside],
-        np.array(listing.sizes, dtype=np.int64)[inside],
-        np.zeros(len(items), dtype=np.uint64),
-    )
+    paths = listing.paths if not loose else [listing.paths[index] for index in inside]
+    source = _source(root, paths, labels[inside], listing, inside, scale_16bit)
     return names if known is None else tuple(known), source, notes
 
 
@@ -185,8 +182,14 @@ def read_pictures(root: Path, scale_16bit: bool) -> tuple[Source, tuple[str, ...
     listing = list_folder(root)
     if not listing.paths:
         raise DataError(f"no image ({' '.join(ENDINGS)}) in {str(root)!r}: add some")
-    items = [(os.path.join(root, path), 0) for path in listing.paths]
-    labels = np.zeros(len(items), dtype=np.int64)
-    digests = np.zeros(len(items), dtype=np.uint64)
-    sizes = np.array(listing.sizes, dtype=np.int64)
-    return Source(Images(items, str(root), scale_16bit), labels, listing.paths, sizes, digests), listing.notes
+    rows = np.arange(len(listing.paths))
+    return _source(root, listing.paths, np.zeros_like(rows), listing, rows, scale_16bit), listing.notes
+
+
+def _source(
+    root: Path, paths: list[str], labels: np.ndarray, listing: Listing, rows: np.ndarray, scale_16bit: bool
+) -> Source:
+    """The images at `rows` of a listing, whose paths and labels these are; nothing is known of their contents."""
+    sizes, times = (np.frombuffer(column, dtype=np.int64)[rows] for column in (listing.sizes, listing.times))
+    read = Images(Files(((str(root), paths),)), str(root), scale_16bit)
+    return Source(read, labels, paths, sizes, np.zeros(len(rows), dtype=np.uint64), times)

@@ -49,13 +49,32 @@ class LoaderData(Data):
         return self.sizes
 
     def train_loader(
-        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
+        self,
+        epoch: int,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin: bool = False,
     ) -> Batches:
-        """One epoch of the user's training loader; each rank takes its share of every batch."""
+        """Epochs of the user's training loader; each rank takes its share of every batch."""
         for images in self.sizes:
             _check_share(images, world_size)
-        key = self.seed, _EPOCH, epoch
-        return _Epoch(self.loaders["train"], "train", key, start_step, rank, world_size, self.places)
+
+        def one(now: int) -> _Epoch:
+            start = start_step if now == epoch else 0
+            key = self.seed, _EPOCH, now
+            return _Epoch(self.loaders["train"], "train", key, start, rank, world_size, self.places)
+
+        return _Epochs([one(now) for now in range(epoch, epoch + epochs)])
+
+    def eval_share(self, split: str, batch_size: int, rank: int, world_size: int, *, workers: int = 0) -> Batches:
+        """Every so manieth batch; the loader gives no ranges."""
+        batches = self.eval_loader(split, batch_size, workers=workers)
+        return batches if world_size == 1 else [batch for at, batch in enumerate(batches) if at % world_size == rank]
 
     def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
         if (start, stop) != (0, None):
@@ -63,6 +82,20 @@ class LoaderData(Data):
         if split not in self.loaders:
             raise DataError(f"no loader of {split} images was given for {self.name}")
         return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Epochs:
+    """One epoch after the other."""
+
+    parts: Sequence[_Epoch]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in self.parts:
+            yield from part
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from .listing import some
 from .named import open_digits, open_timm
 from .pictures import Progress
 from .sources import Found, Place, Split, whole
-from .splits import Data
+from .splits import Checking, Data
 from .transforms import (
     DEFAULT_AUGMENTATION,
     Augmentation,
@@ -33,10 +33,12 @@ def open_data(
     images: ImageFormat,
     *,
     search_fraction: float = 0.2,
+    search_images: int | None = None,
     test_fraction: float = 0.2,
     seed: int = 0,
     augmentation: Augmentation = DEFAULT_AUGMENTATION,
     check: Sequence[str] = ("train",),
+    when: Checking = "once",
     progress: Progress | None = None,
     training: bool = True,
 ) -> Data:
@@ -44,8 +46,9 @@ def open_data(
 
     images: what the model takes.
     search_fraction: share of the training images set aside to score architectures on, where none are there for that.
+    search_images: how many are scored on, at most; the others are trained on, or left out where they are there for that.
     test_fraction: share of all images set aside where the data have no test images of their own (`Data.notes` says so).
-    check: whose images are decoded once, as a check: `train`, which comprises search-validation, and `test`, see
+    check, when: whose images are decoded, as a check: `train`, which comprises search-validation, and `test`, see
         `Data.check`. progress: called as `progress(done, total)` meanwhile.
     training: False: nothing will be trained, so all images but those of test are scored on; where a class has one image,
         none are set aside as test either.
@@ -66,29 +69,40 @@ def open_data(
     prepare = _transform(place, images, augmentation)
     found = open_source(place)
     splits, notes, full = {}, found.notes, found.train
-    count = len(full)
+    whole_count = len(full)
     if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
-        notes += (f"{name}: none of its {count} images were set aside as test, as some class has no two of them.",)
+        notes += (f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",)
     elif found.open_test is None:
-        splits["test"], full = full.cut(test_fraction, found.classes, random_numbers(seed, _TEST), f"{name}, test")
+        count = round(test_fraction * len(full))
+        splits["test"], full = full.cut(count, found.classes, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
-            f"{name} has no test images of its own: {len(splits['test'])} of its {count} images were "
+            f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
         )
+    rng = random_numbers(seed, _SEARCH)
     if found.search is not None:
         search, train = found.search, full
         full = Split(train.source, np.concatenate([train.indices, search.indices]))
+        if search_images is not None and len(search) > search_images:
+            notes += (f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",)
+            search = search.drawn(search_images, found.classes, rng)
     elif training:
-        search, train = full.cut(search_fraction, found.classes, random_numbers(seed, _SEARCH), f"{name}, search")
+        count = round(search_fraction * len(full))
+        if search_images is not None and count > search_images:
+            notes += (f"architectures are scored on {search_images:,} training images: see --search-images",)
+            count = search_images
+        search, train = full.cut(count, found.classes, rng, f"{name}, search")
     else:
         search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
     data = Data(name, found.classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare)
-    data.check(check, progress)
+    data.check(check, progress, when)
     return data
 
 
-def open_pictures(place: Place, images: ImageFormat, *, seed: int = 0, progress: Progress | None = None) -> Data:
+def open_pictures(
+    place: Place, images: ImageFormat, *, seed: int = 0, when: Checking = "once", progress: Progress | None = None
+) -> Data:
     """A folder of pictures, however deep, without labels: all of them are `search`, and every label is 0.
 
     Raises DataError where there are none, and BrokenDataError as `open_data`.
@@ -103,11 +117,18 @@ def open_pictures(place: Place, images: ImageFormat, *, seed: int = 0, progress:
     data = Data(
         place.name, ("unlabelled",), images.in_chans, images.size, seed, notes, splits, None, prepare, labelled=False
     )
-    data.check(("train",), progress)
+    data.check(("train",), progress, when)
     return data
 
 
-def open_tests(place: Place, classes: Sequence[str], images: ImageFormat, *, progress: Progress | None = None) -> Data:
+def open_tests(
+    place: Place,
+    classes: Sequence[str],
+    images: ImageFormat,
+    *,
+    when: Checking = "once",
+    progress: Progress | None = None,
+) -> Data:
     """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
 
     classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
@@ -122,7 +143,7 @@ def open_tests(place: Place, classes: Sequence[str], images: ImageFormat, *, pro
     notes += (*class_notes(folder, classes), f"all {len(source)} images of {str(folder)!r} are test images.")
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
-    data.check(("test",), progress)
+    data.check(("test",), progress, when)
     return data
 
 

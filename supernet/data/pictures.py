@@ -6,19 +6,44 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
+from poolshare.space.processes import usable_cores
 
 PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 Progress = Callable[[int, int], None]  # images done, images in all
+
+
+class Files(Sequence[tuple[str]]):
+    """Paths of files by index, each as (path,), put together when it is asked for: a million of them take little memory.
+
+    parts: folders, and the paths below them.
+    """
+
+    def __init__(self, parts: tuple[tuple[str, Sequence[str]], ...]) -> None:
+        self.parts = parts
+
+    def __add__(self, other: Files) -> Files:
+        return Files(self.parts + other.parts)
+
+    def __len__(self) -> int:
+        return sum(len(paths) for _, paths in self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        for root, paths in self.parts:
+            if index < len(paths):
+                return (os.path.join(root, paths[index]),)
+            index -= len(paths)
+        raise IndexError(index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,33 +128,49 @@ def advance(progress: Progress, before: int, total: int, done: int) -> None:
     progress(before + done, total)
 
 
-def check_images(
-    read: Images, indices: Sequence[int], progress: Callable[[int], None] | None = None
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode the images at `indices` once, in threads: digests of their files' contents, (n,) uint64, and what is broken.
+@dataclass(frozen=True, eq=False)
+class _Looks(Dataset):
+    """Of each image at `indices` the digest of its file's contents and "", or 0 and what is wrong with it."""
 
-    The broken ones are messages by index, which name the file and say why; their digest is 0.
-    """
+    read: Images
+    indices: np.ndarray
 
-    def look(index: int) -> tuple[int, str]:
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, str]:
         try:
-            return digest(read.read(index)[1]), ""
+            return digest(self.read.read(int(self.indices[position]))[1]), ""
         except BrokenDataError as error:
             return 0, str(error).removeprefix("cannot read ")
 
-    total = len(indices)
-    digests, broken = np.zeros(total, dtype=np.uint64), dict[int, str]()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+FEW = 512  # images that are not worth a process
+
+
+def check_images(
+    read: Images, indices: np.ndarray, progress: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode the images at `indices` once: digests of their files' contents, (n,) uint64, and what is broken.
+
+    Many are shared among as many processes as there are cores.
+    The broken ones are messages by index, which name the file and say why; their digest is 0.
+    """
+    processes = 0 if len(indices) < FEW else usable_cores()
+    digests, broken = np.zeros(len(indices), dtype=np.uint64), dict[int, str]()
+    looks, generator = _Looks(read, indices), torch.Generator()  # a loader would draw from the global one
+    loader = DataLoader(looks, 64, num_workers=processes, collate_fn=list, generator=generator)
+    if progress:
+        progress(0)
+    position = 0
+    for part in loader:
+        for found, message in part:
+            digests[position] = found
+            if message:
+                broken[int(indices[position])] = message
+            position += 1
         if progress:
-            progress(0)
-        for start in range(0, total, 256):  # in pieces: a queue of a million futures is memory, not speed
-            part = [int(index) for index in indices[start : start + 256]]
-            for position, (found, message) in enumerate(pool.map(look, part), start):
-                digests[position] = found
-                if message:
-                    broken[int(indices[position])] = message
-            if progress:
-                progress(min(start + 256, total))
+            progress(position)
     return digests, broken
 
 

@@ -54,8 +54,9 @@ class Place:
 class Source:
     """Images that are read one at a time, and `labels`, their class indices: (N,) int64.
 
-    names: of the files, "cat/1.jpg", where they lie in folders. sizes: their bytes, (N,) int64. digests: hashes of the
-    contents, (N,) uint64, each 0 until it is known. None: there is no such thing here.
+    names: of the files, "cat/1.jpg", where they lie in folders. sizes: their bytes, (N,) int64. times: of their last
+    change, (N,) int64 nanoseconds. digests: hashes of the contents, (N,) uint64, each 0 until it is known. None: there is
+    no such thing here.
     """
 
     read: Callable[[int], Any]
@@ -63,6 +64,7 @@ class Source:
     names: Sequence[str] | None = None
     sizes: np.ndarray | None = None
     digests: np.ndarray | None = None
+    times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,11 +86,17 @@ class Split:
         return self.source.labels[self.indices]
 
     def cut(
-        self, fraction: float, classes: Sequence[str], generator: np.random.Generator, where: str
+        self, count: int, classes: Sequence[str], generator: np.random.Generator, where: str
     ) -> tuple[Split, Split]:
-        """A `stratified` share of the images, and the rest."""
-        chosen, rest = stratified(self.labels, classes, round(fraction * len(self)), generator, where)
+        """About `count` images, `stratified`, and the rest."""
+        chosen, rest = stratified(self.labels, classes, count, generator, where)
         return Split(self.source, self.indices[chosen]), Split(self.source, self.indices[rest])
+
+    def drawn(self, count: int, classes: Sequence[str], generator: np.random.Generator) -> Split:
+        """About `count` of the images, `stratified` where every class has two."""
+        if np.bincount(self.labels, minlength=len(classes)).min() > 1:
+            return self.cut(count, classes, generator, "")[0]
+        return Split(self.source, np.sort(generator.permutation(self.indices)[:count]))
 
 
 def stratified(

@@ -8,8 +8,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .listing import some
-from .pictures import Images, Progress, advance, check_images
+from .pictures import Files, Images, Progress, advance, check_images
+from .seen import keep, recall
 from .sources import Source, Split
 from .transforms import Prepare, random_numbers
 
+Checking = Literal["once", "now", "never"]  # when images are decoded as a check
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
 _ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed; `opening` has 0 and 1
@@ -64,22 +66,31 @@ class Data:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
 
-    def check(self, parts: Sequence[str], progress: Progress | None = None) -> None:
-        """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of, once.
+    def check(self, parts: Sequence[str], progress: Progress | None = None, when: Checking = "once") -> None:
+        """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of.
 
-        So broken ones are found before anything starts, and the fingerprint covers contents from then on.
-        Raises one BrokenDataError that names all of them.
+        So broken ones are found before anything starts, and the fingerprint covers contents from then on. when: "once",
+        those that were decoded before and have not changed are left out; "now", none is; "never", all are.
+        Raises one BrokenDataError that names all that are broken.
         """
         wanted: dict[int, tuple[Source, np.ndarray]] = {}
         for part in parts:
             split = self.split("train_full" if part == "train" else part)
-            indices = np.arange(len(split.source)) if part == "train" else split.indices
-            if isinstance(split.source.read, Images) and split.source.digests is not None and split.source.names:
-                wanted.setdefault(id(split.source), (split.source, indices))
+            source, indices = split.source, np.arange(len(split.source)) if part == "train" else split.indices
+            if isinstance(source.read, Images) and isinstance(source.read.items, Files):
+                if when != "now":
+                    recall(source)
+                new = indices if when == "now" else indices[source.digests[indices] == 0]  # type: ignore[index]
+                wanted.setdefault(id(source), (source, new))
+        if when == "never":
+            return
         total, done, broken = sum(len(indices) for _, indices in wanted.values()), 0, list[str]()
         for source, indices in wanted.values():
+            if not len(indices):
+                continue
             show = partial(advance, progress, done, total) if progress else None
             source.digests[indices], faults = check_images(source.read, indices, show)  # type: ignore[arg-type,index]
+            keep(source)
             broken += faults.values()
             done += len(indices)
         if broken:
@@ -112,8 +123,8 @@ class Data:
     def fingerprint(self) -> str:
         """Tells whether two openings gave the same classes and training images, in order; see search/job/images.py.
 
-        It holds how many there are, a hash of labels and, of files, their sizes, and one of what was read of their
-        contents, which is missing where nothing was. Names and times of change have no say: a copy is the same data.
+        It holds how many there are, a hash of labels, of files one of their sizes, and one of their contents, which is
+        missing where not all were decoded. Names and times of change have no say: a copy is the same data.
         """
         return self.fingerprint_of("train_full")
 
@@ -122,23 +133,22 @@ class Data:
         part = self.split(split)
         source, rows = part.source, part.indices
         listed = "\n".join(self.classes).encode() + rows.tobytes() + part.labels.tobytes()
+        text = f"{len(part)} images, {_hash(listed)}"
         if source.sizes is not None:
-            listed += source.sizes[rows].tobytes()
-        text = f"{len(part)} images, {hashlib.sha256(listed).hexdigest()[:16]}"
-        if source.digests is None or not source.digests[rows].all():
-            return text
-        return f"{text}, contents {hashlib.sha256(source.digests[rows].tobytes()).hexdigest()[:16]}"
+            text += f", sizes {_hash(source.sizes[rows].tobytes())}"
+        if source.digests is not None and source.digests[rows].all():
+            text += f", contents {_hash(source.digests[rows].tobytes())}"
+        return text
 
-    @property
-    def files(self) -> dict[str, str]:
-        """Of the images that `check("train")` reads: a word for the contents of each by its name, "cat/1.jpg".
+    def files(self) -> Iterator[tuple[str, str]]:
+        """Of the images that `check("train")` reads: the name of each, "cat/1.jpg", and a word for its contents.
 
         Those that were set aside as test are among them, since a file more or less sets aside others.
         """
         source = self.split("train_full").source
-        if source.names is None or source.sizes is None or source.digests is None:
-            return {}
-        return {source.names[i]: f"{source.sizes[i]}-{source.digests[i]:016x}" for i in range(len(source))}
+        if source.names is not None and source.sizes is not None and source.digests is not None:
+            for name, size, digest in zip(source.names, source.sizes, source.digests, strict=True):
+                yield name, f"{size}-{digest:016x}"
 
     @property
     def full(self) -> "Data":
@@ -150,13 +160,23 @@ class Data:
         return (min(batch_size, len(self.split("train"))),)
 
     def train_loader(
-        self, epoch: int, batch_size: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
+        self,
+        epoch: int,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin: bool = False,
     ) -> Batches:
-        """The shuffled, augmented batches of one epoch over `train`.
+        """The shuffled, augmented batches of `epochs` epochs over `train`, beginning with `epoch`.
 
         `batch_size` counts the images of all ranks together; a rank gets its contiguous share of each batch.
         A last short batch is dropped, but a split smaller than one batch is one batch. `start_step` leaves
-        out the steps already taken. Raises DataError for a batch that the ranks cannot share equally.
+        out the steps of the first epoch already taken. The workers live until the last epoch. pin: into memory from which
+        a GPU copies while it computes. Raises DataError for a batch that the ranks cannot share equally.
         """
         split = self.split("train")
         whole = self.batch_sizes(batch_size)[0]
@@ -168,10 +188,18 @@ class Data:
         steps = len(split) // whole
         if not 0 <= start_step <= steps:
             raise DataError(f"start_step {start_step} is not in an epoch of {steps} steps of {whole} images")
-        order = split.indices[random_numbers(self.seed, _ORDER, epoch).permutation(len(split))]
         share = whole // world_size
-        rows = order[: steps * whole].reshape(steps, whole)[start_step:, rank * share : (rank + 1) * share]
-        return _Loader(_Items(split.source, self._prepare, self.seed, epoch), rows.tolist(), workers)
+
+        def rows() -> Iterator[list[_Row]]:
+            for now in range(epoch, epoch + epochs):
+                order = split.indices[random_numbers(self.seed, _ORDER, now).permutation(len(split))]
+                first = start_step if now == epoch else 0
+                batches = order[: steps * whole].reshape(steps, whole)[first:, rank * share : (rank + 1) * share]
+                for batch in batches:
+                    yield [(index, now) for index in batch.tolist()]
+
+        items = _Items(split.source, self._prepare, self.seed)
+        return _Loader(items, _Rows(rows, epochs * steps - start_step), workers, pin)
 
     def eval_loader(
         self, split: str, batch_size: int, *, workers: int = 0, start: int = 0, stop: int | None = None
@@ -191,42 +219,86 @@ class Data:
         images, labels = (kept[start:stop].split(batch_size) for kept in self._tensors[split])
         return list(zip(images, labels, strict=True))
 
+    def eval_share(self, split: str, batch_size: int, rank: int, world_size: int, *, workers: int = 0) -> Batches:
+        """The part of `eval_loader`'s batches that one of so many processes answers for; none may be left for some."""
+        if world_size == 1:
+            return self.eval_loader(split, batch_size, workers=workers)
+        count = len(self.split(split))
+        whole = -(-count // batch_size)
+        first, last = (batch_size * (whole * part // world_size) for part in (rank, rank + 1))
+        mine = np.arange(count)[first:last]
+        return self.drawn(split, mine).eval_loader(split, batch_size, workers=workers) if len(mine) else []
+
     def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
         part = self.split(split)
         indices = part.indices[start:stop]
-        rows = [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
-        return _Loader(_Items(part.source, self._prepare, self.seed, None), rows, workers)
+        starts = range(0, len(indices), batch_size)
+
+        def rows() -> Iterator[list[_Row]]:
+            for at in starts:
+                yield [(index, None) for index in indices[at : at + batch_size].tolist()]
+
+        return _Loader(_Items(part.source, self._prepare, self.seed), _Rows(rows, len(starts)), workers)
+
+
+_Row = tuple[int, int | None]  # an image, and the epoch that augments it; None: as evaluation sees it
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The images of one batch after the other; no more are listed than are asked for."""
+
+    make: Callable[[], Iterator[list[_Row]]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[_Row]]:
+        return self.make()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class _Items(Dataset):
-    """Images and labels by index, as `epoch` augments them; without an epoch, as evaluation sees them."""
+    """Images and labels, each as its epoch augments it."""
 
     source: Source
     prepare: Prepare
     seed: int
-    epoch: int | None
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        draw = None if self.epoch is None else (self.seed, _AUGMENT, self.epoch, index)
+    def __getitem__(self, row: _Row) -> tuple[Tensor, int]:
+        index, epoch = row
+        draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
         return self.prepare(self.source.read(index), draw), int(self.source.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
 class _Loader:
-    """The items at the indices in `rows`, a batch for each row; every iteration has workers of its own."""
+    """The items of `rows`, a batch for each. Its workers live as long as it does."""
 
     items: _Items
-    rows: list[list[int]]
+    rows: _Rows
     workers: int
+    pin: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    @cached_property
+    def _loader(self) -> DataLoader:
         generator = torch.Generator()  # or each iteration would draw from the global one
+        keep: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        return DataLoader(
+            self.items, batch_sampler=self.rows, generator=generator, pin_memory=self.pin, **keep  # type: ignore[arg-type]
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
-            yield from DataLoader(self.items, batch_sampler=self.rows, num_workers=self.workers, generator=generator)
+            yield from self._loader
         except BrokenDataError as error:
             # A worker's message comes inside a traceback, whose frames would keep the workers alive.
             message = str(error).rpartition("BrokenDataError: ")[2].strip()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -93,6 +93,15 @@ def tensors_from_first(tensors: Mapping[str, torch.Tensor], device: torch.device
         dist.broadcast(tensor, 0)
         received[name] = tensor
     return received
+
+
+def summed(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Whole numbers added up over all processes, on all of them."""
+    if world_size() == 1:
+        return list(numbers)
+    shared = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(shared)
+    return shared.tolist()
 
 
 def agree(loss: torch.Tensor, stop: int | None) -> tuple[float, int | None]:

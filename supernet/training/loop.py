@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from poolshare.space import ConfigError, CostTable, TrainingError
+from poolshare.space import BrokenDataError, ConfigError, CostTable, TrainingError
 
 from ..data.loaders import loader_batch
 from ..data.splits import Data
@@ -26,6 +27,7 @@ from ..data.transforms import keyed_generators
 from ..model import SuperNet
 from . import distributed
 from .checkpoint import TrainingState
+from .curve import Curve, Watch
 from .interrupt import kept_signals
 from .recipe import Recipe
 from .sandwich import Sandwich
@@ -140,6 +142,7 @@ def fit(
     settings: Mapping[str, Any] | None = None,
     save_seconds: float = SECONDS_BETWEEN_SAVES,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     say: Say | None = None,
     otherwise: str = "move the file away",
 ) -> None:
@@ -147,7 +150,8 @@ def fit(
 
     state: a file from which the next call continues as if nothing had happened. It is written after every epoch,
     every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
-    kept beside it. Only the first process reads and writes it.
+    kept beside it, and so is the `Curve` of the training, as a CSV file. Only the first process reads and writes them.
+    watch: told of each row of the curve.
     settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
     epochs of the recipe may differ; `otherwise`: what the error offers. Raises TrainingError where loss or
     weights are not finite, and what `check_batches` does.
@@ -163,22 +167,34 @@ def fit(
     kept = TrainingState(state, identity, model, training.optimizer, training.average, say, otherwise)
     first = kept.restore()
     training.start("guided" in identity)
+    curve = Curve(kept.path and kept.path.with_suffix(".csv"), first, total, steps, watch)
     if progress and first:
         progress(first, None)
     catching = state is not None or distributed.world_size() > 1
-    device = training.device
+    device, done = training.device, first
+    batches = _batches(data, recipe, first, steps, workers, device)
     with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
-        for step, images, labels in _batches(data, recipe, first, steps, workers):
+        while done < total:
+            step = done
+            try:
+                images, labels = next(batches)
+            except BrokenDataError as error:
+                kept.save(done, steps)
+                curve.save()
+                saved = f"; {done:,} of {total:,} steps are saved: mend it, then give the same command again" if state else ""
+                raise BrokenDataError(f"{error}{saved}") from None
             loss = training.backward(images, labels, step)
             value, stopping = distributed.agree(loss, stop.number)
             if not math.isfinite(value):
                 raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
-            training.update(step)
+            norm = training.update(step)
             done = step + 1
+            curve.add(done, value, norm, training.optimizer.param_groups[0]["lr"], len(images) * distributed.world_size())
             if stopping or done % steps == 0 or kept.seconds >= save_seconds:
                 if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
                     raise _not_finite("a weight is not finite", step, steps, recipe, state)
                 kept.save(done, steps)
+                curve.save()
             if progress:
                 progress(done, value)
             if stopping:
@@ -230,7 +246,6 @@ class _Training:
         # Dropout and drop-path of a resumed run are those of an undisturbed one.
         torch.manual_seed(_key(self.seed, step, distributed.rank()))
         self.schedule.step_update(step)
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.mixer is not None:
             images, labels = self.mixer(images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -246,13 +261,14 @@ class _Training:
                 whole += weighted.detach()
         return whole
 
-    def update(self, step: int) -> None:
-        """Take the step."""
-        if self.recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+    def update(self, step: int) -> torch.Tensor:
+        """Take the step; returns the norm of its gradient, before it is clipped, ()."""
+        limit = math.inf if self.recipe.clip_grad is None else self.recipe.clip_grad
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, step + 1)
+        return norm
 
     def finish(self) -> None:
         """Leave the model as it is to be used, with the moving average as its weights where there is one."""
@@ -262,15 +278,26 @@ class _Training:
 
 
 def _batches(
-    data: Data, recipe: Recipe, first: int, steps: int, workers: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """From step `first` on, (step, images, labels) of this process's share."""
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    for epoch in range(first // steps, recipe.epochs):
-        start = max(first - epoch * steps, 0)
-        batches = data.train_loader(epoch, recipe.batch_size, start_step=start, workers=workers, **ranks)
-        for step, (images, labels) in enumerate(batches, start=epoch * steps + start):
-            yield step, images, labels
+    data: Data, recipe: Recipe, first: int, steps: int, workers: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """From step `first` on, images and labels of this process's share, on the device."""
+    epoch, start = divmod(first, steps)
+    batches = data.train_loader(
+        epoch,
+        recipe.batch_size,
+        epochs=recipe.epochs - epoch,
+        start_step=start,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=workers,
+        pin=device.type == "cuda",
+    )
+    ahead: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # on its way to a GPU that computes with the one before
+    for images, labels in batches:
+        ahead.append((images.to(device, non_blocking=True), labels.to(device, non_blocking=True)))
+        if len(ahead) > (device.type == "cuda"):
+            yield ahead.popleft()
+    yield from ahead
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:

@@ -1,0 +1,87 @@
+"""Scoring by all processes that torchrun started: each answers for its share of the images, and the counts are added up.
+
+The first process searches; the others wait for the architectures that it sends. Batches are those of one process, so
+the counts are too, to the last image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from poolshare.space import Architecture, RunError
+from poolshare.supernet.data.splits import Batches
+from poolshare.supernet.threads import computing_with
+from poolshare.supernet.training import distributed
+
+from ..scoring import SCORING_BATCH, count_correct
+from .prepare import Job
+
+
+def search_batches(job: Job) -> Batches:
+    """What this process scores on: its share of the search-validation images."""
+    return job.data.eval_share(
+        "search", SCORING_BATCH, distributed.rank(), distributed.world_size(), workers=job.config.workers
+    )
+
+
+def count_together(
+    job: Job, architectures: Sequence[Architecture], batches: Batches, progress: Callable[[float], None]
+) -> tuple[list[int], int]:
+    """`count_correct` over the images of all processes; in the first one."""
+    with _speaking():
+        distributed.from_first([str(architecture) for architecture in architectures])
+        return _counted(job, architectures, batches, progress)
+
+
+@contextmanager
+def scoring_together(job: Job) -> Iterator[None]:
+    """In the first process: the others have its weights from here on, and are released at the end."""
+    with distributed.joined(next(job.supernet.parameters()).device):
+        with _speaking():
+            _share(job)
+        yield
+        with _speaking():
+            distributed.from_first(None)
+
+
+def help_scoring(job: Job) -> None:
+    """In every other process: score what the first one sends, until it has all."""
+    with distributed.joined(next(job.supernet.parameters()).device), _speaking(), computing_with(_share(job)):
+        batches = search_batches(job)
+        while (texts := distributed.from_first(None)) is not None:
+            _counted(job, [*map(Architecture.parse, texts)], batches)
+
+
+def _share(job: Job) -> int:
+    """Give all processes the first one's weights; returns its number of threads."""
+    device = next(job.supernet.parameters()).device
+    job.supernet.load_state_dict(distributed.tensors_from_first(job.supernet.state_dict(), device))
+    return distributed.from_first(torch.get_num_threads())
+
+
+def _counted(
+    job: Job,
+    architectures: Sequence[Architecture],
+    batches: Batches,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[list[int], int]:
+    counts, images = count_correct(job.supernet, architectures, batches, progress, job.metric)
+    *counts, images = distributed.summed([*counts, images], next(job.supernet.parameters()).device)
+    return counts, images
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Raise RunError where a process that should answer has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if distributed.world_size() == 1:
+            raise
+        raise RunError(
+            f"one of the processes that torchrun started has ended ({str(error).splitlines()[0]:.100}): see what it said, then "
+            "give the same command again"
+        ) from None
