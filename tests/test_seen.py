@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from opened import open_data
-from PIL import Image
 from test_sources import write_digits
 
 from poolshare.search.config import checked_config
@@ -113,7 +112,9 @@ def test_broken_images_are_named_every_time_until_they_are_mended(folder, decode
     assert decoded == [str(path)]
 
 
-def test_a_damaged_cache_is_made_again_and_one_that_cannot_be_written_is_no_error(folder, decoded, tmp_path, monkeypatch):
+def test_a_damaged_cache_is_made_again_and_one_that_cannot_be_written_is_no_error(
+    folder, decoded, tmp_path, monkeypatch
+):
     open_data(str(folder), **GREY)
     [kept] = (tmp_path / "cache" / "images").iterdir()
     kept.write_bytes(kept.read_bytes()[:500])
@@ -161,7 +162,9 @@ def test_an_image_that_breaks_while_training_stops_it_saved_and_the_same_call_go
     whole = victim.read_bytes()
     victim.write_bytes(whole[:60])
     steps: list[int] = []
-    with pytest.raises(BrokenDataError, match=rf"{victim.name}.*; ([0-9]+) of 8 steps are saved: mend it, then give the same"):
+    with pytest.raises(
+        BrokenDataError, match=rf"{victim.name}.*; ([0-9]+) of 8 steps are saved: mend it, then give the same"
+    ):
         train(tmp_path / "state.safetensors", lambda done, _: steps.append(done))
     victim.write_bytes(whole)
     done = len(steps)
@@ -185,7 +188,9 @@ def test_a_run_begun_unchecked_takes_a_mended_image_and_one_begun_checked_does_n
     other = RunFolder(tmp_path / "other", checked_config(data=str(folder)))
     other.path.mkdir()
     other.write_config(mended.fingerprint, files=mended.files)
-    train = {item[0] for item in map(mended.split("train").source.read.items.__getitem__, mended.split("train").indices)}
+    train = {
+        item[0] for item in map(mended.split("train").source.read.items.__getitem__, mended.split("train").indices)
+    }
     path = next(path for path in sorted(folder.glob("*/*.png")) if str(path) in train)
     path.write_bytes(path.read_bytes() + b"\0")
     changed = open_data(str(folder), **GREY)

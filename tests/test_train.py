@@ -364,7 +364,9 @@ def test_a_training_keeps_its_curve_and_a_resumed_one_has_the_same(digits, costs
                 raise Stop
 
         with contextlib.suppress(Stop):
-            train_supernet(make_net(), digits, costs, recipe, state=state, progress=progress, watch=told.append, save_seconds=0)
+            train_supernet(
+                make_net(), digits, costs, recipe, state=state, progress=progress, watch=told.append, save_seconds=0
+            )
         return curve.read_curve(state.with_suffix(".csv"))
 
     whole = train(tmp_path / "whole.safetensors")

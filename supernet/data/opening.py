@@ -71,7 +71,9 @@ def open_data(
     splits, notes, full = {}, found.notes, found.train
     whole_count = len(full)
     if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
-        notes += (f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",)
+        notes += (
+            f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
+        )
     elif found.open_test is None:
         count = round(test_fraction * len(full))
         splits["test"], full = full.cut(count, found.classes, random_numbers(seed, _TEST), f"{name}, test")
@@ -84,7 +86,9 @@ def open_data(
         search, train = found.search, full
         full = Split(train.source, np.concatenate([train.indices, search.indices]))
         if search_images is not None and len(search) > search_images:
-            notes += (f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",)
+            notes += (
+                f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",
+            )
             search = search.drawn(search_images, found.classes, rng)
     elif training:
         count = round(search_fraction * len(full))

@@ -83,8 +83,10 @@ def keep(source: Source) -> None:
 def _parts(source: Source) -> Iterator[tuple[Seen, slice, tuple[Sequence[str], np.ndarray, np.ndarray]]]:
     """What was seen of each folder of a source, the rows of its files, and their names, sizes and times of change."""
     read = source.read
-    assert isinstance(read, Images) and isinstance(read.items, Files)
-    assert source.sizes is not None and source.times is not None
+    assert isinstance(read, Images)
+    assert isinstance(read.items, Files)
+    assert source.sizes is not None
+    assert source.times is not None
     start = 0
     for root, names in read.items.parts:
         rows = slice(start, start + len(names))

@@ -293,7 +293,11 @@ class _Loader:
         generator = torch.Generator()  # or each iteration would draw from the global one
         keep: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
         return DataLoader(
-            self.items, batch_sampler=self.rows, generator=generator, pin_memory=self.pin, **keep  # type: ignore[arg-type]
+            self.items,
+            batch_sampler=self.rows,
+            generator=generator,
+            pin_memory=self.pin,
+            **keep,  # type: ignore[arg-type]
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -181,7 +181,11 @@ def fit(
             except BrokenDataError as error:
                 kept.save(done, steps)
                 curve.save()
-                saved = f"; {done:,} of {total:,} steps are saved: mend it, then give the same command again" if state else ""
+                saved = (
+                    f"; {done:,} of {total:,} steps are saved: mend it, then give the same command again"
+                    if state
+                    else ""
+                )
                 raise BrokenDataError(f"{error}{saved}") from None
             loss = training.backward(images, labels, step)
             value, stopping = distributed.agree(loss, stop.number)
@@ -189,7 +193,9 @@ def fit(
                 raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
             norm = training.update(step)
             done = step + 1
-            curve.add(done, value, norm, training.optimizer.param_groups[0]["lr"], len(images) * distributed.world_size())
+            curve.add(
+                done, value, norm, training.optimizer.param_groups[0]["lr"], len(images) * distributed.world_size()
+            )
             if stopping or done % steps == 0 or kept.seconds >= save_seconds:
                 if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
                     raise _not_finite("a weight is not finite", step, steps, recipe, state)
