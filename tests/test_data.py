@@ -243,7 +243,7 @@ def seen(folder, epoch, batch_size, **options):
     loader: Any = data.train_loader(epoch, batch_size)
     pixels: dict[int, list[float]] = {}
     for (images, _), row in zip(loader, loader.rows, strict=True):
-        pixels |= zip(row, images.flatten(1).tolist(), strict=True)
+        pixels |= zip((index for index, _ in row), images.flatten(1).tolist(), strict=True)
     return pixels
 
 

@@ -24,6 +24,7 @@ from poolshare.search.job.prepare import prepare
 from poolshare.space.errors import BrokenDataError, DataError, RunError
 from poolshare.supernet import Subnet
 from poolshare.supernet.data.given import open_own
+from poolshare.supernet.data import pictures
 from poolshare.supernet.data.listing import list_folder, natural_key
 from poolshare.supernet.data.pictures import PIXELS_VARIABLE, Images
 
@@ -401,7 +402,7 @@ def test_16_bit_grey_is_scaled_on_request_only(tmp_path):
 
 def test_the_limit_of_pixels_can_be_moved(tmp_path, monkeypatch):
     path = written(tmp_path / "large.png", Image.new("1", (100, 100)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # as a huge image under Pillow's own
+    monkeypatch.setattr(pictures, "PILLOWS_PIXELS", 4000)  # as a huge image under Pillow's own
     with pytest.raises(BrokenDataError, match=f"more than 8,000 pixels: set {PIXELS_VARIABLE}=N"):
         read(path)
     monkeypatch.setenv(PIXELS_VARIABLE, "20000")

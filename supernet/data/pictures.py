@@ -18,6 +18,7 @@ from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.space.processes import usable_cores
 
 PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
+PILLOWS_PIXELS = Image.MAX_IMAGE_PIXELS
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -107,12 +108,11 @@ def as_seen(image: Image.Image, scale_16bit: bool = False) -> Image.Image:
 
 
 def _set_limit() -> None:
-    """Have Pillow refuse images of more pixels than the user's limit, where there is one."""
+    """Have Pillow refuse images of more pixels than the user's limit, or than its own where there is none."""
     text = os.environ.get(PIXELS_VARIABLE)
-    if text is not None:
-        if not text.isdecimal() or int(text) < 2:
-            raise DataError(f"{PIXELS_VARIABLE}={text!r} is not a number of pixels")
-        Image.MAX_IMAGE_PIXELS = int(text) // 2  # where Pillow warns; it refuses twice as many
+    if text is not None and (not text.isdecimal() or int(text) < 2):
+        raise DataError(f"{PIXELS_VARIABLE}={text!r} is not a number of pixels")
+    Image.MAX_IMAGE_PIXELS = PILLOWS_PIXELS if text is None else int(text) // 2  # where it warns; it refuses twice as many
 
 
 def _reason(error: Exception, item: Any) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -36,7 +37,7 @@ class Seen:
     def recall(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""
         digests = np.zeros(len(names), dtype=np.uint64)
-        with suppress(OSError, ValueError, KeyError):  # none, or of another version: it is made again
+        with suppress(OSError, ValueError, KeyError, BadZipFile):  # none, or a damaged one: it is made again
             with np.load(self.path, allow_pickle=False) as kept:
                 columns = [kept[name] for name in ("names", "sizes", "times", "digests")]
             blob, *columns = columns
