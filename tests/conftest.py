@@ -21,6 +21,7 @@ from hypothesis import settings
 from torch import nn
 
 from poolshare.search import cli
+from poolshare.supernet import latency
 
 # In CI a few examples of each kind; the slow tests (pytest -m slow) fuzz with thousands.
 settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
@@ -58,6 +59,14 @@ def _one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")  # as asked for, so that no search times steps to choose a number
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_timings() -> Iterator[None]:
+    """A latency table is made of five rounds, not of all that fit into a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "SPEND", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
