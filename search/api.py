@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from poolshare.space import Architecture, ConfigError
+from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.loaders import loader_batch
@@ -87,7 +88,9 @@ def search(
         options["data"] = str(data)
     else:
         _check_own(name, options)
-        own = open_given(data, name, classes, _whole(options, "seed"), _whole(options, "workers"), console)
+        seed, workers = options.get("seed", 0), options.get("workers", 0)
+        check_whole(0, seed=seed, workers=workers)  # needed before the configuration is checked as a whole
+        own = open_given(data, name, classes, seed, workers, console)
         options |= _decided_by(own, options)
     if own is None and (classes is not None or name != "data"):
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
@@ -272,11 +275,3 @@ def _loaders_batch(own: Data, wished: int | None) -> int | None:
     if batch is not None and wished not in (None, batch):
         raise ConfigError(f"batch_size={wished}: leave it out, the training loader gives {batch}")
     return batch
-
-
-def _whole(options: dict[str, Any], name: str) -> int:
-    """An option that is needed before the configuration is checked as a whole."""
-    value = options.get(name, 0)
-    if type(value) is not int or value < 0:
-        raise ConfigError(f"{name}={value!r} is not a whole number from 0")
-    return value

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .errors import BudgetError
+from .errors import BudgetError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ PARAMETERS = Cost("parameters", "parameters", "parameters")
 LATENCY = Cost("latency", "latency_ms", "latency", 1_000_000)
 COSTS = {cost.quantity: cost for cost in (MACS, PARAMETERS, LATENCY)}
 BY_COLUMN = {cost.column: cost for cost in COSTS.values()}
+
+
+def check_whole(least: int, **values: int | None) -> None:
+    """Raise ConfigError for the first of the named values that is no whole number from `least`; None passes."""
+    for name, value in values.items():
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(f"{name}={value!r}: give a whole number from {least}")
 
 
 def human(count: float) -> str:

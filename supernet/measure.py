@@ -56,8 +56,20 @@ FREE_OPERATORS = frozenset().union(
 def measure_macs(supernet: SuperNet) -> CostTable:
     """MACs of every kind of edge, per image. Raises ModelError for an operator that can be neither counted nor free.
 
-    fvcore traces a few sizes of each kind; from these the others follow, see `counted`.
+    fvcore traces a few sizes of each kind; from these the others follow, see `counted`. A process counts each kind of
+    supernet once.
     """
+    fused = [block.attn.fused_attn for block in supernet.blocks]
+    key = repr((supernet.base, supernet.space, supernet.sharing, fused, supernet))  # with the structure of its modules
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_all(supernet)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, CostTable] = {}
+
+
+def _count_all(supernet: SuperNet) -> CostTable:
     space, part = supernet.space, parts(supernet)
 
     def count(*kind: Any) -> int:

@@ -106,19 +106,20 @@ class Subnet(_Timm):
     ) -> torch.Tensor:
         """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
         _refuse_masks(attn_mask, is_causal)
-        *_, tokens = self._block_outputs(x, len(self.blocks))
+        [tokens] = self._after_blocks(x, [len(self.blocks) - 1])
         return self.norm(tokens.features)
 
-    def _block_outputs(self, images: torch.Tensor, count: int, carry: Carry = Carry.NOTHING) -> list[Tokens]:
-        """Tokens after each of the first `count` blocks. carry: what is to be known of them, at least."""
+    def _after_blocks(self, images: torch.Tensor, wanted: list[int], carry: Carry = Carry.NOTHING) -> list[Tokens]:
+        """Tokens after the wanted blocks, rising indices; no others are kept. carry: what is to be known, at least."""
         tokens, carry = embed(self, images), max(carry, self.carry)
         outputs = []
         layers = self.architecture.layers
         attended: Attended | None = None
-        for index, layer in enumerate(layers[:count]):
+        for index, layer in enumerate(layers[: wanted[-1] + 1]):
             leave = left_for(layers[index + 1 : index + 2], self.sharing)
             tokens, attended = run_edge(self, index, layer, tokens, attended, leave, carry)
-            outputs.append(tokens)
+            if index in wanted:
+                outputs.append(tokens)
         return outputs
 
     def forward_intermediates(  # type: ignore[override]
@@ -150,9 +151,9 @@ class Subnet(_Timm):
         full = output_fmt == "NCHW" and maps != "reduced"
         if output_fmt == "NCHW" and not full:
             check_grid(self.architecture, last)
-        count = last + 1 if stop_early else len(self.blocks)
-        tokens = self._block_outputs(x, count, Carry.SOURCES if full else Carry.NOTHING)
-        chosen = [tokens[index] for index in sorted(set(taken))]
+        wanted = sorted({*taken, last if stop_early else len(self.blocks) - 1})
+        tokens = self._after_blocks(x, wanted, Carry.SOURCES if full else Carry.NOTHING)
+        chosen = [after for index, after in zip(wanted, tokens, strict=True) if index in taken]
         if norm:
             chosen = [after._replace(features=self.norm(after.features)) for after in chosen]
         prefix = [after.features[:, : self.num_prefix_tokens] for after in chosen]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from poolshare.space.processes import usable_cores
+from poolshare.space.quantities import check_whole
 
 from .measure import evaluating
 from .model import SuperNet
@@ -52,8 +53,9 @@ def choose_threads(asked: int | None, recorded: int | None, model: nn.Module, re
 
     asked: by the user; else OMP_NUM_THREADS decides where it is set; else `recorded`, the number of the work that goes
     on, though no more than there are cores; else steps of the model are timed. On a GPU nothing is timed.
-    recipe: how it is trained; None: it only answers.
+    recipe: how it is trained; None: it only answers. Raises ConfigError for fewer than one.
     """
+    check_whole(1, threads=asked)
     device, cores = next(model.parameters()).device, usable_cores()
     if device.type != "cpu":
         return Threads(asked or recorded)

@@ -21,6 +21,7 @@ from hypothesis import settings
 from torch import nn
 
 from poolshare.search import cli
+from poolshare.supernet import latency
 from poolshare.supernet.data.seen import CACHE_VARIABLE
 
 # In CI a few examples of each kind; the slow tests (pytest -m slow) fuzz with thousands.
@@ -66,6 +67,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the suite sees of image files stays out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_timings() -> Iterator[None]:
+    """A latency table is made of five rounds, not of all that fit into a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "SPEND", 0.0)
         yield
 
 

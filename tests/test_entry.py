@@ -22,7 +22,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 import poolshare.search
 from poolshare.search import SearchResult, search, work
 from poolshare.search.exported.export import load_export
-from poolshare.search.exported.retrain import evaluate
+from poolshare.search.exported.predict import predict
+from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.search.job.prepare import supernet_recipe
 from poolshare.search.job.records import read_csv
 from poolshare.space import (
@@ -470,6 +471,25 @@ class Named(Dataset):
 
     def __getitem__(self, index):
         return dict(zip(self.keys, (self.images[index], self.labels[index]), strict=True))
+
+
+def test_numbers_that_cannot_be_are_refused_at_once(digits_run, tmp_path):
+    run, out = SearchResult(digits_run.folder), tmp_path / "export"
+    run.export("dense", out)
+    for call, says in (
+        (lambda: predict(out, [tmp_path], top=0), "top=0: give a whole number from 1"),
+        (lambda: predict(out, [tmp_path], threads=0), "threads=0: give a whole number from 1"),
+        (lambda: evaluate(out, workers=-1), "workers=-1: give a whole number from 0"),
+        (lambda: retrain(out, tmp_path / "new", threads=True), "threads=True: give a whole number from 1"),
+        (lambda: retrain(out, tmp_path / "new", seed=-1), "seed=-1: give a whole number from 0"),
+        (lambda: run.trust(workers=-1), "workers=-1"),
+        (lambda: run.finalists(0), "count=0"),
+        (lambda: run.finalists(2, threads=0), "threads=0"),
+        (lambda: work(digits_run.folder, workers=1.5), "workers=1.5"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("keys", [("pixel_values", "labels"), ("image", "label")])

@@ -120,7 +120,7 @@ def test_the_verb_shows_both_scores_and_what_comes_next(run, verb):
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match="at least 1 of each"):
+    with pytest.raises(ConfigError, match="count=0: give a whole number from 1"):
         train_finalists(run, 0)
     with pytest.raises(BudgetError, match="ask for at least that"):
         train_finalists(run, 2, budget="1%")

@@ -161,5 +161,5 @@ def test_space_counts_what_keeps_a_latency_budget(verb):
     assert 0 < found["dense_latency_ms"] < 1000
     status, _, err = verb(*words, "0.000001ms")
     assert (status, "reaches from" in err) == (2, True)
-    status, printed, err = verb(*words[:-2], "--budget", "1000ms")
-    assert (status, "batch 1 in fp32 on cpu" in printed) == (0, True), err
+    status, printed, err = verb(*words[:-2], "--budget", "1000ms", "--latency-batch", "4", "--latency-dtype", "bf16")
+    assert (status, "batch 4 in bf16 on cpu" in printed) == (0, True), err

@@ -35,7 +35,7 @@ def images_for(count=3):
 def outputs(model, images, carry=Carry.SOURCES):
     """Tokens after each block, with all the bookkeeping."""
     with torch.no_grad():
-        return model._block_outputs(images, len(model.blocks), carry)
+        return model._after_blocks(images, list(range(len(model.blocks))), carry)
 
 
 def paths(net, count):

@@ -35,7 +35,7 @@ from poolshare.space import ConfigError, PoolshareError, RunError
 
 PASSWORD = "se{c}ret%20p@ss:w/ord"
 QUOTED = "se%7Bc%7Dret%2520p%40ss%3Aw%2Ford"  # as an address has it
-TRIALS = 200
+TRIALS = 80
 SEARCH = ["search", "--data", "digits", "--model-args", "depth=6,embed_dim=16,num_heads=2", "--batch-size", "128"]
 SEARCH += ["--levels", "64,36,16,4", "--epochs", "1", "--sampler", "evolution", "--device", "cpu"]
 
@@ -226,8 +226,9 @@ def test_a_worker_waits_for_no_supernet_before_it_refuses_what_it_was_given(digi
 
 @pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "postgresql"))
 def test_a_worker_waits_for_run_and_supernet_then_shares_the_search_and_no_password_is_kept(
-    kind, alone, job, tmp_path, request
+    kind, alone, job, tmp_path, request, monkeypatch
 ):
+    monkeypatch.setattr("poolshare.search.job.worker.SECONDS_BETWEEN_LOOKS", 0.1)
     ready = begun(alone, tmp_path / f"{kind} to be", kind).path
     (ready / "supernet.safetensors").unlink()
     folder = tmp_path / kind

@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from poolshare.space import Architecture, ConfigError
+from poolshare.space import Architecture
 from poolshare.space.files import held
+from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.threads import choose_threads, computing_with
@@ -63,8 +64,8 @@ def train_finalists(
     largest group within the search's budget that was trained alike.
     Raises RunError for a run that has not finished, that another process holds, or whose finalists.csv is damaged.
     """
-    if count < 1 or epochs < 1:
-        raise ConfigError(f"{count} finalists and {epochs} epochs: take at least 1 of each")
+    check_whole(1, count=count, epochs=epochs, threads=threads)
+    check_whole(0, workers=workers)
     folder.check_trains("finalists")
     console = console or Console(quiet=True)
     usual = {"epochs": epochs, "lr": folder.config.finetune_lr}

@@ -17,6 +17,7 @@ from rich.console import Console
 from poolshare.space import Architecture, BudgetError, ConfigError, RunError
 from poolshare.space.band import even_borders
 from poolshare.space.files import held, reading
+from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.threads import choose_threads, computing_with
@@ -76,6 +77,8 @@ def measure_trust(
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
+    check_whole(0, workers=workers)
+    check_whole(1, threads=threads)
     folder.check_trains("trust")
     given = data if isinstance(data, Data) else None
     config = folder.config.at(None if isinstance(data, Data) else data, data_dir, weights)

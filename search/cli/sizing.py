@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import checked_config
+from ..config import SearchConfig, checked_config
 from ..console import PlainConsole
 from .options import (
     Budget,
+    Device,
     ImgSize,
     InChans,
     Json,
+    LatencyBatch,
+    LatencyDtype,
     Levels,
     MaxRun,
     ModelArgs,
@@ -47,6 +50,9 @@ def space(
         typer.Option("--pretrained", help="Of a search that begins with pretrained weights: its defaults are others."),
     ] = False,
     no_training: Annotated[bool, typer.Option("--no-training", help="Of a search without training.")] = False,
+    latency_batch: LatencyBatch = 1,
+    latency_dtype: LatencyDtype = None,
+    device: Device = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +68,7 @@ def space(
     given = {
         "model": model, "levels": levels, "operators": operators, "max_run": max_run, "sharing": sharing, "budget": budget,
         "img_size": img_size, "in_chans": in_chans, "model_args": model_args, "pretrained": pretrained,
-        "training": not no_training,
+        "training": not no_training, "latency_batch": latency_batch, "latency_dtype": latency_dtype, "device": device,
     }  # fmt: skip
     config = checked_config(data="", **with_card(read_options(given)))
     options, budget = (
@@ -72,7 +78,7 @@ def space(
     # Costs ask for no weights, so none are fetched.
     net = SuperNet.from_timm(config.model, partial(space_of, config), sharing=config.sharing, **options)
     macs = measure_macs(net)
-    costs, conditions = (macs, "") if config.objective == "macs" else _latency(net, threads)
+    costs, conditions = (macs, "") if config.objective == "macs" else _latency(net, config, threads)
     limit = None if budget is None else parse_budget(budget, costs.total(net.space[0]), costs.quantity)
     allowed = net.space.within(costs, None, limit)
     facts = {"model": config.model} | _facts(net, macs, allowed, None if budget is None else limit)
@@ -85,16 +91,16 @@ def space(
     _print(net, macs, facts, "" if num_classes else " (--num-classes: those of your data)", [within, took])
 
 
-def _latency(net: SuperNet, threads: int | None) -> tuple[CostTable, str]:
+def _latency(net: SuperNet, config: SearchConfig, threads: int | None) -> tuple[CostTable, str]:
     """The latency table of this machine, and where it holds."""
     from poolshare.supernet import measure_latency_table
     from poolshare.supernet.threads import choose_threads, computing_with
 
     from ..job.prepare import pick_device
 
-    net.to(pick_device(None))
+    net.to(pick_device(config.device))
     with computing_with(choose_threads(threads, None, net).number):
-        latency = measure_latency_table(net)
+        latency = measure_latency_table(net, config.latency_batch, dtype=config.deployed)
     return latency.table, latency.conditions
 
 

@@ -197,6 +197,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE…")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
     device: Device = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """The most probable classes of images.
@@ -206,7 +207,8 @@ def predict(
     from ..exported.predict import predict as run_predict
 
     aside = PlainConsole(stderr=True, soft_wrap=True)
-    answers = run_predict(exported, images, top=top, device=device, say=aside.print, console=progress_console(False))
+    console = progress_console(False)
+    answers = run_predict(exported, images, top=top, device=device, threads=threads, say=aside.print, console=console)
     broken = [one["error"] for one in answers if "error" in one]
     if as_json:
         print_json(answers)

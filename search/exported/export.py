@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
-from poolshare.supernet import Subnet, SuperNet, measure_macs, measure_parameters
+from poolshare.supernet import Subnet, SuperNet, count_macs
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
@@ -150,11 +150,14 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         weights = f"{short_name(config.weights or config.model)}, not trained any further"
     elif by_dense is not None:
         weights = f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
+    model = Subnet.from_supernet(supernet, architecture)
+    recipe = supernet_recipe(config)
+    data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
     facts = {
         "architecture": str(architecture),
-        "macs": measure_macs(supernet).total(architecture),
+        "macs": count_macs(model, (torch.zeros(1, *data_config["input_size"]),)),
         "dense_macs": summary["dense"]["macs"],
-        "parameters": measure_parameters(supernet).total(architecture),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **({"search_top1": float(search_top1[0])} if search_top1 and summary.get("labelled", True) else {}),
         **({"search_loss": float(scored["loss"].iloc[0])} if len(scored) and "loss" in scored else {}),
         "data": config.data,
@@ -170,9 +173,6 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "weights": weights,
         **({"dense": _dense_facts(folder, tuned)} if tuned else {}),
     }
-    model = Subnet.from_supernet(supernet, architecture)
-    recipe = supernet_recipe(config)
-    data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
     save_export(out, model, classes, data_config, facts)
     return facts
 

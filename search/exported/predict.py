@@ -10,9 +10,11 @@ import torch
 from rich.console import Console
 
 from poolshare.space import BrokenDataError, DataError
+from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.listing import ENDINGS, list_folder
 from poolshare.supernet.data.pictures import Images
 from poolshare.supernet.data.transforms import Augmentation, picture_transform
+from poolshare.supernet.threads import choose_threads, computing_with
 
 from ..job.prepare import image_format, pick_device
 from ..progress import progress_bar
@@ -28,24 +30,28 @@ def predict(
     *,
     top: int = 3,
     device: str | None = None,
+    threads: int | None = None,
     say: Callable[[str], None] | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """For each image its path and its `top` most probable classes with their probabilities, 0 to 1, falling.
 
     images: files, and folders whose images, however deep, are taken in natural order. say: told which files of a folder
-    are passed over. console: where the progress of more than one batch goes.
+    are passed over. console: where the progress of more than one batch goes. threads: of PyTorch on a CPU; None: see
+    `choose_threads`.
     An image that cannot be read has no classes, and an `error` that names it and says why. Raises DataError where there
     are not images.
     """
+    check_whole(1, top=top, threads=threads)
     paths = [path for one in images for path in _files(Path(one), say)]
     source, place = load_export(exported), pick_device(device)
     read = Images([(path,) for path in paths], "the images", source.facts.get("scale_16bit", False))
     transform = picture_transform(image_format(source.data_config), Augmentation.none())
     model, classes = source.model.eval().to(place), source.facts["classes"]
     found: list[dict[str, Any]] = [{"image": path, "classes": []} for path in paths]
+    chosen = choose_threads(threads, source.facts.get("threads"), model)
     shown = console if console and len(paths) > BATCH else Console(quiet=True)
-    with progress_bar(shown, "predicting", len(paths), "images") as advance:
+    with computing_with(chosen.number), progress_bar(shown, "predicting", len(paths), "images") as advance:
         for start in range(0, len(paths), BATCH):
             whole, inputs = [], []
             for index in range(start, min(start + BATCH, len(paths))):

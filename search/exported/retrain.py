@@ -18,6 +18,7 @@ from torch import nn
 
 from poolshare.space import ConfigError, DataError, RunError
 from poolshare.space.files import digest_of, held
+from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet, count_macs, measure_latency
 from poolshare.supernet.data import Data, Place, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
@@ -70,6 +71,8 @@ def retrain(
     processes they train together; the first one tests and writes, the others return nothing.
     Raises RunError where `out` exists or is being made, DataError where the data has other classes than the model.
     """
+    check_whole(0, workers=workers, seed=seed)
+    check_whole(1, threads=threads)
     out, console = Path(out).resolve(), console or Console(quiet=True)
     if distributed.rank() == 0:
         _remove_finished(out)
@@ -271,6 +274,8 @@ def evaluate(
     against_dense says in words what is lost.
     Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
     """
+    check_whole(0, workers=workers)
+    check_whole(1, threads=threads)
     place = pick_device(device)
     source, console = load_export(exported), console or Console(quiet=True)
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)

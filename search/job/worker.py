@@ -12,6 +12,7 @@ from rich.console import Console
 
 from poolshare.space import ConfigError, DataError, RunError
 from poolshare.space.data_kind import DataKind
+from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.threads import choose_threads, computing_with
@@ -50,6 +51,8 @@ def work(
     each with its share of the images; all but the first return nothing. Raises a PoolshareError for whatever the user can mend, for
     instance other images than those of the search.
     """
+    check_whole(0, workers=workers)
+    check_whole(1, threads=threads)
     console = console or Console(quiet=True)
     kind = check_storage(storage)
     _wait_for_folder(Path(run), console)

@@ -52,11 +52,13 @@ def run_untrained(
     `run_job`.
 
     Everything that was scored is kept in the folder, so the same call goes on where it was stopped, and another budget
-    scores only what is new. storage: not used, since there is no study.
+    scores only what is new. storage: not used, since there is no study, which is said.
     Raises a PoolshareError for whatever the user can mend.
     """
     console = console or Console(quiet=True, markup=False)
     config = _checked(config, data)
+    if storage is not None:
+        console.print("--storage is not used: without training there is no study", soft_wrap=True)
     if config.unlabelled and metric is not top1:
         raise ConfigError(
             f"the metric {config.metric} needs labels, and the images of {config.data} have none; leave it out, or give "
