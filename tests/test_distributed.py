@@ -163,7 +163,14 @@ def search_from_weights(folder):
 
     job.train_supernet = train_and_show
     small = {"depth": 3, "embed_dim": 16, "num_heads": 2}
-    given = {"data": "digits", "model_args": small, "batch_size": 128, "device": "cpu", "sampler": "random", "trials": 4}
+    given = {
+        "data": "digits",
+        "model_args": small,
+        "batch_size": 128,
+        "device": "cpu",
+        "sampler": "random",
+        "trials": 4,
+    }
     weights, levels = str(folder / "start.safetensors"), (64, 36, 16)
     run_job(SearchConfig(**given, weights=weights, levels=levels, tune_epochs=1, epochs=1), folder / "run")
 

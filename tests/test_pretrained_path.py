@@ -370,7 +370,9 @@ def test_many_images_train_a_supernet(made, tmp_path, monkeypatch):
 def test_operators_that_harm_the_tuned_model_most_are_left_out(made, tmp_path):
     """The damage of each single reduction by models that are run alone, one by one."""
     levels = (16, 9, 4)  # each is measured, so nothing is interpolated
-    found = search(made / "photos", out=tmp_path / "run", weights=made / "start.safetensors", **RACE | {"levels": levels})
+    found = search(
+        made / "photos", out=tmp_path / "run", weights=made / "start.safetensors", **RACE | {"levels": levels}
+    )
     wide = space_for(WARM["model"], 4, 16, levels, warm=True, tried=True)
     images = torch.cat([images for images, _ in prepare(found.run.config).data.eval_loader("search", 8)])
     base, options = found.model("dense").base

@@ -160,7 +160,10 @@ class Ways:
             for count in counts[1:]:
                 layers += [f"{count}@mstm", *[str(count)] * (self.depth // 4 - 1)]
             schedule = Architecture.parse(" ".join(layers))
-            if count_macs(Subnet.from_base(base, str(schedule), **options).eval(), (inputs,)) <= 0.6 * dense.facts["macs"]:
+            if (
+                count_macs(Subnet.from_base(base, str(schedule), **options).eval(), (inputs,))
+                <= 0.6 * dense.facts["macs"]
+            ):
                 return self.retrained(self.built("mstm-60", schedule), self.spent("tuning"))
         raise SystemExit("no schedule keeps the budget")
 
@@ -241,7 +244,9 @@ def measure(options: argparse.Namespace) -> None:
             label = name if options.every == 1 else f"{name}/{options.every}"
             ways = Ways(name, seed, options.every, options.work, machine)
             for way, act in ways.all.items():
-                rows = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=["data", "seed", "way"])
+                rows = (
+                    pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=["data", "seed", "way"])
+                )
                 done = ((rows["data"] == label) & (rows["seed"] == seed) & (rows["way"] == way)).any()
                 if done or (options.ways and way not in options.ways):
                     continue

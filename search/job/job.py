@@ -358,7 +358,9 @@ def conclude(
     if tuned:
         begin = time.monotonic()
         best = frontier(candidates, cost)
-        wanted = [*best["architecture"], *map(str, job.include)] if job.config.epochs else []  # else they are the weights
+        wanted = (
+            [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
+        )  # else they are the weights
         by_dense = score_with_dense(job, folder, wanted)
         both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}

@@ -54,7 +54,9 @@ def work(
     folder = RunFolder.open(run)
     folder.check_trains("worker")
     if folder.config.races:
-        raise RunError(f"{folder.path} has no supernet: `poolshare search` alone searches its dense model, so stop this worker")
+        raise RunError(
+            f"{folder.path} has no supernet: `poolshare search` alone searches its dense model, so stop this worker"
+        )
     folder.check_same(folder.data_fingerprint, kind)
     # What can be refused now is not refused after hours of waiting for the supernet.
     pick_device(device or folder.config.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 from rich.console import Console
 
 from poolshare.space import OPERATORS, Architecture, BudgetError, SearchSpace, SpaceError, forecast
