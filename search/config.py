@@ -31,9 +31,11 @@ SEARCHING = (
     "include",
 )  # what to look for; trains nothing
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
-# The path of a pretrained model. By MACs, tuning, supernet and retraining are 29 epochs of the tuning's; scoring is extra.
-TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 200
+# The path of a pretrained model, at 60 % of its MACs, in epochs of the tuning: 15 of it, 3 × 1.7 of a supernet, 5 for the
+# trials, 9 for a retraining on all training images; without a supernet about 4 for the race instead of the 10.
+TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 100
 RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
+FEW_IMAGES = 5000  # to train on: with fewer, the tuned dense model is searched as it is (results/defaults)
 ONLY_TRAINING = (
     "tune_epochs",
     "epochs",
@@ -110,7 +112,7 @@ class SearchConfig(BaseModel):
         "qk", "How attention is shared: by queries and keys (fused kernels), or by a written map (fewer MACs)."
     )
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = option(
-        "auto", "auto scores the whole space where affordable."
+        "auto", "auto scores the whole space where affordable, and races where no supernet is trained."
     )
     objective: Literal["macs", "latency"] = option(
         "macs", "Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
@@ -120,11 +122,16 @@ class SearchConfig(BaseModel):
         None, "Precision of the models whose latency is measured. Default: bf16 with --amp bf16, else fp32."
     )
     include: tuple[str, ...] = option((), "Score this architecture of yours too; repeatable.", metavar="TEXT")
-    trials: int = option(..., "Architectures to try where not all are scored. Default: 1000, after a tuning 200.", ge=1)
+    trials: int = option(..., "Architectures to try where not all are scored. Default: 1000, after a tuning 100.", ge=1)
     tune_epochs: int = option(
         ..., "Epochs of the dense model, before all else. Default: 15 for a warm start's new head, else 0.", ge=0
     )
-    epochs: int = option(..., "Supernet epochs. Default: 30, digits 40, warm start 10, after a tuning 3.", ge=0)
+    epochs: int = option(
+        ...,
+        f"Supernet epochs. Default: 30, digits 40, warm start 10, after a tuning 3, or 0 for fewer than {FEW_IMAGES} training "
+        "images: the dense model is then searched as it is.",
+        ge=0,
+    )
     guided: bool | None = None  # whether the supernet learns from the dense model; None: the model's head decides
     drawn_within: float | None = None  # share of the dense MACs that a guided training keeps to: the first budget's
     batch_size: int = option(..., "Images of one training step. Default: 64, digits 32.", ge=1)
@@ -254,6 +261,11 @@ class SearchConfig(BaseModel):
     def trains(self) -> bool:
         """Whether anything is trained before the search."""
         return self.epochs > 0 or self.tune_epochs > 0
+
+    @property
+    def races(self) -> bool:
+        """Whether a dense model is searched as it is, see `search.untrained`: there is no supernet to train, and no study."""
+        return not self.training or (bool(self.guided) and self.epochs == 0 and self.sampler == "auto")
 
     @property
     def cost(self) -> str:

@@ -33,8 +33,9 @@ PRESETS: dict[str, SearchSpace] = {
 
 # For models that were not trained with them; why tome_prop: results/operators, ImageNet without training.
 UNTRAINED = ("tome_prop", "evit", "topk", "mstm", "kmeans")
-# For pretrained models: merging and clustering keep most of their accuracy (results/operators).
-WARM_OPERATORS = ("tome", "kmeans", "avg2d")
+# For pretrained models: merging and clustering keep most of their accuracy (results/operators). A search tries them on the
+# tuned model and keeps those that harm it least.
+WARM_OPERATORS = ("tome", "tome_prop", "kmeans", "evit", "avg2d")
 EVEN_LEVELS = 10  # about so many token counts below a pretrained model's own
 
 
@@ -86,10 +87,12 @@ def space_for(
     operators: tuple[str, ...] | None = None,
     max_run: int | None = None,
     warm: bool = False,
+    tried: bool = False,
 ) -> SearchSpace:
     """The preset of a timm model where it fits the patch tokens, else a derived space; given parts stand.
 
     warm: the weights are pretrained ones, so that small steps of merging and clustering, and no sharing, harm least.
+    tried: what harms will be left out after a trial, so that pairs of layers may share until then.
     Raises SpaceError where the parts make no space.
     """
     preset = PRESETS.get(model.split(".")[0])
@@ -99,7 +102,7 @@ def space_for(
             levels = levels or even_levels(tokens)
         elif levels is None and not any(OPERATORS[name].needs_grid for name in operators if name in OPERATORS):
             levels = even_levels(tokens)
-        max_run = max_run or 1
+        max_run = max_run or (2 if tried else 1)
     operators = operators or (preset.operators if preset else ("max2d",))
     if levels is None and preset and preset.levels[0] == tokens and _reach(operators, preset.levels):
         levels = preset.levels

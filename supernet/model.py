@@ -73,6 +73,12 @@ class SuperNet(_Timm):
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
+    def offer(self, space: SearchSpace) -> None:
+        """Run a part of the space alone, by the same weights. Raises SpaceError for one that has more."""
+        if not set(space.reductions) <= set(self.space.reductions) or space.depth != self.space.depth:
+            raise SpaceError(f"{space} is no part of {self.space}")
+        self.space, self.carry = space, carried(space.operators, getattr(self, "rope", None) is not None)
+
     def forward(self, images: torch.Tensor, architectures: Sequence[Architecture] | None = None) -> torch.Tensor:  # type: ignore[override]
         """Logits of all architectures: (B, channels, H, W) → (architectures, B, classes).
 

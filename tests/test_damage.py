@@ -45,6 +45,15 @@ def test_probes_hold_the_largest_and_the_smallest_of_every_operator():
     }
 
 
+def test_the_typical_damage_of_an_operator_is_a_geometric_mean_and_the_least_comes_first():
+    typical = DamageModel(SPACE, singles(SPACE)).typical()
+    measured = [(i, t) for i in range(1, 8) for t in SPACE.levels[1:]]
+    means = {o: np.exp(np.mean([np.log(reduction(o, i, t)) for i, t in measured])) for o in SPACE.operators}
+    assert list(typical) == ["kmeans", "max2d"]
+    assert typical["kmeans"] == pytest.approx(means["kmeans"])
+    assert typical["max2d"] == pytest.approx(means["max2d"], rel=0.05)  # between its square levels it is interpolated
+
+
 def test_sharing_is_measured_layer_by_layer_and_adds_up():
     space = SearchSpace(depth=4, levels=(16, 4), operators=("max2d",), max_run=3)
     measured = single_reductions(space)

@@ -10,11 +10,15 @@ import sys
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from conftest import DIGITS, Forked, call, one_of_each
 from opened import open_data
 from safetensors.torch import load_file, save_file
 
+from poolshare.search.config import SearchConfig
+from poolshare.search.job import job
+from poolshare.search.job.job import run_job
 from poolshare.space import SearchSpace
 from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.training import distributed
@@ -107,12 +111,17 @@ def environments(count=2):
     return [told | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
+def in_two_processes(act, folder):
+    """What torchrun does, without its imports."""
+    both = [Forked(act, folder, **told) for told in environments()]
+    for status, _, err in [process.wait() for process in both]:
+        assert status == 0, err
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    both = [Forked(in_each_process, folder, **told) for told in environments()]
-    for status, _, err in [process.wait() for process in both]:
-        assert status == 0, err
+    in_two_processes(in_each_process, folder)
     return folder
 
 
@@ -146,6 +155,48 @@ def test_training_continues_with_another_number_of_processes(together, tmp_path)
     _, continued = train(digits(), seed=9, state=tmp_path / "stopped.safetensors")
     assert len(continued) == 1 + len(losses) - 5  # the first call tells how many steps are done
     torch.testing.assert_close(continued[1:], losses[5:], rtol=2e-3, atol=2e-3)
+
+
+def search_from_weights(folder):
+    """A search from pretrained weights; what each process has after it trained the supernet lies in the folder."""
+    rank, train_there = distributed.rank(), job.train_supernet
+
+    def train_and_show(supernet, *args, teacher, **options):
+        train_there(supernet, *args, teacher=teacher, **options)
+        names = {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
+        save_file(supernet.state_dict() | names, folder / f"guided-{rank}.safetensors")
+        (folder / f"space-{rank}.json").write_text(json.dumps(supernet.space.to_json()))
+
+    job.train_supernet = train_and_show
+    small = {"depth": 3, "embed_dim": 16, "num_heads": 2}
+    given = {
+        "data": "digits",
+        "model_args": small,
+        "batch_size": 128,
+        "device": "cpu",
+        "sampler": "random",
+        "trials": 4,
+    }
+    weights, levels = str(folder / "start.safetensors"), (64, 36, 16)
+    run_job(SearchConfig(**given, weights=weights, levels=levels, tune_epochs=1, epochs=1), folder / "run")
+
+
+def test_two_processes_tune_a_dense_model_and_a_supernet_learns_from_it_in_the_space_that_the_first_one_chose(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("digits_vit", num_classes=5, depth=3, embed_dim=16, num_heads=2)
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    in_two_processes(search_from_weights, tmp_path)
+    first, second = (load_file(tmp_path / f"guided-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    dense = load_file(tmp_path / "run" / "dense.safetensors")
+    assert all(torch.equal(first[f"teacher.{name}"], tensor) for name, tensor in dense.items())
+    assert any(not torch.equal(first[name], tensor) for name, tensor in dense.items())
+    spaces = [json.loads((tmp_path / f"space-{rank}.json").read_text()) for rank in (0, 1)]
+    chosen = json.loads((tmp_path / "run" / "config.json").read_text())["search"]
+    assert spaces[0] == spaces[1]
+    assert spaces[0]["operators"] == chosen["operators"]
+    assert len(chosen["operators"]) < 5
 
 
 def test_the_command_trains_in_two_processes_of_which_one_writes_and_prints(tmp_path):

@@ -23,8 +23,8 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import prepare
 from poolshare.space.errors import BrokenDataError, DataError, RunError
 from poolshare.supernet import Subnet
-from poolshare.supernet.data.given import open_own
 from poolshare.supernet.data import pictures
+from poolshare.supernet.data.given import open_own
 from poolshare.supernet.data.listing import list_folder, natural_key
 from poolshare.supernet.data.pictures import PIXELS_VARIABLE, Images
 

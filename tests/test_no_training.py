@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search import search
 from poolshare.search.config import checked_config
-from poolshare.search.job.prepare import space_of
-from poolshare.search.untrained import job as untrained_job
+from poolshare.search.job.prepare import prepare, space_of
+from poolshare.search.untrained import record as untrained_record
 from poolshare.search.untrained import search as untrained_search
 from poolshare.space import PoolshareError
 from poolshare.space.presets import UNTRAINED, even_levels
@@ -77,7 +77,7 @@ def test_the_model_is_the_users_own(place, labelled, tmp_path):
 
 @torch.inference_mode()
 def test_losses_and_accuracies_are_those_of_the_exported_models_on_every_image(labelled):
-    data = untrained_job.prepare(labelled.run.config.without_weights, None, None, classes=labelled.run.classes).data
+    data = prepare(labelled.run.config.without_weights, None, None, classes=labelled.run.classes).data
     images, labels = zip(*data.eval_loader("search", 8), strict=True)
     images, labels = torch.cat(images), torch.cat(labels)
     assert len(images) == 19
@@ -111,7 +111,7 @@ def test_its_frontier_and_picks_are_by_loss(labelled):
 
 def test_a_stopped_search_goes_on_and_finds_the_same(place, monkeypatch):
     given = {"weights": place / "model.safetensors", "class_map": place / "classes.txt", "unlabelled": True}
-    walks, real = [], untrained_job.image_losses
+    walks, real = [], untrained_record.image_losses
 
     def counted(supernet, architectures, batches, **options):
         if "metric" in options:  # no trial for the forecast
@@ -120,7 +120,7 @@ def test_a_stopped_search_goes_on_and_finds_the_same(place, monkeypatch):
             raise KeyboardInterrupt
         return real(supernet, architectures, batches, **options)
 
-    monkeypatch.setattr(untrained_job, "image_losses", counted)
+    monkeypatch.setattr(untrained_record, "image_losses", counted)
 
     def again(name):
         walks.clear()

@@ -2,6 +2,9 @@
 
 import itertools
 import random
+import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,30 +14,38 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_identity import OPTIONS, make_photos
 
-from poolshare.search import search
+from poolshare.search import SearchResult, search, work
+from poolshare.search.analysis import finalists
 from poolshare.search.analysis.guard import against_dense
 from poolshare.search.analysis.pareto import binomial_interval
 from poolshare.search.config import SearchConfig
 from poolshare.search.exported.export import better_with_dense, load_export
 from poolshare.search.exported.retrain import evaluate, retrain
+from poolshare.search.job import prepare as preparing
 from poolshare.search.job.dense import read_tuned
+from poolshare.search.job.forecast import path_epochs
 from poolshare.search.job.prepare import prepare
 from poolshare.search.job.records import read_json, write_json
-from poolshare.space import Architecture, RunError, SearchSpace
+from poolshare.search.untrained import offered as offers
+from poolshare.search.untrained import record
+from poolshare.search.untrained.damage import single_reductions, steps
+from poolshare.search.untrained.search import expected_cost
+from poolshare.space import Architecture, CostTable, RunError, SearchSpace
 from poolshare.space.presets import WARM_OPERATORS, even_levels, space_for
-from poolshare.supernet import SuperNet, measure_macs
+from poolshare.supernet import Subnet, SuperNet, measure_macs
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.training.sandwich import GUIDED, Sandwich
 
 SMALL = {"depth": 4, "embed_dim": 16, "num_heads": 1, "patch_size": 4}
 WARM = {name: value for name, value in OPTIONS.items() if name != "epochs"} | {"model_args": SMALL, "budget": "70%"}
-WARM |= {"tune_epochs": 2, "trials": 12, "sampler": "evolution"}
+RACE = {name: value for name, value in WARM.items() if name not in ("trials", "sampler")} | {"tune_epochs": 2}
+WARM |= {"tune_epochs": 2, "epochs": 3, "trials": 12, "sampler": "evolution"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Photos, weights of five other classes to begin with, and a finished run with every default of a warm start."""
+    """Photos, weights of five other classes to begin with, and a finished run with a supernet."""
     folder = tmp_path_factory.mktemp("pretrained")
     make_photos(folder / "photos")
     torch.manual_seed(0)
@@ -46,9 +57,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(made):
-    from poolshare.search import SearchResult
-
     return SearchResult(made / "run")
+
+
+@pytest.fixture(scope="module")
+def raced(made):
+    """A run with every default of a warm start."""
+    return search(made / "photos", out=made / "raced", weights=made / "start.safetensors", **RACE)
 
 
 def test_levels_fall_evenly_and_stand_on_grids_where_one_is_near():
@@ -66,7 +81,8 @@ def test_a_warm_start_gets_operators_that_keep_what_it_knows_and_a_cold_one_stay
     warm, cold = (space_for("vit_tiny_patch16_224", 12, 196, warm=warm) for warm in (True, False))
     assert (warm.operators, warm.levels, warm.max_run) == (WARM_OPERATORS, even_levels(196), 1)
     assert (cold.operators, cold.levels, cold.max_run) == (("max2d",), (196, 100, 49), 3)
-    assert space_for("vit_tiny_patch16_224", 12, 197, warm=True).operators == ("tome", "kmeans")  # no grid
+    assert space_for("vit_tiny_patch16_224", 12, 197, warm=True).operators == WARM_OPERATORS[:-1]  # no grid
+    assert space_for("vit_tiny_patch16_224", 12, 196, warm=True, tried=True).max_run == 2
     given = space_for("vit_tiny_patch16_224", 12, 196, (196, 49), ("max2d",), 2, warm=True)
     assert (given.operators, given.levels, given.max_run) == (("max2d",), (196, 49), 2)
     assert space_for("psvit_1d_tiny", 12, 196, warm=True) == space_for("psvit_1d_tiny", 12, 196)
@@ -76,8 +92,8 @@ def test_a_warm_start_gets_operators_that_keep_what_it_knows_and_a_cold_one_stay
     ("given", "decided"),
     [
         ({}, (0, 30, 1000)),
-        ({"weights": "x"}, (15, 3, 200)),
-        ({"pretrained": True}, (15, 3, 200)),
+        ({"weights": "x"}, (15, 3, 100)),
+        ({"pretrained": True}, (15, 3, 100)),
         ({"weights": "x", "epochs": 0}, (0, 0, 1000)),  # searched as it is
         ({"weights": "x", "tune_epochs": 0}, (0, 10, 1000)),
         ({"weights": "x", "tune_epochs": 4, "epochs": 0}, (4, 0, 1000)),  # tuned, then searched as it is
@@ -100,6 +116,27 @@ def test_a_guided_step_draws_below_the_limit_and_not_far_below(within, low, high
     assert low - 0.01 <= min(shares)
     assert max(shares) <= high
     assert np.ptp(shares) > 0.8 * (high - low)
+
+
+def test_the_forecast_of_the_path_counts_the_teacher_and_every_phase():
+    space = SearchSpace(8, (64, 49, 36, 25, 16, 9, 4), ("avg2d",), 1)
+    costs = measure_macs(SuperNet.from_timm("digits_vit", space, depth=8, embed_dim=16, num_heads=1))
+    dense, train, search_images = costs.total(space[0]), 800, 200
+    allowed = space.within(costs, None, 0.6 * dense)
+    share = allowed.high / dense
+    config = SearchConfig(data="x", weights="x", guided=True)
+    path = path_epochs(config, allowed, train, search_images)
+    sandwich = Sandwich(space, costs, 0, within=0.6, guided=True)
+    # in epochs: a forward and a backward of every architecture, and the teacher's forward, of three for the dense model
+    steps = [sum(3 * costs.total(one) for one in sandwich.at(step)) / dense + 1 for step in range(200)]
+    assert path["tuning"] == 15
+    assert path["training"] == pytest.approx(3 * np.mean(steps) / 3, rel=0.05)
+    assert path["scoring"] == pytest.approx(100 * share * 200 / (3 * 800))
+    assert path["retraining"] == pytest.approx(8 * 1000 * (3 * share + 1) / (3 * 800))
+    raced = path_epochs(config.changed(epochs=0), allowed, train, search_images)
+    assert set(raced) == {"tuning", "scoring", "retraining"}
+    assert raced["scoring"] == pytest.approx(expected_cost(allowed, 200) / dense / (3 * 800))
+    assert sum(raced.values()) < sum(path.values()) < 2 * 15 * 1000 / 800  # two tunings on all training images
 
 
 def test_a_guided_loss_is_half_of_labels_and_half_of_the_teachers_distribution():
@@ -206,6 +243,25 @@ def test_retraining_is_taught_by_the_runs_dense_model(found, tmp_path):
         (found.run.path / "elsewhere").rename(found.run.dense)
 
 
+def test_finalists_begin_with_the_better_weights_and_have_the_dense_model_as_teacher(found, tmp_path, monkeypatch):
+    shutil.copytree(found.folder, tmp_path / "run")
+    here, seen = SearchResult(tmp_path / "run"), []
+
+    def seen_not_trained(model, data, recipe, *, teacher, **options):
+        seen.append([{name: tensor.clone() for name, tensor in one.state_dict().items()} for one in (model, teacher)])
+
+    monkeypatch.setattr(finalists, "train_model", seen_not_trained)
+    first, second = finalists.choose(here.report.allowed, 2, "macs")["architecture"]
+    correct = here.candidates.set_index("architecture")["correct"]
+    write_json(here.run.summary, here.run.read_summary() | {"with_dense_weights": {first: int(correct[first]) + 1}})
+    rows = here.finalists(2, epochs=1, quiet=True).set_index("architecture")["supernet_correct"]
+    assert (rows[first], rows[second]) == (correct[first] + 1, correct[second])
+    dense, supernet = load_file(here.run.dense), load_file(here.run.supernet)
+    for (start, teacher), weights in zip(seen, (dense, supernet), strict=True):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in start.items())
+        assert all(torch.equal(tensor, dense[name]) for name, tensor in teacher.items())
+
+
 def test_a_run_with_another_budget_trains_nothing_anew(made, found):
     weights = [path.read_bytes() for path in (found.run.dense, found.run.supernet)]
     again = search(made / "photos", out=made / "run", weights=made / "start.safetensors", **WARM | {"budget": "80%"})
@@ -263,3 +319,100 @@ def test_a_loss_is_warned_of_where_it_is_large_and_no_accident():
         assert f"{dense:.2f} %" in text
         assert (f"{dense - top1:.2f} points more" in text) == (dense > top1)
     assert "40% fewer MACs" in against_dense(500, 1000, 90.0, 0.6)
+
+
+def test_few_images_train_no_supernet_and_the_tuned_dense_model_is_searched_as_it_is(made, raced, tmp_path):
+    config, summary = raced.run.config, raced.run.read_summary()
+    images = len(prepare(config).data.split("train"))
+    assert (config.tune_epochs, config.epochs, config.guided, config.races) == (2, 0, True, True)
+    assert any(note.startswith(f"{images} training images are few for a supernet") for note in raced.run.notes)
+    assert set(summary["phases"]) == {"tuning", "scoring"}
+    assert not raced.run.journal.exists()
+    dense, supernet = (load_file(path) for path in (raced.run.dense, raced.run.supernet))
+    assert all(torch.equal(dense[name], value) for name, value in supernet.items())
+    assert raced.report.dense["top1"] == read_tuned(raced.run).top1
+    assert raced.frontier["macs"].max() <= 0.7 * raced.report.dense["macs"]
+    assert "the dense model of the same training reaches" in raced.report.verdict
+    facts = raced.export(raced.pick(), tmp_path / "export")
+    assert facts["weights"].startswith("the dense model, tuned for 2 epochs")
+    assert facts["dense"]["search_top1"] == raced.report.dense["top1"]
+    with pytest.raises(RunError, match="has no supernet"):
+        work(raced.folder, quiet=True)
+
+
+def test_a_race_is_continued_and_asked_for_another_budget_without_scoring_anything_twice(made, raced, monkeypatch):
+    scored, real = [], record.image_losses
+
+    def counted(supernet, architectures, *args, **options):
+        scored.extend(map(str, architectures))
+        return real(supernet, architectures, *args, **options)
+
+    monkeypatch.setattr(record, "image_losses", counted)
+    before, weights = raced.run.candidates.read_bytes(), raced.run.dense.read_bytes()
+    for budget, new in (("70%", False), ("85%", True), ("70%", False)):
+        scored.clear()
+        given = RACE | {"budget": budget}
+        again = search(made / "photos", out=raced.folder, weights=made / "start.safetensors", **given)
+        assert bool(scored) == new
+        assert len(scored) == len(set(scored))
+        assert again.run.config.operators == raced.run.config.operators
+    assert raced.run.candidates.read_bytes() == before
+    assert raced.run.dense.read_bytes() == weights
+
+
+def test_many_images_train_a_supernet(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "FEW_IMAGES", 5)
+    job = prepare(SearchConfig(data=str(made / "photos"), weights=str(made / "start.safetensors"), **RACE))
+    assert (job.config.epochs, job.config.races) == (3, False)
+
+
+@torch.inference_mode()
+def test_operators_that_harm_the_tuned_model_most_are_left_out(made, tmp_path):
+    """The damage of each single reduction by models that are run alone, one by one."""
+    levels = (16, 9, 4)  # each is measured, so nothing is interpolated
+    found = search(
+        made / "photos", out=tmp_path / "run", weights=made / "start.safetensors", **RACE | {"levels": levels}
+    )
+    wide = space_for(WARM["model"], 4, 16, levels, warm=True, tried=True)
+    images = torch.cat([images for images, _ in prepare(found.run.config).data.eval_loader("search", 8)])
+    base, options = found.model("dense").base
+
+    def answers(architecture):
+        model = Subnet.from_base(base, str(architecture), **options)
+        model.load_state_dict(load_file(found.run.dense))
+        return model.eval()(images).double().log_softmax(-1)
+
+    dense, nats = answers(wide[0]), {}
+    for single in single_reductions(wide):
+        ((index, _, layer),) = steps(single)
+        kl = F.kl_div(answers(single), dense, reduction="none", log_target=True).sum(-1).mean().item()
+        nats.setdefault(layer.operator, {})[index, layer.tokens] = max(kl, 1e-6)
+    del nats[None]  # those that share
+    for measured in nats.values():
+        for index in (1, 2, 3):  # fewer tokens are taken to harm no less
+            measured[index, 4] = max(measured[index, 4], measured[index, 9])
+    typical = {name: np.exp(np.mean(np.log([*measured.values()]))) for name, measured in nats.items()}
+    least = min(typical.values())
+    assert set(found.run.config.operators) == {name for name, value in typical.items() if value <= 2 * least}
+    [note] = [note for note in found.run.notes if note.startswith("tried on the dense model")]
+    for name, value in typical.items():
+        assert float(re.search(rf"\b{name} ([\d.e-]+)", note)[1]) == pytest.approx(value, rel=0.01)
+    assert (found.run.config.max_run == 2) == ("harms no more" in note)
+
+
+def test_operators_that_were_asked_for_stay(made, tmp_path):
+    given = RACE | {"operators": ("avg2d", "topk"), "levels": (16, 9, 4), "max_run": 2}
+    config = search(made / "photos", out=tmp_path / "run", weights=made / "start.safetensors", **given).run.config
+    assert (config.operators, config.max_run, config.levels) == (("avg2d", "topk"), 2, (16, 9, 4))
+
+
+def test_sharing_is_offered_where_a_layer_that_shares_harms_less_than_dropping_tokens_for_as_much():
+    space = SearchSpace(4, (16, 9, 4), ("tome",), 2)
+    own, shared = {16: 100, 9: 60, 4: 30}, {16: 90, 9: 55, 4: 28}
+    costs = CostTable("macs", 0, own, shared, dict.fromkeys(space.reductions, 1), dict.fromkeys(space.levels, 0))
+    job = SimpleNamespace(objective=costs, dense=space[0])
+    drops = {"16*1 16 16 9@tome": 0.2, "16 16 16 4@tome": 0.5, "16 9@tome 9 9": 0.1}
+    for nats, wanted in ((0.09, True), (0.11, False)):
+        damage = {Architecture.parse(text): value for text, value in drops.items()}
+        damage |= {Architecture.parse("16 16 16*2"): nats, Architecture.parse("16*2 16 16"): 9.0}
+        assert offers._sharing_harms_less(job, damage, ["tome"]) == wanted

@@ -20,9 +20,10 @@ from optuna.trial import TrialState
 
 from poolshare.search.job import worker
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.job.job import make_task, study_name
+from poolshare.search.job.job import study_name
 from poolshare.search.job.prepare import load_weights, prepare
 from poolshare.search.job.records import read_json, write_json
+from poolshare.search.job.task import make_task
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.samplers.propose import PROPOSERS

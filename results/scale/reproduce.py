@@ -123,7 +123,12 @@ def main() -> None:
         make(root, given.images, given.count)
         print(f"{given.count:,} files made in {time.perf_counter() - start:.0f} s", flush=True)
     train = root / "train"
-    found: dict[str, Any] = {"files": given.count, "cores": os.cpu_count(), "versions": versions(), "torch": torch.__version__}
+    found: dict[str, Any] = {
+        "files": given.count,
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "torch": torch.__version__,
+    }
     for name in ("first", "second", "third"):
         found[name] = alone(opening, train)
         print(name, found[name], flush=True)

@@ -23,8 +23,8 @@ import torch
 
 from poolshare.search.config import checked_config
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.job.job import make_task
 from poolshare.search.job.prepare import Job, prepare
+from poolshare.search.job.task import make_task
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.study.loop import run_study

@@ -22,8 +22,9 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
+from ..exported.export import better_with_dense, load_supernet
 from ..job.folder import FINALISTS, RunFolder
-from ..job.prepare import Job, checked_recipe, load_weights, prepare, supernet_recipe
+from ..job.prepare import Job, checked_recipe, prepare, supernet_recipe
 from ..job.records import write_csv
 from ..progress import advance_step, progress_bar
 from ..report.report import load_report
@@ -53,9 +54,9 @@ def train_finalists(
 
     Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
     in accuracy. Architectures that the search was asked to include take part too, where they are within the budget. Each
-    begins with the supernet's weights and sees its training images with its augmentation, at the learning rate of
-    `poolshare retrain`; both scores are of the search-validation images, so the test images stay unseen. budget: default:
-    the search's.
+    begins with the weights that `poolshare export` takes, has the tuned dense model as teacher, where there is one, and sees
+    the supernet's training images with its augmentation, at the learning rate of `poolshare retrain`; both scores are of the
+    search-validation images, so the test images stay unseen. budget: default: the search's.
     batch_size, lr, amp: default: as in the search. data, data_dir: where the search's images lie now, if elsewhere.
     data, metric: those given in Python, see `prepare`.
 
@@ -117,8 +118,8 @@ def _train(
     recipe: Recipe,
     console: Console,
 ) -> pd.DataFrame:
-    workers, seed = job.config.workers, job.config.seed
-    load_weights(job.supernet, folder.supernet)
+    workers, seed, device = job.config.workers, job.config.seed, next(job.supernet.parameters()).device
+    teacher = _start(folder, job.dense) if folder.dense.exists() else None
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)
     with progress_bar(console, "training finalists", len(missing) * steps, "steps") as advance:
@@ -126,13 +127,19 @@ def _train(
             text = str(candidate["architecture"])
             note = f"{index + 1} of {len(missing)}: {text}"
             torch.manual_seed(seed)
-            model = Subnet.from_supernet(job.supernet, Architecture.parse(text))
-            model.to(next(job.supernet.parameters()).device)
+            architecture = Architecture.parse(text)
+            model = _start(folder, architecture).to(device)
             show = partial(advance_step, advance, index * steps, note)
-            train_model(model, job.data, recipe, seed=seed, workers=workers, progress=show)
+            train_model(model, job.data, recipe, teacher=teacher, seed=seed, workers=workers, progress=show)
             correct, total = count_right(model, batches, metric=job.metric)
-            new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": candidate["correct"]}
+            before = better_with_dense(folder, architecture) or candidate["correct"]
+            new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": before}
             new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}
             rows = pd.concat([rows, pd.DataFrame([new])[list(FINALISTS)]], ignore_index=True)
             write_csv(folder.finalists, rows, checked=True)
     return rows
+
+
+def _start(folder: RunFolder, architecture: Architecture) -> Subnet:
+    """The architecture with the better weights, the supernet's or the dense model's."""
+    return Subnet.from_supernet(load_supernet(folder, architecture), architecture)

@@ -23,6 +23,7 @@ from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
+from ..config import RETRAIN_EPOCHS_GUIDED
 from ..job.dense import load_dense
 from ..job.folder import RunFolder
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
@@ -89,7 +90,8 @@ def measure_trust(
                 f"{folder.path} has no supernet of {folder.config.epochs} epochs yet; continue its training with `poolshare search`"
             )
         folder.check_weights(config)
-        recipe = checked_recipe(supernet_recipe(config).model_dump(), recipe_changes)
+        usual = {"epochs": RETRAIN_EPOCHS_GUIDED} if config.races else {}  # there is no supernet to take them from
+        recipe = checked_recipe(supernet_recipe(config).model_dump() | usual, recipe_changes)
         header = {"format": FORMAT, "plan": plan.__dict__, "recipe": recipe.model_dump()}
         rows = _earlier_rows(folder, header)
         report = load_report(folder) if folder.summary.exists() else None  # raises for damage before any training

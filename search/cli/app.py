@@ -83,7 +83,7 @@ def search(
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Train the supernet, score architectures, report.
+    """Tune a pretrained model, train the supernet where images are many, score architectures, report.
 
     The same command continues an interrupted run.
     """

@@ -95,7 +95,7 @@ def finalists(
             min=1, help="How many of the best to train, besides those that the search was given by --include."
         ),
     ] = 8,
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the supernet's weights.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training, from the weights that export takes.")] = 2,
     batch_size: SearchBatch = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3; pretrained 3e-4.")] = None,
     amp: SearchAmp = None,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from poolshare.space import Band, CostTable
     from poolshare.supernet import SuperNet
 
+    from ..config import SearchConfig
+
 
 def space(
     model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "vit_tiny_patch16_224",
@@ -88,7 +90,8 @@ def space(
         budget and f"within {budget:<9} {allowed.size_text} architectures cost at most {costs.format(allowed.high)}"
     )
     took = conditions and f"dense            {costs.format(costs.total(net.space[0]))} per image, {conditions}"
-    _print(net, macs, facts, "" if num_classes else " (--num-classes: those of your data)", [within, took])
+    path = _path(config, allowed) if config.tune_epochs else ""
+    _print(net, macs, facts, "" if num_classes else " (--num-classes: those of your data)", [within, took, path])
 
 
 def _latency(net: SuperNet, config: SearchConfig, threads: int | None) -> tuple[CostTable, str]:
@@ -102,6 +105,21 @@ def _latency(net: SuperNet, config: SearchConfig, threads: int | None) -> tuple[
     with computing_with(choose_threads(threads, None, net).number):
         latency = measure_latency_table(net, config.latency_batch, dtype=config.deployed)
     return latency.table, latency.conditions
+
+
+def _path(config: SearchConfig, allowed: Band) -> str:
+    """What the phases of a pretrained start cost, with few images and with many."""
+    from ..config import FEW_IMAGES, RETRAIN_EPOCHS_GUIDED
+    from ..job.forecast import path_epochs
+
+    train, scored = round(1000 * (1 - config.search_fraction)), round(1000 * config.search_fraction)
+    guided = [config.changed(guided=True, epochs=epochs) for epochs in (0, config.epochs)]
+    few, many = (sum(path_epochs(one, allowed, train, scored).values()) for one in guided)
+    return (
+        f"path             {config.tune_epochs} epochs of the dense model, below {FEW_IMAGES:,} training images none and else "
+        f"{config.epochs} of a supernet, the search, {RETRAIN_EPOCHS_GUIDED} epochs of retraining: about {few:.0f}, or "
+        f"{many:.0f}, epochs of the dense model"
+    )
 
 
 def _facts(net: SuperNet, macs: CostTable, allowed: Band, limit: int | None) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     weights = f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
     if not config.training:
         weights = f"{short_name(config.weights or config.model)}, not trained any further"
-    elif by_dense is not None:
+    elif by_dense is not None or (tuned and not config.epochs):
         weights = f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
     model = Subnet.from_supernet(supernet, architecture)
     recipe = supernet_recipe(config)

@@ -21,14 +21,11 @@ from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
-from poolshare.supernet.training.sandwich import Sandwich
 
 from ..progress import advance_loss, progress_bar
-from ..scoring import count_correct, count_right
+from ..scoring import SCORING_BATCH, count_correct, count_right
 from .folder import RunFolder
 from .prepare import Job, tuning_recipe
-
-SCORING_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -163,13 +160,6 @@ def phases(
     gain = sum(after - before for before, after in by_both) / max(1, len(by_both)) * 100 / tuned.total
     return {
         "tuning": phase("tuning", epochs=tuned.epochs, top1=tuned.top1),
-        "training": phase("training", epochs=job.config.epochs, gain=round(gain, 2), step_macs=_step_macs(job)),
+        **({"training": phase("training", epochs=job.config.epochs, gain=round(gain, 2))} if job.config.epochs else {}),
         "scoring": phase("scoring", architectures=scored),
     }
-
-
-def _step_macs(job: Job, steps: int = 32) -> float:
-    """MACs of one image in a step of the guided training, all forwards: a teacher's costs a third of one with its backward."""
-    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=True)
-    drawn = sum(job.macs.total(architecture) for step in range(steps) for architecture in sandwich.at(step))
-    return drawn / steps + job.macs.total(job.dense) / 3

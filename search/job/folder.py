@@ -179,6 +179,13 @@ class RunFolder:
         if files and not self.images.exists():
             write_images(self.images, files())
 
+    def decide(self, config: SearchConfig, note: str) -> None:
+        """Replace the configuration by one that knows what the run has found out, and why."""
+        self.config = config
+        content = read_json(self.path / "config.json")
+        notes = list(dict.fromkeys([*content["notes"], note]))
+        write_json(self.path / "config.json", content | {"search": config.model_dump(mode="json"), "notes": notes})
+
     def check_same(self, data: str, storage: str, files: FileList | None = None) -> None:
         """Raise RunError where the run was begun with other training images, or with its study elsewhere."""
         self.check_images(data, files)

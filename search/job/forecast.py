@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
-from poolshare.space import TrainingError, forecast, forecast_space
+from poolshare.space import Band, TrainingError, forecast, forecast_space
 from poolshare.supernet.measure import wait_for
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.loop import attention_of, precision_of, steps_per_epoch
-from poolshare.supernet.training.sandwich import Sandwich
+from poolshare.supernet.training.sandwich import GUIDED, LEAST, Sandwich
 
+from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..progress import time_text
 from ..scoring import count_correct
+from ..untrained.search import expected_cost
 from .prepare import Job
 
 
@@ -39,28 +42,62 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
         say(allowed)
     step, per_mac = pace
+    train, search = (len(job.data.split(name)) for name in ("train", "search"))
     if job.config.tune_epochs and not tuned:
-        images = job.config.tune_epochs * len(job.data.split("train"))
-        tuning = 3 * dense * per_mac * images  # a step takes about three forwards
+        tuning = 3 * dense * per_mac * train * job.config.tune_epochs  # a step takes about three forwards
         say(f"tuning the dense model for {job.config.tune_epochs} epochs takes about {time_text(tuning)}")
     epochs = recipe.epochs - trained
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe)
         say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
-    else:
+    elif recipe.epochs:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
-    whole, images = forecast_space(space, macs), len(job.data.split("search"))
+    _announce_scoring(job, per_mac, say)
+    if job.config.guided:
+        path = path_epochs(job.config, job.allowed, train, search)
+        seconds = 3 * dense * per_mac * train * path["retraining"]
+        say(
+            f"then `poolshare retrain`, for {RETRAIN_EPOCHS_GUIDED} epochs with the dense model as teacher, takes about "
+            f"{time_text(seconds)}; the whole path costs about {sum(path.values()):.0f} epochs of the dense model's tuning"
+        )
+
+
+def path_epochs(config: SearchConfig, allowed: Band, train: int, search: int) -> dict[str, float]:
+    """What each phase of a pretrained model's path costs at most, teacher included, in epochs of the dense tuning, by its costs.
+
+    train, search: how many images. What loading images takes is not in it.
+    """
+    dense = allowed.costs.total(allowed.space[0])
+    share, least = min(1.0, allowed.high / dense), allowed.costs.total(allowed.space.cheapest(allowed.costs)) / dense
+    epoch = 3 * train  # in forwards of the dense model; with its backward a step takes three
+    path = {"tuning": float(config.tune_epochs)}
+    if config.races:
+        path["scoring"] = expected_cost(allowed, min(search, IMAGES)) / dense / epoch
+    else:
+        drawn = (max(least, min(LEAST, share / 2)) + share) / 2  # on average, see `Sandwich`
+        path["training"] = config.epochs * (GUIDED * drawn + 1 / 3)
+        path["scoring"] = config.trials * share * search / epoch
+    return path | {"retraining": RETRAIN_EPOCHS_GUIDED * (train + search) / train * (share + 1 / 3)}
+
+
+def _announce_scoring(job: Job, per_mac: float, say: Callable[[str], None]) -> None:
+    space, macs, images = job.supernet.space, job.macs, len(job.data.split("search"))
+    if job.config.races:
+        seen = expected_cost(job.allowed, min(images, IMAGES)) / job.objective.total(job.dense)
+        seconds = per_mac * seen * macs.total(job.dense)
+        return say(f"searching it as it is takes about as long as it takes on {seen:,.0f} images, {time_text(seconds)}")
+    whole = forecast_space(space, macs)
     single = whole.one_by_one / whole.architectures
     if job.exhaustive:
-        say(
+        return say(
             f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
             f"({whole.share:.1%} of one by one) and takes about {time_text(per_mac * whole.cost * images)}"
         )
-    else:
-        say(
-            f"scoring {job.config.trials:,} of them on {images:,} images takes at most about "
-            f"{time_text(per_mac * single * images * job.config.trials)}, less by what they share"
-        )
+    seconds = per_mac * single * images * job.config.trials
+    say(
+        f"scoring {job.config.trials:,} of them on {images:,} images takes at most about {time_text(seconds)}, less by what "
+        "they share"
+    )
 
 
 class Pace(NamedTuple):
@@ -90,7 +127,8 @@ def calibrate(job: Job, training: bool = True) -> Pace:
         for step in range(4 if training else 0):
             start = time.perf_counter()
             with attention_of(job.recipe, job.supernet, device), precision_of(job.recipe, device):
-                loss = sandwich.loss(job.supernet.train(), images, labels, step)
+                teacher = job.supernet if guided else None  # without architectures: the dense model
+                loss = sandwich.loss(job.supernet.train(), images, labels, step, teacher=teacher)
                 loss.backward()
             wait_for(device)
             times.append(time.perf_counter() - start)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Architecture, RunError, forecast_space
+from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.threads import choose_threads, computing_with
@@ -36,12 +37,16 @@ from ..samplers.exhaustive import score_everything
 from ..scoring import SCORING_BATCH, Metric, count_correct, top1
 from ..study.loop import GENERATION, Task, run_study
 from ..study.open import check_storage, open_store
+from ..untrained.offered import offered
+from ..untrained.record import Record, drawn, search_job
+from ..untrained.search import expected_cost
 from .dense import begun_tuning, phases, read_tuned, score_with_dense, tuned_model
 from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
 from .records import FORMAT, versions, write_csv, write_json
-from .together import count_together, help_scoring, scoring_together, search_batches
+from .task import make_task
+from .together import help_scoring, scoring_together
 from .trained_head import checked_head
 
 
@@ -73,9 +78,12 @@ def run_job(
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
         with distributed.joined(next(job.supernet.parameters()).device):
-            _train(job, None, console)
-            help_scoring(job)
+            job, _ = _train(job, None, console)
+            if not job.config.races:
+                help_scoring(job)
         return RunFolder(Path(out), config)
+    if config.races and "trials" in config.given:
+        console.print(f"--trials {config.trials} counts what a supernet scores, and none is trained: it has no effect")
     job, threads = with_threads(job, folder, kind, job.recipe)
     with computing_with(threads):
         return _run(job, Path(out), console, storage, kind)
@@ -112,9 +120,14 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
             console.print(note, markup=False, soft_wrap=True)
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         with distributed.joined(next(job.supernet.parameters()).device):
-            _train(job, folder, console)
-            candidates, scoring = _score(job, folder, console, storage)
-        conclude(job, folder, candidates, scoring, time_models(job, candidates, console))
+            job, trying = _train(job, folder, console)
+            start, more = time.monotonic(), {}
+            candidates = None if job.config.races else _score(job, folder, console, storage)
+        if candidates is None:
+            job = drawn(job)
+            candidates, more = race(job, folder, console)
+        scoring = trying + time.monotonic() - start
+        conclude(job, folder, candidates, scoring, time_models(job, candidates, console), more)
     return folder
 
 
@@ -155,19 +168,28 @@ def _refuse_fewer_epochs(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
-    """Train what is missing. folder: None in a process that only helps the first one."""
-    recipe = job.recipe
+def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, float]:
+    """Train what is missing; returns the job, whose space the dense model may have narrowed, and the seconds of that.
+
+    folder: None in a process that only helps the first one.
+    """
+    recipe, trying = job.recipe, 0.0
     finished = folder is not None and is_trained(folder)
     total = recipe.epochs * steps_per_epoch(job.data, recipe)
     with distributed.joined(next(job.supernet.parameters()).device):
         if distributed.from_first(finished):
             if folder:
                 load_weights(job.supernet, folder.supernet)
-            return
+            return job, trying
         threads = distributed.from_first(job.config.threads)  # the first one chose them
-        with computing_with(threads):
-            teacher = tuned_model(job, folder, console) if job.config.guided else None
+        teacher = None
+        if job.config.guided:
+            with computing_with(threads):
+                teacher = tuned_model(job, folder, console)
+                start = time.monotonic()
+                if loader_batch(job.data) is None:  # such data give no range of their images
+                    job = offered(job, folder, console)
+                trying = time.monotonic() - start
         if folder:
             earlier = supernet_epochs(folder) or 0
             for scored in (folder.candidates, folder.finalists, folder.trust, folder.trust_rows):
@@ -190,6 +212,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> None:
             )
     if folder:
         save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
+    return job, trying
 
 
 def _training_seconds(folder: RunFolder, otherwise: float) -> float:
@@ -199,25 +222,6 @@ def _training_seconds(folder: RunFolder, otherwise: float) -> float:
     except RunError:  # damaged, and no longer needed
         return otherwise
     return float(facts.get("seconds", otherwise)) if facts.get("epochs") == folder.config.epochs else otherwise
-
-
-def make_task(job: Job, record: Mapping[Architecture, tuple[int, int]] | None = None) -> Task:
-    """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
-    batches, known = search_batches(job), dict(record or {})
-
-    def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
-        new = [architecture for architecture in architectures if architecture not in known]
-        if new or not architectures:
-            counts, total = count_together(job, new, batches, progress)
-            found = dict(zip(new, counts, strict=True))
-        else:
-            found, total = {}, known[architectures[0]][1]
-        return [found[a] if a in found else known[a][0] for a in architectures], total
-
-    latency, by_latency = job.latency and job.latency.table, job.config.objective == "latency"
-    return Task(
-        job.supernet.space, job.macs, job.parameters, job.allowed, score, latency, by_latency=by_latency, record=known
-    )
 
 
 def study_name(job: Job, folder: RunFolder) -> str:
@@ -260,15 +264,25 @@ def score_candidates(
         )
 
 
-def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> tuple[pd.DataFrame, float]:
-    """Score the candidates; returns the candidates frame and the seconds spent."""
-    start = time.monotonic()
+def race(job: Job, folder: RunFolder, console: Console) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Search the model as it is, on the images of `drawn`; returns the candidates frame, and facts for the summary."""
+    record, images = Record(folder), len(job.data.split("search"))
+    expected = expected_cost(job.allowed, images) / job.objective.total(job.dense)
+    with progress_bar(console, "searching without training", expected, "dense images") as advance:
+        frame = search_job(job, record, advance)
+    folder.write_candidates(frame)
+    passes = round(record.spent / images, 1)
+    return frame, {"looked_at": len(record.losses), "dense_passes": passes, "labelled": job.data.labelled}
+
+
+def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> pd.DataFrame:
+    """The candidates frame, by a study."""
     with scoring_together(job):
         task = make_task(job, _record(folder))
         frame = score_candidates(job, task, folder, console, storage)
         frame = _with_included(job, task, frame)
     folder.write_candidates(frame)
-    return frame, time.monotonic() - start
+    return frame
 
 
 def _record(folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
@@ -336,7 +350,7 @@ def conclude(
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     tuned = read_tuned(folder)
-    top1 = tuned.top1 if tuned else _dense_top1(job, candidates)
+    top1 = tuned.top1 if tuned and not job.config.races else _dense_top1(job, candidates)
     try:
         earlier = folder.read_summary()["seconds"]
     except RunError:  # none yet, or damaged: it is made again
@@ -349,7 +363,10 @@ def conclude(
     if tuned:
         begin = time.monotonic()
         best = frontier(candidates, cost)
-        by_dense = score_with_dense(job, folder, [*best["architecture"], *map(str, job.include)])
+        wanted = (
+            [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
+        )  # else they are the weights
+        by_dense = score_with_dense(job, folder, wanted)
         both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}

@@ -35,6 +35,7 @@ from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
 from poolshare.supernet.data import Data, ImageFormat, Place, open_data, open_pictures
 from poolshare.supernet.data.given import Parts, open_own
+from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.options import read_options, read_value
 from poolshare.supernet.training import distributed
@@ -42,7 +43,7 @@ from poolshare.supernet.training.checkpoint import load_facts, load_tensors, sha
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
-from ..config import SearchConfig, check_recipe_names, first_problem
+from ..config import FEW_IMAGES, SearchConfig, check_recipe_names, first_problem
 from ..progress import Advance, progress_bar
 from ..scoring import Metric, check_metric, metric_name, top1
 from .folder import RunFolder
@@ -87,6 +88,15 @@ class Job:
         limit = None if config.budget is None else parse_budget(config.budget, dense, table.quantity)
         return replace(job, allowed=self.supernet.space.within(table, None, limit))
 
+    def narrowed(self, space: SearchSpace) -> Job:
+        """The same over a part of its space, which has the same costs."""
+        if space == self.supernet.space:
+            return self
+        self.supernet.offer(space)
+        config = self.config.changed(levels=space.levels, operators=space.operators, max_run=space.max_run)
+        limit = None if config.budget is None else self.allowed.high
+        return replace(self, config=config, allowed=space.within(self.allowed.costs, None, limit))
+
     @property
     def recipe(self) -> Recipe:
         """How to train the supernet."""
@@ -95,7 +105,7 @@ class Job:
     @property
     def exhaustive(self) -> bool:
         """Whether the whole space will be scored."""
-        if not self.config.training:
+        if self.config.races:
             return False
         if self.config.sampler != "auto":
             return self.config.sampler == "exhaustive"
@@ -205,10 +215,11 @@ def prepare(
     check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
     options |= {"num_classes": len(data.classes)}
+    if config.guided is None:
+        config, said = _guided(config, matched.fresh, data)
+        notes += said
     supernet = make_supernet(config, options, begin.pretrained)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
-    if config.guided is None:
-        config = _guided(config, matched.fresh)
     if found is not None:
         notes += load_base_weights(supernet, found, config.model, matched.fresh)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
@@ -249,14 +260,26 @@ def check_same_metric(config: SearchConfig, metric: Metric) -> None:
         )
 
 
-def _guided(config: SearchConfig, fresh: bool) -> SearchConfig:
-    """The configuration that knows whether there is a dense model to learn from. fresh: the head is a new one.
+def _guided(config: SearchConfig, fresh: bool, data: Data) -> tuple[SearchConfig, tuple[str, ...]]:
+    """The configuration that knows whether there is a dense model to learn from, and notes. fresh: the head is a new one.
 
-    A head that knows these classes needs no tuning, unless it was asked for.
+    A head that knows these classes needs no tuning, unless it was asked for. Few images do not train a supernet.
     """
+    if not config.training:
+        return config.changed(guided=False), ()
     if not fresh and "tune_epochs" not in config.given:
         config = config.changed(tune_epochs=0)
-    return config.changed(guided=config.tune_epochs > 0 or (config.warm and not fresh and config.epochs > 0))
+    config = config.changed(guided=config.tune_epochs > 0 or (config.warm and not fresh and config.epochs > 0))
+    if not config.guided:
+        return config, ()
+    images, scored = len(data.split("train")), len(data.split("search"))
+    if "epochs" in config.given or images >= FEW_IMAGES or scored < 2 or loader_batch(data) is not None:
+        return config, ()
+    note = (
+        f"{images:,} training images are few for a supernet: the dense model is searched as it is; --epochs {config.epochs} "
+        "trains a supernet"
+    )
+    return config.changed(epochs=0), (note,)
 
 
 def matched_classes(
@@ -404,7 +427,8 @@ def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
     depth, patches = len(base.blocks), base.patch_embed.num_patches
     levels = config.levels or (None if config.training else even_levels(patches))
-    return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm)
+    tried = bool(config.guided)
+    return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm, tried)
 
 
 def input_config(

@@ -22,8 +22,9 @@ from ..config import SearchConfig
 from ..scoring import Metric, top1
 from ..study.open import check_storage
 from .folder import RunFolder
-from .job import make_task, score_candidates
+from .job import score_candidates
 from .prepare import check_same_metric, is_trained, load_weights, open_given, pick_device, prepare
+from .task import make_task
 from .together import help_scoring, scoring_together
 
 SECONDS_BETWEEN_LOOKS = 2
@@ -58,6 +59,10 @@ def work(
     _wait_for_folder(Path(run), console)
     folder = RunFolder.open(run)
     folder.check_trains("worker")
+    if folder.config.races:
+        raise RunError(
+            f"{folder.path} has no supernet: `poolshare search` alone searches its dense model, so stop this worker"
+        )
     folder.check_same(folder.data_fingerprint, kind)
     # What can be refused now is not refused after hours of waiting for the supernet.
     pick_device(device or folder.config.device)

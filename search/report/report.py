@@ -73,8 +73,9 @@ class Retraining(NamedTuple):
     """What the time of retraining is computed from."""
 
     epochs: int  # by default
-    seconds: float  # that these epochs would take if each step took as long as one of the supernet's
-    step_macs: float  # of one image in a step of the supernet
+    seconds: float  # that these epochs would take if each step took as long as one of the search's training
+    step_macs: float  # of one image in a step of that
+    teacher: float  # what a teacher's forward takes of such a step
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class Report:
             return (
                 f"Found: the least damaging of {self.looked_at:,} architectures that were tried without training, of the space's "
                 f"{self.space_size:,}; {len(self.candidates)} of them were scored on all {self.images:,} images. The loss is the "
-                f"divergence from the dense network's answers in nats; {self.score} counts {answers}."
+                f"divergence from the dense network's answers in nats; {self.score} counts {answers}.{untrained}"
             )
         if self.certified:
             return (
@@ -326,7 +327,7 @@ class Report:
         if len(every[["batch_size", "lr", "amp"]].drop_duplicates()) > 1:
             epochs += f" (batch {best['batch_size']}, lr {best['lr']:g}, amp {best['amp']})"
         of = "the only finalist" if len(rows) == 1 else f"the best of {len(rows)} finalists"
-        why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % with the supernet's weights"
+        why = f"{of}: {after:.2f} % after {epochs} alone, {before:.2f} % before"
         return Pick("finalist", "Best finalist", str(best["architecture"]), why)
 
     def picks(self, cost: str | None = None) -> list[Pick]:
@@ -481,17 +482,19 @@ def _plain(value: Any) -> str:
 
 
 def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:
-    """Estimated from the time the supernet took on the same machine.
+    """Estimated from the time that tuning the dense model, or else the supernet, took on the same machine.
 
     A supernet's step trains the dense network, the cheapest, and two between them, or six from the cheapest to the
-    recipe's limit, or, beside a teacher, a few up to there; retraining sees all the images.
+    recipe's limit; a retraining's has the teacher's forward besides. Retraining sees all the images.
     """
-    epochs = RETRAIN_EPOCHS_GUIDED if config.guided else RETRAIN_EPOCHS
-    seconds = summary["seconds"].get("training", 0)
-    if not seconds or not config.epochs:
-        return None
     dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
-    step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
     if config.guided:
-        step = summary["phases"]["training"]["step_macs"]
-    return Retraining(epochs, seconds / config.epochs / (1 - config.search_fraction) * epochs, step)
+        trained, phase, epochs = config.tune_epochs, "tuning", RETRAIN_EPOCHS_GUIDED
+        step, teacher = dense, 1 / 3  # one forward beside a forward and a backward
+    else:
+        trained, phase, epochs, teacher = config.epochs, "training", RETRAIN_EPOCHS, 0.0
+        step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
+    seconds = summary["seconds"].get(phase, 0)
+    if not seconds or not trained:
+        return None
+    return Retraining(epochs, seconds / trained / (1 - config.search_fraction) * epochs, step, teacher)

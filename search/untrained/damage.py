@@ -66,7 +66,11 @@ class DamageModel:
         for architecture, damage in singles.items():
             ((index, _, layer),) = steps(architecture)
             measured.setdefault((layer.operator, index), {})[layer.tokens] = max(damage, LEAST)
-        self._curves = {key: _curve(space.levels[0], points) for key, points in measured.items() if key[0] is not None}
+        self._curves = {
+            (name, index): _curve(space.levels[0], points)
+            for (name, index), points in measured.items()
+            if name is not None
+        }
         self._shares = {
             index: next(iter(points.values())) for (name, index), points in measured.items() if name is None
         }
@@ -81,6 +85,17 @@ class DamageModel:
         if key not in self._singles:
             self._singles[key] = float(self._curves[operator, index](tokens)) ** 2
         return self._singles[key]
+
+    def typical(self) -> dict[str, float]:
+        """Damage of each operator's single reductions, the geometric mean over all layers and the token counts that every
+        operator was measured down to; the least first."""
+        least = max((float(curve.x[0]) for curve in self._curves.values()), default=0.0)
+        counts = [tokens for tokens in self.space.levels[1:] if tokens >= least]
+        nats: dict[str, list[float]] = {}
+        for operator, index in self._curves:
+            nats.setdefault(operator, []).extend(self.single(operator, index, tokens) for tokens in counts)
+        means = {name: float(np.exp(np.log(np.maximum(found, LEAST)).mean())) for name, found in nats.items()}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
 
     def guess(self, index: int, before: Layer, layer: Layer) -> float:
         """What an edge does by the single reductions alone; 0 where nothing changes."""

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
 from rich.console import Console
-from scipy import stats
 
-from poolshare.space import Architecture, ConfigError, DataError, forecast
+from poolshare.space import ConfigError
 from poolshare.space.data_kind import DataKind
 from poolshare.supernet.data import Place
 from poolshare.supernet.data.listing import is_image, subfolders
 from poolshare.supernet.data.loaders import loader_batch
-from poolshare.supernet.data.splits import Batches, Data
+from poolshare.supernet.data.splits import Data
 from poolshare.supernet.threads import computing_with
 from poolshare.supernet.training import distributed
-from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
+from poolshare.supernet.training.checkpoint import save_tensors
 
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
 from ..job.folder import RunFolder
-from ..job.job import conclude, make_task, time_models, timed_job, with_threads
+from ..job.job import conclude, race, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
 from ..job.trained_head import checked_head
-from ..progress import Advance, progress_bar, time_text
+from ..progress import time_text
 from ..scoring import Metric, top1
-from .damage import single_reductions
-from .losses import MICRONATS, ImageLosses, image_losses
-from .search import Effort, expected_cost, search_untrained
-
-BATCH = 32  # images of one walk: more of them do not run faster on a CPU, and hold more memory
-FEW = 64  # images: fewer hardly distinguish architectures
-_TRIED = 12  # architectures that the forecast is timed with
+from .record import Record, drawn, seconds_per_unit
+from .search import expected_cost
 
 
 def run_untrained(
@@ -67,7 +56,7 @@ def run_untrained(
     config = RunFolder.continued(out, config)
     folder = RunFolder(Path(out), config)
     folder.check_weights(config)
-    job = _drawn(prepare(config, console, data, metric, RunFolder.classes_of(out), load=not folder.supernet.exists()))
+    job = drawn(prepare(config, console, data, metric, RunFolder.classes_of(out), load=not folder.supernet.exists()))
     job, threads = with_threads(job, folder, "journal")
     with computing_with(threads):
         return _run(job, Path(out), console)
@@ -110,49 +99,6 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
     return config
 
 
-def _drawn(job: Job) -> Job:
-    """The job with the images to score on alone, in an order that the seed fixes. Raises DataError for fewer than two."""
-    config, whole = job.config, len(job.data.split("search"))
-    if whole < 2:
-        raise DataError(
-            f"{config.data} holds {whole} image to score on, which is too few to compare architectures: give a few hundred, as the "
-            "model will see in use"
-        )
-    order = np.random.default_rng(config.seed).permutation(whole)[: config.images]
-    notes = job.notes
-    if len(order) < whole:
-        notes += (f"{len(order):,} of the {whole:,} images are scored on, drawn with seed {config.seed}: see --images",)
-    if len(order) < FEW:
-        notes += (f"warning: {len(order)} images distinguish architectures poorly; a few hundred do better",)
-    return replace(job, data=job.data.drawn("search", order), notes=notes)
-
-
-class _Record:
-    """What was scored, kept in the run folder after every walk."""
-
-    def __init__(self, folder: RunFolder):
-        self.path = folder.losses
-        self.losses: dict[Architecture, ImageLosses] = {}
-        self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
-        if not self.path.exists():
-            return
-        tensors, facts = load_tensors(self.path)
-        for name in tensors:
-            if name.startswith("loss "):
-                text = name.removeprefix("loss ")
-                loss, right = (tensors[f"{kind} {text}"].numpy()[None] for kind in ("loss", "right"))
-                self.losses[Architecture.parse(text)] = ImageLosses(loss, right)
-        self.spent = facts["spent"]
-
-    def save(self) -> None:
-        """Write it, whole or not at all."""
-        tensors: dict[str, torch.Tensor] = {}
-        for architecture, losses in self.losses.items():
-            tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
-            tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
-        save_tensors(self.path, tensors, {"spent": self.spent})
-
-
 def _run(job: Job, out: Path, console: Console) -> RunFolder:
     job = timed_job(job, RunFolder(out, job.config), console)
     say = partial(console.print, markup=False, soft_wrap=True)
@@ -170,7 +116,7 @@ def _run(job: Job, out: Path, console: Console) -> RunFolder:
         for note in job.notes:
             say(note)
         start = time.monotonic()
-        record, images = _Record(folder), len(job.data.split("search"))
+        record, images = Record(folder), len(job.data.split("search"))
         dense = job.objective.total(job.dense)
         cost = expected_cost(job.allowed, images) / dense
         left = max(0.0, cost - record.spent)
@@ -179,71 +125,9 @@ def _run(job: Job, out: Path, console: Console) -> RunFolder:
         )
         say(
             f"searching {'goes on and ' if record.spent else ''}takes about as long as the dense model on "
-            f"{left:,.0f} images, {time_text(left * dense * _seconds_per_unit(job))}"
+            f"{left:,.0f} images, {time_text(left * dense * seconds_per_unit(job))}"
         )
-        with progress_bar(console, "searching without training", cost, "dense images") as advance:
-            candidates = _search(job, record, advance)
+        candidates, more = race(job, folder, console)
         spent = time.monotonic() - start
-        more = {
-            "looked_at": len(record.losses),
-            "dense_passes": round(record.spent / images, 1),
-            "labelled": job.data.labelled,
-        }
-        folder.write_candidates(candidates)
         conclude(job, folder, candidates, spent, time_models(job, candidates, console), more)
     return folder
-
-
-def _search(job: Job, record: _Record, advance: Advance) -> pd.DataFrame:
-    """The candidates frame: finalists, dense, and the user's own, on all images."""
-    images, dense, said = len(job.data.split("search")), job.objective.total(job.dense), ""
-
-    def score(architectures: Sequence[Architecture], begin: int, end: int) -> ImageLosses:
-        walk = (end - begin) * forecast(dict.fromkeys([job.dense, *architectures]), job.objective).cost / dense
-        found = image_losses(
-            job.supernet,
-            architectures,
-            _batches(job, begin, end),
-            labelled=job.data.labelled,
-            metric=job.metric,
-            progress=lambda share: advance(record.spent + share * walk, said),
-        )
-        record.spent += walk
-        return found
-
-    def note(text: str) -> None:
-        nonlocal said
-        said = text
-        if record.losses:
-            record.save()
-
-    advance(record.spent)
-    found = search_untrained(job.allowed, score, images, Effort(seed=job.config.seed), note, known=record.losses)
-    found.race.run(job.include, images)
-    record.save()
-    advance(record.spent, total=record.spent)
-    task, rows = make_task(job), []
-    wanted = dict.fromkeys([*found.finalists, job.dense, *job.include])
-    for architecture in wanted:
-        losses = found.race.losses[architecture]
-        row = task.row(architecture, int(losses.right.sum()), images, 0)
-        nats = losses.loss[0] / MICRONATS
-        margin = stats.t.ppf(0.975, len(nats) - 1) * nats.std(ddof=1) / np.sqrt(len(nats))
-        rows.append(row | {"loss": float(nats.mean()), "loss_margin": float(margin)})
-    return pd.DataFrame(rows)
-
-
-def _batches(job: Job, begin: int, end: int) -> Batches:
-    return job.data.eval_loader("search", BATCH, workers=job.config.workers, start=begin, stop=end)
-
-
-def _seconds_per_unit(job: Job) -> float:
-    """Of cost, on this machine now: a few single reductions on a batch, the first of which sets things up."""
-    singles = single_reductions(job.supernet.space)
-    tried = singles[:: max(1, len(singles) // _TRIED)]
-    batches = list(_batches(job, 0, BATCH // 2))
-    image_losses(job.supernet, tried[:1], batches, labelled=False)
-    start = time.perf_counter()
-    image_losses(job.supernet, tried, batches, labelled=False)
-    seen = sum(len(labels) for _, labels in batches)
-    return (time.perf_counter() - start) / (seen * forecast([job.dense, *tried], job.objective).cost)

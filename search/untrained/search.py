@@ -64,7 +64,7 @@ def search_untrained(
     """
     space, costs = allowed.space, allowed.costs
     race = Race(space[0], costs, images, score, known if known is not None else {})
-    first = _first(images)
+    first = first_images(images)
     singles = single_reductions(space)
     note(f"{len(singles)} single reductions on {first} of {images} images")
     race.run(singles, first)
@@ -99,7 +99,7 @@ def search_untrained(
 def expected_cost(allowed: Band, images: int, effort: Effort = Effort()) -> float:
     """About what `search_untrained` spends, in units of cost, known before it begins: rather more than less."""
     space, costs = allowed.space, allowed.costs
-    first = _first(images)
+    first = first_images(images)
     spent: float = first * forecast([space[0], *single_reductions(space)], costs).cost
     spent += first * effort.rounds * effort.proposals * _SHARE * allowed.high
     before = first
@@ -133,7 +133,7 @@ def gradual(allowed: Band) -> list[Architecture]:
     return list(found)
 
 
-def _first(images: int) -> int:
+def first_images(images: int) -> int:
     """How many images everything is scored on before the race."""
     return min(images, max(FEWEST, round(FIRST * images)))
 

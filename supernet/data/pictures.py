@@ -112,7 +112,9 @@ def _set_limit() -> None:
     text = os.environ.get(PIXELS_VARIABLE)
     if text is not None and (not text.isdecimal() or int(text) < 2):
         raise DataError(f"{PIXELS_VARIABLE}={text!r} is not a number of pixels")
-    Image.MAX_IMAGE_PIXELS = PILLOWS_PIXELS if text is None else int(text) // 2  # where it warns; it refuses twice as many
+    Image.MAX_IMAGE_PIXELS = (
+        PILLOWS_PIXELS if text is None else int(text) // 2
+    )  # where it warns; it refuses twice as many
 
 
 def _reason(error: Exception, item: Any) -> str:

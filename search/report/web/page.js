@@ -112,9 +112,9 @@ function showCommands() {
   const forecast = data.retraining;
   byId("retrain-time").textContent = "";
   if (forecast) {
-    const [epochs, seconds, stepMacs] = forecast;
+    const [epochs, seconds, stepMacs, teacher] = forecast;
     // A step of the supernet runs four networks; one alone does not get faster than a quarter of it.
-    const time = roughly(seconds * Math.max(0.25, rows.macs[row] / stepMacs));
+    const time = roughly(seconds * (Math.max(0.25, rows.macs[row] / stepMacs) + teacher));
     byId("retrain-time").textContent = `By default ${epochs} epochs; going by the search, ${time} on its machine.`;
   }
 }

@@ -1,0 +1,138 @@
+"""What was scored of a job's model as it is, image by image, kept in the run folder; and the whole search of the job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from poolshare.space import Architecture, DataError, forecast
+from poolshare.supernet.data.splits import Batches
+from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
+
+from ..config import IMAGES
+from ..job.folder import RunFolder
+from ..job.prepare import Job
+from ..job.task import make_task
+from ..progress import Advance
+from .damage import single_reductions
+from .losses import MICRONATS, ImageLosses, image_losses
+from .racing import ScoreImages
+from .search import Effort, search_untrained
+
+BATCH = 32  # images of one walk: more of them do not run faster on a CPU, and hold more memory
+FEW = 64  # images: fewer hardly distinguish architectures
+_TRIED = 12  # architectures that the forecast is timed with
+
+
+def drawn(job: Job) -> Job:
+    """The job with the images to score on alone, in an order that the seed fixes. Raises DataError for fewer than two."""
+    config, whole = job.config, len(job.data.split("search"))
+    if whole < 2:
+        raise DataError(
+            f"{config.data} holds {whole} image to score on, which is too few to compare architectures: give a few hundred, as the "
+            "model will see in use"
+        )
+    order = np.random.default_rng(config.seed).permutation(whole)[: config.images or IMAGES]
+    notes = job.notes
+    if len(order) < whole:
+        remedy = "" if config.training else ": see --images"
+        notes += (f"{len(order):,} of the {whole:,} images are scored on, drawn with seed {config.seed}{remedy}",)
+    if len(order) < FEW:
+        notes += (f"warning: {len(order)} images distinguish architectures poorly; a few hundred do better",)
+    return replace(job, data=job.data.drawn("search", order), notes=notes)
+
+
+class Record:
+    """What was scored, kept in the run folder after every walk."""
+
+    def __init__(self, folder: RunFolder):
+        self.path = folder.losses
+        self.losses: dict[Architecture, ImageLosses] = {}
+        self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
+        if not self.path.exists():
+            return
+        tensors, facts = load_tensors(self.path)
+        for name in tensors:
+            if name.startswith("loss "):
+                text = name.removeprefix("loss ")
+                loss, right = (tensors[f"{kind} {text}"].numpy()[None] for kind in ("loss", "right"))
+                self.losses[Architecture.parse(text)] = ImageLosses(loss, right)
+        self.spent = facts["spent"]
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        for architecture, losses in self.losses.items():
+            tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
+            tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
+        save_tensors(self.path, tensors, {"spent": self.spent})
+
+    def scorer(self, job: Job, advance: Advance) -> ScoreImages:
+        """Scores architectures of the job on a range of its images. advance: told the images spent so far."""
+        dense = job.objective.total(job.dense)
+
+        def score(architectures: Sequence[Architecture], begin: int, end: int) -> ImageLosses:
+            walk = (end - begin) * forecast(dict.fromkeys([job.dense, *architectures]), job.objective).cost / dense
+            found = image_losses(
+                job.supernet,
+                architectures,
+                _batches(job, begin, end),
+                labelled=job.data.labelled,
+                metric=job.metric,
+                progress=lambda share: advance(self.spent + share * walk),
+            )
+            self.spent += walk
+            return found
+
+        return score
+
+
+def search_job(job: Job, record: Record, advance: Advance) -> pd.DataFrame:
+    """The candidates frame: finalists, dense, and the user's own, on all images of the job."""
+    images, said = len(job.data.split("search")), ""
+
+    def note(text: str) -> None:
+        nonlocal said
+        said = text
+        if record.losses:
+            record.save()
+
+    def show(done: float, total: float | None = None) -> None:
+        advance(done, said, total)
+
+    show(record.spent)
+    score = record.scorer(job, show)
+    found = search_untrained(job.allowed, score, images, Effort(seed=job.config.seed), note, known=record.losses)
+    found.race.run(job.include, images)
+    record.save()
+    show(record.spent, record.spent)
+    task, rows = make_task(job), []
+    for architecture in dict.fromkeys([*found.finalists, job.dense, *job.include]):
+        losses = found.race.losses[architecture]
+        row = task.row(architecture, int(losses.right.sum()), images, 0)
+        nats = losses.loss[0] / MICRONATS
+        margin = stats.t.ppf(0.975, len(nats) - 1) * nats.std(ddof=1) / np.sqrt(len(nats))
+        rows.append(row | {"loss": float(nats.mean()), "loss_margin": float(margin)})
+    return pd.DataFrame(rows)
+
+
+def _batches(job: Job, begin: int, end: int) -> Batches:
+    return job.data.eval_loader("search", BATCH, workers=job.config.workers, start=begin, stop=end)
+
+
+def seconds_per_unit(job: Job) -> float:
+    """Of cost, on this machine now: a few single reductions on a batch, the first of which sets things up."""
+    singles = single_reductions(job.supernet.space)
+    tried = singles[:: max(1, len(singles) // _TRIED)]
+    batches = list(_batches(job, 0, BATCH // 2))
+    image_losses(job.supernet, tried[:1], batches, labelled=False)
+    start = time.perf_counter()
+    image_losses(job.supernet, tried, batches, labelled=False)
+    seen = sum(len(labels) for _, labels in batches)
+    return (time.perf_counter() - start) / (seen * forecast([job.dense, *tried], job.objective).cost)
