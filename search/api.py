@@ -54,6 +54,7 @@ def search(
     metric: Metric = top1,
     storage: str | None = None,
     quiet: bool = False,
+    dry_run: bool = False,
     **options: Any,
 ) -> SearchResult:
     """Train a supernet (or continue), search it, and leave frontier and report in the run folder `out`.
@@ -66,7 +67,8 @@ def search(
     metric: (logits (B, classes), labels (B,)) → (B,) bool, which answers count as right. It judges each image by itself,
         so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
         Its name is recorded. Default: the most probable class is the label.
-    storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
+    storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error. dry_run: give the forecast
+        alone; nothing is written, and the result has no run yet.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
         levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
         trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
@@ -96,7 +98,7 @@ def search(
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
     config = checked_config(**options, metric=metric_name(metric))
     run = run_job if config.training else run_untrained
-    return SearchResult(run(config, out, console, storage, own, metric).path, own, metric)
+    return SearchResult(run(config, out, console, storage, own, metric, dry_run).path, own, metric)
 
 
 def work(

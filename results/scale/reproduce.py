@@ -19,6 +19,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,8 @@ def first_step(root: Path) -> dict[str, Any]:
     start = time.perf_counter()
     data = opened(root)
     model = timm.create_model("vit_tiny_patch16_224", img_size=112, num_classes=len(data.classes))
-    try:
+    with suppress(Done):
         train_model(model, data, Recipe(epochs=1, batch_size=64), workers=2, progress=stop)
-    except Done:
-        pass
     return {"seconds": time.perf_counter() - start, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

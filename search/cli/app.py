@@ -78,6 +78,9 @@ def search(
             "pictures. Defaults: --budget 70%, token counts evenly spaced, operators that need no training, no sharing.",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: time, memory, disk. Writes nothing.")
+    ] = False,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -91,8 +94,11 @@ def search(
 
     if no_training:
         options["training"] = False
-    result = run_search(options.pop("data"), out=out, storage=storage, quiet=quiet, **read_options(options))
-    if launched_rank():
+    if dry_run:
+        quiet = False
+    given = {"out": out, "storage": storage, "quiet": quiet, "dry_run": dry_run}
+    result = run_search(options.pop("data"), **given, **read_options(options))
+    if launched_rank() or dry_run:
         return None
     if as_json:
         return print_json(looking.outcome(result.run, result.report, result.report.cost))

@@ -21,6 +21,7 @@ from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..progress import time_text
 from ..scoring import count_correct
 from ..untrained.search import expected_cost
+from .memory import check_memory, measure_memory
 from .prepare import Job
 
 
@@ -52,6 +53,12 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
     elif recipe.epochs:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
+    if epochs > 0:
+        weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
+        kept = weights * (
+            14 if job.config.tune_epochs else 7
+        )  # of each training its weights, and two states of three times that
+        say(f"{measure_memory(job).text}; the run folder takes about {kept / 1e9:.2g} GB")
     _announce_scoring(job, per_mac, say)
     if job.config.guided:
         path = path_epochs(job.config, job.allowed, train, search)
@@ -113,6 +120,8 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     training: whether any is to be done. Changes no weight. Raises TrainingError where a step of it does not fit into the
     GPU's memory.
     """
+    if training:
+        check_memory(job, measure_memory(job))
     guided = bool(job.config.guided)
     sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=guided)
     device = next(job.supernet.parameters()).device

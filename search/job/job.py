@@ -57,13 +57,15 @@ def run_job(
     storage: str | None = None,
     data: Data | None = None,
     metric: Metric = top1,
+    dry_run: bool = False,
 ) -> RunFolder:
     """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
 
     console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
-    study; None: a journal in the folder. data, metric: those given in Python, see `prepare`. Raises a PoolshareError for
-    whatever the user can mend. Where torchrun started several processes they train together, and the first one does
-    all the rest.
+    study; None: a journal in the folder. data, metric: those given in Python, see `prepare`. dry_run: only say what it
+    would take; nothing is written. Raises a PoolshareError for
+    whatever the user can mend. Where torchrun started several processes they train and score together, and the first
+    one does all the rest.
     """
     console = console or Console(quiet=True, markup=False)
     config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
@@ -77,6 +79,8 @@ def run_job(
     config = job.config
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
+        if dry_run:
+            return RunFolder(Path(out), config)
         with distributed.joined(next(job.supernet.parameters()).device):
             job, _ = _train(job, None, console)
             if not job.config.races:
@@ -86,7 +90,7 @@ def run_job(
         console.print(f"--trials {config.trials} counts what a supernet scores, and none is trained: it has no effect")
     job, threads = with_threads(job, folder, kind, job.recipe)
     with computing_with(threads):
-        return _run(job, Path(out), console, storage, kind)
+        return _run(job, Path(out), console, storage, kind, dry_run)
 
 
 def with_threads(job: Job, folder: RunFolder, kind: str, recipe: Recipe | None = None) -> tuple[Job, int | None]:
@@ -103,12 +107,17 @@ def with_threads(job: Job, folder: RunFolder, kind: str, recipe: Recipe | None =
     return replace(job, config=job.config.changed(threads=threads.number), notes=notes), threads.number
 
 
-def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) -> RunFolder:
+def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, dry_run: bool) -> RunFolder:
     """Train, search and report, in the process that does it all."""
     job = timed_job(job, RunFolder(out, job.config), console)
     trained = _epochs_trained(RunFolder(out, job.config), job.recipe.epochs)
     # A step that the memory of this machine cannot hold is refused before anything is written.
     pace = calibrate(job, training=trained < job.recipe.epochs)
+    if dry_run:
+        for note in job.notes:
+            console.print(note, markup=False, soft_wrap=True)
+        announce(job, pace, trained, console, tuned=RunFolder(out, job.config).dense.exists())
+        return RunFolder(out, job.config)
     with RunFolder.claim(out, job.config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         if job.head is not None:
@@ -121,7 +130,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         with distributed.joined(next(job.supernet.parameters()).device):
             job, trying = _train(job, folder, console)
-            start, more = time.monotonic(), {}
+            start, more = time.monotonic(), dict[str, Any]()
             candidates = None if job.config.races else _score(job, folder, console, storage)
         if candidates is None:
             job = drawn(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def run_untrained(
     storage: str | None = None,
     data: Data | None = None,
     metric: Metric = top1,
+    dry_run: bool = False,
 ) -> RunFolder:
     """Search the model of `config` as it is, and leave frontier and report in the folder `out`; the arguments are those of
     `run_job`.
@@ -59,7 +61,7 @@ def run_untrained(
     job = drawn(prepare(config, console, data, metric, RunFolder.classes_of(out), load=not folder.supernet.exists()))
     job, threads = with_threads(job, folder, "journal")
     with computing_with(threads):
-        return _run(job, Path(out), console)
+        return _run(job, Path(out), console, dry_run)
 
 
 def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
@@ -99,9 +101,15 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
     return config
 
 
-def _run(job: Job, out: Path, console: Console) -> RunFolder:
+def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
     job = timed_job(job, RunFolder(out, job.config), console)
     say = partial(console.print, markup=False, soft_wrap=True)
+    if dry_run:
+        folder = RunFolder(out, job.config)
+        for note in job.notes:
+            say(note)
+        _announce(job, Record(folder), say)
+        return folder
     with RunFolder.claim(out, job.config) as folder:
         begun = folder.supernet.exists()
         if begun:
@@ -116,18 +124,20 @@ def _run(job: Job, out: Path, console: Console) -> RunFolder:
         for note in job.notes:
             say(note)
         start = time.monotonic()
-        record, images = Record(folder), len(job.data.split("search"))
-        dense = job.objective.total(job.dense)
-        cost = expected_cost(job.allowed, images) / dense
-        left = max(0.0, cost - record.spent)
-        say(
-            f"{job.config.title}: {job.supernet.space.size:,} architectures, {job.allowed.size_text} of them within the budget"
-        )
-        say(
-            f"searching {'goes on and ' if record.spent else ''}takes about as long as the dense model on "
-            f"{left:,.0f} images, {time_text(left * dense * seconds_per_unit(job))}"
-        )
+        _announce(job, Record(folder), say)
         candidates, more = race(job, folder, console)
         spent = time.monotonic() - start
         conclude(job, folder, candidates, spent, time_models(job, candidates, console), more)
     return folder
+
+
+def _announce(job: Job, record: Record, say: Callable[[str], None]) -> None:
+    dense = job.objective.total(job.dense)
+    left = max(0.0, expected_cost(job.allowed, len(job.data.split("search"))) / dense - record.spent)
+    say(
+        f"{job.config.title}: {job.supernet.space.size:,} architectures, {job.allowed.size_text} of them within the budget"
+    )
+    say(
+        f"searching {'goes on and ' if record.spent else ''}takes about as long as the dense model on "
+        f"{left:,.0f} images, {time_text(left * dense * seconds_per_unit(job))}"
+    )

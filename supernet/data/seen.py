@@ -54,12 +54,11 @@ class Seen:
     def keep(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray, digests: np.ndarray) -> None:
         """Remember what is known of the files now, in place of what was; a cache that cannot be written is no error."""
         known = np.where(times < time.time_ns() - _FRESH, digests, 0)
-        columns = {"sizes": sizes, "times": times, "digests": known.astype(np.uint64)}
-        names_column = np.frombuffer(_joined(names), dtype=np.uint8)
+        column = np.frombuffer(_joined(names), dtype=np.uint8)
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
-                np.savez(file, names=names_column, **columns)
+                np.savez(file, names=column, sizes=sizes, times=times, digests=known.astype(np.uint64))
 
         with suppress(OSError, RunError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,90 @@
+"""What a training step of the supernet needs of memory: found with two and four images, so that it fits anywhere."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from poolshare.space import TrainingError
+from poolshare.supernet.training import distributed
+from poolshare.supernet.training.loop import attention_of, memory_of, precision_of
+from poolshare.supernet.training.sandwich import Sandwich
+
+from .prepare import Job
+
+
+class Memory(NamedTuple):
+    """Of one process, in bytes; what the backward pass holds for a moment comes on top, about a block's worth."""
+
+    fixed: int  # weights, their gradients and averages, the optimiser
+    image: float  # what the forward of one image leaves for the backward
+    images: int  # that are computed at once
+
+    @property
+    def step(self) -> int:
+        """All that a step holds."""
+        return self.fixed + math.ceil(self.images * self.image)
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"a training step of {self.images:,} images at once holds about {self.step / 1e9:.2g} GB"
+
+
+def measure_memory(job: Job) -> Memory:
+    """By what autograd saves in a sandwich step, for two and for four images."""
+    weights = sum(tensor.nbytes for tensor in job.supernet.parameters())
+    copies = 4 if job.recipe.ema is None else 5  # weights, gradients, two moments of AdamW; the moving average
+    two, four = (_saved(job, images) for images in (2, 4))
+    share = min(job.recipe.batch_size, len(job.data.split("train"))) // distributed.launched_size()
+    return Memory(copies * weights, (four - two) / 2, math.ceil(share / job.recipe.accumulate))
+
+
+def _saved(job: Job, count: int) -> int:
+    """Bytes that autograd keeps for so many images, the weights themselves left out."""
+    net, recipe = job.supernet, job.recipe
+    device = next(net.parameters()).device
+    ours = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    guided = bool(job.config.guided)
+    sandwich = Sandwich(net.space, job.macs, job.config.seed, within=recipe.within, guided=guided)
+    images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    training = net.training
+    with ExitStack() as stack:
+        for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
+            stack.enter_context(context)
+        stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        sandwich.loss(net.train(), images, labels, 0, teacher=net if guided else None)
+    net.train(training)
+    return sum(kept.values())
+
+
+def check_memory(job: Job, memory: Memory) -> None:
+    """Raise TrainingError where a GPU has not enough of it, with the parts that a step can be taken in."""
+    device = next(job.supernet.parameters()).device
+    free = free_bytes(device)
+    if free is None or memory.step <= free:
+        return
+    room = int((free - memory.fixed) / memory.image)
+    parts = math.ceil(memory.images * job.recipe.accumulate / max(1, room))
+    remedy = f"give --recipe accumulate={parts}, or a smaller --batch-size" if room > 0 else "take a smaller model"
+    raise TrainingError(
+        f"{memory.text}, and {device} has {free / 1e9:.2g} GB free: {remedy}, or try --recipe checkpoint=true"
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU has left; None for a CPU, whose programs share theirs."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

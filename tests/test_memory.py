@@ -1,0 +1,79 @@
+"""What a training step will hold, said and refused before it begins; and what a search will take, without one."""
+
+import math
+
+import pytest
+from conftest import DIGITS, call
+
+from poolshare.search import SearchResult, search
+from poolshare.search.config import checked_config
+from poolshare.search.job import memory
+from poolshare.search.job.memory import check_memory, measure_memory
+from poolshare.search.job.prepare import prepare
+from poolshare.space import TrainingError
+
+SMALL = {
+    "data": "digits",
+    "model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2},
+    "device": "cpu",
+    "batch_size": 64,
+}
+
+
+def job_of(**options):
+    return prepare(checked_config(**SMALL | options))
+
+
+def test_memory_is_that_of_what_autograd_keeps():
+    job = job_of()
+    found = measure_memory(job)
+    weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
+    assert (found.fixed, found.images) == (4 * weights, 64)
+    assert found.step == found.fixed + math.ceil(64 * found.image)
+    assert memory._saved(job, 6) - memory._saved(job, 2) == pytest.approx(4 * found.image)
+    # A block keeps at least its input, its normed input, queries, keys, values and the MLP's hidden, of 65 tokens.
+    assert found.image > 3 * 65 * (5 + 2 * 4) * 16 * 4
+    assert all(parameter.grad is None for parameter in job.supernet.parameters())
+
+
+def test_recipes_change_it():
+    plain = measure_memory(job_of())
+    parts = measure_memory(job_of(recipe={"accumulate": 4}))
+    assert (parts.images, parts.image) == (16, plain.image)
+    assert measure_memory(job_of(recipe={"ema": 0.9})).fixed == plain.fixed * 5 / 4
+    assert measure_memory(job_of(recipe={"checkpoint": True})).image < 0.5 * plain.image
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_fits(monkeypatch):
+    job = job_of()
+    found = measure_memory(job)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: found.step)
+    check_memory(job, found)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: found.fixed + int(20 * found.image))
+    with pytest.raises(
+        TrainingError, match=r"64 images at once holds about .* GB, and cpu has .*: give --recipe accumulate=4"
+    ):
+        check_memory(job, found)
+    parts = job_of(recipe={"accumulate": 4})
+    check_memory(parts, measure_memory(parts))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: found.fixed // 2)
+    with pytest.raises(TrainingError, match="take a smaller model, or try --recipe checkpoint=true"):
+        check_memory(job, found)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path):
+    status, out, err = call(*DIGITS, "--out", tmp_path / "run", "--dry-run", "-q")
+    assert (status, out) == (0, "")
+    for said in (
+        "architectures",
+        "training the supernet for 2 epochs takes about",
+        "GB; the run folder takes about",
+        "scoring",
+    ):
+        assert said in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+    found = search(
+        "digits", out=tmp_path / "run", dry_run=True, quiet=True, **{k: v for k, v in SMALL.items() if k != "data"}
+    )
+    assert isinstance(found, SearchResult)
+    assert not (tmp_path / "run").exists()
