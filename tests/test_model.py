@@ -469,7 +469,6 @@ def refused(error: type[PoolshareError], fragments: list[str], name: Any, space:
         ("vit_tiny_patch16_224", {"init_values": float("nan")}, ["init_values=nan", "finite"]),
         ("vit_tiny_patch16_224", {"block_fn": "Block"}, ["block_fn='Block'", "only Python can give"]),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0"]),
-        ("vit_tiny_patch16_224", {"img_size": (64, 32)}, ["(4, 2)", "only square images"]),
         ("vit_tiny_patch16_224", {"colour": "red"}, ["'vit_tiny_patch16_224'", "colour='red'"]),
         ("vit_tiny_patch16_224", {"global_pool": "most"}, ["global_pool='most'", "'avgmax'"]),
         ("vit_tiny_patch16_224", {"embed_dim": 31}, ["{'embed_dim': 31}", "divisible by num_heads"]),
