@@ -106,6 +106,8 @@ def test_an_operator_says_whether_it_looks_at_what_tokens_hold(operator):
 def test_regions_have_their_mean_colour_and_edges_and_what_was_dropped_is_hatched():
     photo = np.zeros((40, 60, 3), dtype=np.uint8)
     photo[:, :15], photo[:, 15:30] = (200, 0, 0), (100, 0, 0)
+    bright = coloured(np.full((4, 8, 3), 200, dtype=np.uint8), np.array([[0, 1]]))
+    assert bright[0, :, 0].tolist() == [200] * 3 + [140] + [200] * 4  # a dark edge
     found = coloured(photo, np.array([[0, 1, -1]]))  # 20 columns each
     assert found.shape == photo.shape
     # A quarter of region 0 is (100, 0, 0), half of region 1 is black; edges are the last column before a change.
@@ -256,8 +258,9 @@ def test_of_much_to_keep_the_picks_are_kept(digits_run, monkeypatch):
 
 def test_a_run_without_pictures_has_a_page_without_them(digits_run, verb):
     page, record = digits_run.folder / "report.html", digits_run.folder / "regions.json"
+    verb("pareto", digits_run.folder, "--refresh")  # in this copy of the run
     whole, text = page.read_text(), record.read_text()
-    record.write_text(text.replace('"8', '"9', 1))
+    record.write_text(text.replace('"max2d"', '"avg2d"', 1))
     status, _, error = verb("pareto", digits_run.folder)
     assert status == 1
     assert "regions.json is damaged" in error

@@ -44,7 +44,6 @@ OPENINGS, TRIES = 7, 50
 TOKENS = {
     "merged": "196 196 147@tome 147 98@tome 98 49@tome 49 16@tome 16 16 16",
     "dropped": "196 196 196 147@topk 147 147 98@topk 98 98 49@topk 49 49",
-    "cells": "196 196 196 100@avg2d 100 100 49@avg2d 49 49 16@avg2d 16 16",
 }
 
 
@@ -60,11 +59,13 @@ def photograph(browser: Browser, page: Path, name: str) -> None:
         window.goto(page.resolve().as_uri())
         shots = {kind: False, "whole": True} if kind == "laptop" else {kind: False}
         for part, full in shots.items():
-            picture = Image.open(BytesIO(window.screenshot(full_page=full)))
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
-                HERE / f"{name}-{part}.png", optimize=True
-            )
+            keep(Image.open(BytesIO(window.screenshot(full_page=full))), f"{name}-{part}")
         context.close()
+
+
+def keep(picture: Image.Image, name: str) -> None:
+    """Write a picture of 256 colours into this folder."""
+    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / f"{name}.png", optimize=True)
 
 
 def crowd(path: Path) -> None:
@@ -119,13 +120,11 @@ def speed(browser: Browser, page: Path) -> dict[str, Any]:
 
 
 def draw_tokens(weights: str | None) -> None:
-    """Write tokens-….png: merging, dropping, and fixed cells."""
+    """Write tokens-….png: merging, and dropping."""
     photos = sorted(Path(datasets.__file__).parent.glob("images/*.jpg"))
     begin: dict[str, Any] = {"pretrained": True} if weights is None else {"weights": weights}
     for name, text in TOKENS.items():
-        out = HERE / f"tokens-{name}.png"
-        out.unlink(missing_ok=True)
-        draw_regions(text, photos, out, model="vit_tiny_patch16_224", **begin)
+        keep(draw_regions(text, photos, model="vit_tiny_patch16_224", **begin), f"tokens-{name}")
 
 
 def main() -> None:

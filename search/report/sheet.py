@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PANEL, GAP, HEADING, PANELS = 320, 12, 44, 6  # pixels: longer side of a picture, between them, above; at most in a line
 INK, FAINT, PAPER, DROPPED, HATCH = (31, 41, 51), (107, 119, 133), (255, 255, 255), (236, 239, 242), (164, 173, 183)
-EDGE = 0.55  # how far an edge goes from the colours beside it to white
+BRIGHT, TO_WHITE, TO_BLACK = 150, 0.55, 0.3  # edges of darker colours go so far to white, those of brighter ones to black
 SMALL = 64  # images of fewer pixels are enlarged to squares, not smoothed
 
 
@@ -80,7 +80,9 @@ def coloured(photo: np.ndarray, regions: np.ndarray) -> np.ndarray:
         change = np.diff(region, axis=axis) != 0
         edge[:-1, :] |= change if axis == 0 else False
         edge[:, :-1] |= change if axis == 1 else False
-    picture[edge] += EDGE * (255 - picture[edge])
+    beside = picture[edge]
+    bright = beside.mean(axis=1, keepdims=True) > BRIGHT
+    picture[edge] = np.where(bright, beside * (1 - TO_BLACK), beside + TO_WHITE * (255 - beside))
     return picture.round().astype(np.uint8)
 
 

@@ -1,6 +1,6 @@
 /* Some images, and which parts of them are one token in the selected architecture: as report/sheet.py draws them. */
 
-const DROPPED = [236, 239, 242], HATCH = [164, 173, 183], EDGE = 0.55;
+const DROPPED = [236, 239, 242], HATCH = [164, 173, 183];
 
 /* A kept image, decoded without a request. */
 function decoded(text) {
@@ -40,7 +40,8 @@ function colour(canvas, step, text) {
       const at = y * width + x, token = region[at], [red, green, blue, count] = sums.get(token);
       let shown = token >= 0 ? [red / count, green / count, blue / count] : (x + y) % 9 ? DROPPED : HATCH;
       const edge = (x + 1 < width && region[at + 1] !== token) || (y + 1 < height && region[at + width] !== token);
-      if (edge) shown = shown.map((value) => value + EDGE * (255 - value));
+      const bright = shown[0] + shown[1] + shown[2] > 3 * 150;
+      if (edge) shown = shown.map((value) => bright ? 0.7 * value : value + 0.55 * (255 - value));
       pixels.set(shown, 4 * at);
     }
   }
