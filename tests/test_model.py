@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+from math import isqrt
 from types import SimpleNamespace
 from typing import Any
 
@@ -315,7 +316,7 @@ def test_pooling_operators_by_their_cells(before: int, after: int):
         torch.testing.assert_close(function(patches, after), expected, rtol=1e-12, atol=1e-12)
         for prefix in (0, 1, 5):
             tokens = torch.cat([torch.full((2, prefix, 5), 99.0, dtype=torch.float64), patches], dim=1)
-            grid = SimpleNamespace(num_patches=before)
+            grid = SimpleNamespace(num_patches=before, grid_size=(isqrt(before), isqrt(before)))
             model = SimpleNamespace(num_prefix_tokens=prefix, has_class_token=prefix > 0, embed_dim=5, patch_embed=grid)
             pooled = Pooling(name, before, after, model)(tokens, None)
             assert pooled.shape == (2, prefix + after, 5)

@@ -124,7 +124,9 @@ def draw_tokens(weights: str | None) -> None:
     photos = sorted(Path(datasets.__file__).parent.glob("images/*.jpg"))
     begin: dict[str, Any] = {"pretrained": True} if weights is None else {"weights": weights}
     for name, text in TOKENS.items():
-        keep(draw_regions(text, photos, model="vit_tiny_patch16_224", **begin), f"tokens-{name}")
+        out = HERE / f"tokens-{name}.png"
+        out.unlink(missing_ok=True)
+        draw_regions(text, photos, out, model="vit_tiny_patch16_224", **begin)
 
 
 def main() -> None:

@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 PANEL, GAP, HEADING, PANELS = 320, 12, 44, 6  # pixels: longer side of a picture, between them, above; at most in a line
 INK, FAINT, PAPER, DROPPED, HATCH = (31, 41, 51), (107, 119, 133), (255, 255, 255), (236, 239, 242), (164, 173, 183)
-BRIGHT, TO_WHITE, TO_BLACK = 150, 0.55, 0.3  # edges of darker colours go so far to white, those of brighter ones to black
+BRIGHT, TO_WHITE, TO_BLACK = (
+    150,
+    0.55,
+    0.3,
+)  # edges of darker colours go so far to white, those of brighter ones to black
 SMALL = 64  # images of fewer pixels are enlarged to squares, not smoothed
 
 
