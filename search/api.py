@@ -266,7 +266,7 @@ def _check_own(name: str, options: dict[str, Any]) -> None:
 
 def _decided_by(own: Data, options: dict[str, Any]) -> dict[str, Any]:
     """What a configuration takes from own data."""
-    decided: dict[str, Any] = {"data": own.name, "img_size": own.img_size[0], "in_chans": own.in_chans}
+    decided: dict[str, Any] = {"data": own.name, "img_size": own.img_size, "in_chans": own.in_chans}
     batch = _loaders_batch(own, options.get("batch_size"))
     return decided if batch is None else decided | {"batch_size": batch}
 

@@ -137,7 +137,11 @@ class SearchConfig(BaseModel):
     batch_size: int = option(..., "Images of one training step. Default: 64, digits 32.", ge=1)
     lr: float = option(..., "Peak learning rate. Default: 2e-3, warm start 3e-4.", gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    img_size: int | None = option(None, "Side of the square input image in pixels. Default: the model's.", ge=1)
+    img_size: int | tuple[int, int] | None = option(
+        None,
+        "The input image in pixels: the side of a square, or its height and width, as in 240x320. Default: the model's.",
+        metavar="N|HxW",
+    )
     in_chans: int | None = option(
         None, "Channels of the input: 3, or 1 for grey image files. Default: the model's.", ge=1
     )
@@ -202,6 +206,17 @@ class SearchConfig(BaseModel):
         config = handler(decided | given | normal_places(given))
         config.model_fields_set.intersection_update(given)
         return config
+
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _sides(cls, value: Any) -> Any:
+        """One number for a square, so that there is one way to write it."""
+        sides = value if isinstance(value, (tuple, list)) else (value, value)
+        if value is None:
+            return None
+        if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError("a size in pixels is a number such as 224, or height and width such as 240 and 320")
+        return sides[0] if sides[0] == sides[1] else tuple(sides)
 
     @field_validator("model_args", "recipe")
     @classmethod

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import isqrt
+from math import isqrt, prod
 
 from .errors import SpaceError
-from .operators import OPERATORS, is_square
+from .operators import OPERATORS, Grid, grid_of, grids, no_grid
 from .search_space import SearchSpace
 
 _VIT_224 = SearchSpace(depth=12, levels=(196, 100, 49), operators=("max2d",), max_run=3)
@@ -39,44 +39,50 @@ WARM_OPERATORS = ("tome", "tome_prop", "kmeans", "evit", "avg2d")
 EVEN_LEVELS = 10  # about so many token counts below a pretrained model's own
 
 
-def even_levels(tokens: int, count: int = EVEN_LEVELS) -> tuple[int, ...]:
-    """Patch-token counts from all to a twelfth, evenly spaced, on square grids where one is near: 49, 44, 40, 36, …, 4."""
+def even_levels(tokens: int, count: int = EVEN_LEVELS, grid: Grid | None = None) -> tuple[int, ...]:
+    """Patch-token counts from all to a twelfth, evenly spaced, on grids where one is near: 49, 44, 40, 36, …, 4.
+
+    grid: of all patches; None: a square one.
+    """
     least = max(1, tokens // 12)
     step = (tokens - least) / count
     counts = {tokens}
+    smaller = [cells for cells in grids(grid or (isqrt(tokens),) * 2) if cells < tokens]
     for index in range(count):
         wanted = least + index * step
-        squares = [side * side for side in (isqrt(int(wanted)), isqrt(int(wanted)) + 1) if side * side < tokens]
-        nearest = min(squares, key=lambda square: abs(square - wanted), default=0)
+        nearest = min(smaller, key=lambda cells: abs(cells - wanted), default=0)
         counts.add(nearest if nearest and abs(nearest - wanted) <= step / 2 else round(wanted))
     return tuple(sorted(counts, reverse=True))
 
 
-def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",)) -> tuple[int, ...]:
+def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",), grid: Grid | None = None) -> tuple[int, ...]:
     """Patch-token counts: a model's own, about half of them, a quarter: 196 → 196, 100, 49 on a grid.
 
-    Where these operators cannot reach such grids, the counts of repeated halving: 196 → 196, 98, 49.
+    Where these operators cannot reach such grids, the counts of repeated halving: 196 → 196, 98, 49. grid: as in
+    `even_levels`.
     """
-    if is_square(tokens):
-        side = isqrt(tokens)
-        squares = sorted({side, round(side / 2**0.5), side // 2} - {0}, reverse=True)
-        levels = tuple(side * side for side in squares)
-        if _reach(operators, levels):
+    sides = grid_of(tokens, grid)
+    if sides is not None:
+        halves = (round(side / 2**0.5) for side in sides), (side // 2 for side in sides)
+        cells = {prod(max(1, side) for side in half) for half in halves}
+        levels = tuple(sorted({tokens} | cells, reverse=True))
+        if _reach(operators, levels, grid):
             return levels
     half = (tokens - 1) // 2 + 1
     levels = tuple(sorted({tokens, half, (half - 1) // 2 + 1}, reverse=True))
-    if _reach(operators, levels):
+    if _reach(operators, levels, grid):
         return levels
     raise SpaceError(
         f"{tokens} patch tokens suggest no levels for {', '.join(operators) or 'no operator'}; name the levels yourself"
-        + ("" if is_square(tokens) else f"; {tokens} is not a square grid, which 2-D pooling needs")
+        + ("" if sides else f"; {no_grid(tokens, grid)}")
     )
 
 
-def _reach(operators: tuple[str, ...], levels: tuple[int, ...]) -> bool:
+def _reach(operators: tuple[str, ...], levels: tuple[int, ...], grid: Grid | None) -> bool:
     """Whether some operator makes each of these reductions. A name that is unknown is the space's to refuse."""
     known = [OPERATORS[name] for name in operators if name in OPERATORS]
-    return len(known) < len(operators) or all(any(one.can_reduce(*pair) for one in known) for pair in pairwise(levels))
+    steps = pairwise(levels)
+    return len(known) < len(operators) or all(any(one.can_reduce(*step, grid) for one in known) for step in steps)
 
 
 def space_for(
@@ -88,23 +94,27 @@ def space_for(
     max_run: int | None = None,
     warm: bool = False,
     tried: bool = False,
+    grid: Grid | None = None,
 ) -> SearchSpace:
     """The preset of a timm model where it fits the patch tokens, else a derived space; given parts stand.
 
     warm: the weights are pretrained ones, so that small steps of merging and clustering, and no sharing, harm least.
     tried: what harms will be left out after a trial, so that pairs of layers may share until then.
+    grid: rows and columns of the patches; None: a square.
     Raises SpaceError where the parts make no space.
     """
+    grid = None if grid is None or grid[0] == grid[1] else grid
     preset = PRESETS.get(model.split(".")[0])
     if warm and (preset is None or preset.operators == ("max2d",)):
         if operators is None:
-            operators = tuple(name for name in WARM_OPERATORS if is_square(tokens) or not OPERATORS[name].needs_grid)
-            levels = levels or even_levels(tokens)
+            lattice = grid_of(tokens, grid) is not None
+            operators = tuple(name for name in WARM_OPERATORS if lattice or not OPERATORS[name].needs_grid)
+            levels = levels or even_levels(tokens, EVEN_LEVELS, grid)
         elif levels is None and not any(OPERATORS[name].needs_grid for name in operators if name in OPERATORS):
-            levels = even_levels(tokens)
+            levels = even_levels(tokens, EVEN_LEVELS, grid)
         max_run = max_run or (2 if tried else 1)
     operators = operators or (preset.operators if preset else ("max2d",))
-    if levels is None and preset and preset.levels[0] == tokens and _reach(operators, preset.levels):
+    if levels is None and preset and preset.levels[0] == tokens and _reach(operators, preset.levels, grid):
         levels = preset.levels
     has_cls = preset.has_cls if preset else None
-    return SearchSpace(depth, levels or default_levels(tokens, operators), operators, max_run or 3, has_cls)
+    return SearchSpace(depth, levels or default_levels(tokens, operators, grid), operators, max_run or 3, has_cls, grid)

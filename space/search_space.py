@@ -12,7 +12,7 @@ from .architecture import MAX_DEPTH, Architecture, Layer, Run
 from .band import Band
 from .cost import CostTable
 from .errors import ArchitectureError, SpaceError
-from .operators import OPERATORS, is_square
+from .operators import OPERATORS, Grid, grid_of, no_grid
 
 
 class Node(NamedTuple):
@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
     level: int  # index into the space's levels
     run: int  # layers so far that use the current attention map, its owner included
-    grid: bool  # whether the patch tokens still form a square grid
+    grid: bool  # whether the patch tokens still form a grid
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class SearchSpace:
     """All ways to drop tokens and share attention maps in a ViT of `depth` blocks.
 
     depth: number of blocks.
-    levels: patch-token counts, falling; the first is the base model's own. Perfect squares are grids.
+    levels: patch-token counts, falling; the first is the base model's own. Perfect squares are grids, or what `grid` has.
     operators: names from `OPERATORS` that may pool between two blocks.
     max_run: how many blocks at most use one attention map, its owner included (1: no sharing).
     has_cls: whether the base model has a CLS token; None leaves it to the model.
+    grid: rows and columns of its patches where they are no square, see `operators.grids`; a square one becomes None.
 
     Size, draws and ranks are exact: they count paths. The order of ranks is fixed: at each layer first an own map,
     then a shared one, then reductions by falling token count and in the order of `operators`; rank 0 is the base
@@ -43,6 +44,7 @@ class SearchSpace:
     operators: tuple[str, ...] = ("max2d",)
     max_run: int = 3
     has_cls: bool | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         for name, example in (("levels", (196, 100, 49)), ("operators", ("max2d",))):
@@ -67,21 +69,32 @@ class SearchSpace:
             raise SpaceError(f"operators are {self.operators!r}; name each one once")
         if self.has_cls not in (True, False, None):
             raise SpaceError(f"has_cls is {self.has_cls!r}; it must be True, False or None (as the model has it)")
+        self._read_grid()
         reachable = {node.level for node in self.edges if node is not None}
         for index, level in enumerate(self.levels):
             if index not in reachable:
-                odd = next((count for count in (level, self.levels[0]) if not is_square(count)), None)
+                odd = next((count for count in (level, self.levels[0]) if grid_of(count, self.grid) is None), None)
                 raise SpaceError(
                     f"level {level} cannot be reached from {self.levels[:index]} by {self.operators or 'no operator'}"
-                    + ("" if odd is None else f"; {odd} is not a square grid, which 2-D pooling needs")
+                    + ("" if odd is None else f"; {no_grid(odd, self.grid)}")
                 )
+
+    def _read_grid(self) -> None:
+        if self.grid is None:
+            return
+        sides = tuple(self.grid) if isinstance(self.grid, (tuple, list)) else ()
+        if len(sides) != 2 or any(type(side) is not int for side in sides) or sides[0] * sides[1] != self.levels[0]:
+            raise SpaceError(
+                f"grid is {self.grid!r}; it must be the rows and columns of the {self.levels[0]} patches that the levels begin with"
+            )
+        object.__setattr__(self, "grid", None if sides[0] == sides[1] else sides)
 
     # The graph
 
     @cached_property
     def edges(self) -> dict[Node | None, dict[Layer, Node]]:
         """Node (None before the first layer) -> its edges in rank order: the layer taken and where it leads."""
-        start = Node(0, 1, is_square(self.levels[0]))
+        start = Node(0, 1, grid_of(self.levels[0], self.grid) is not None)
         edges: dict[Node | None, dict[Layer, Node]] = {None: {Layer(self.levels[0]): start}}
         unseen = [start]
         while unseen:
@@ -98,8 +111,8 @@ class SearchSpace:
             edges[Layer(tokens, None, True)] = Node(node.level, node.run + 1, node.grid)
         for level in range(node.level + 1, len(self.levels)):
             for name in self.operators:
-                operator = OPERATORS[name]
-                if operator.can_reduce(tokens, self.levels[level]) and (node.grid or not operator.needs_grid):
+                operator, possible = OPERATORS[name], OPERATORS[name].can_reduce(tokens, self.levels[level], self.grid)
+                if possible and (node.grid or not operator.needs_grid):
                     edges[Layer(self.levels[level], name)] = Node(level, 1, node.grid and operator.keeps_grid)
         return edges
 
@@ -162,7 +175,7 @@ class SearchSpace:
             before = architecture.layers[misfit - 1].tokens
             reason = f"{layer.operator} cannot go from {before} to {layer.tokens} tokens here"
             if layer.operator is not None and OPERATORS[layer.operator].needs_grid:
-                reason += ", as it needs a square grid that no earlier operator gave up"
+                reason += f", as it needs a {'' if self.grid else 'square '}grid that no earlier operator gave up"
         raise ArchitectureError(
             f"layer {misfit} ({Run(layer.tokens, layer.operator, 1)}) of '{architecture}': {reason}"
         )
@@ -333,4 +346,5 @@ class SearchSpace:
             "operators": list(self.operators),
             "max_run": self.max_run,
             "has_cls": self.has_cls,
+            "grid": self.grid and list(self.grid),
         }

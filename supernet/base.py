@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -99,14 +100,23 @@ def cropped(model: VisionTransformer) -> tuple[str, ...]:
     """A note where the patches do not cover the images: as in timm, the rest is not seen."""
     if not isinstance(model.patch_embed, PatchEmbed):
         return ()
-    sizes = list(zip(model.patch_embed.img_size, model.patch_embed.patch_size, strict=True))
-    if all(side % patch == 0 for side, patch in sizes):
+    size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    rows, columns = rests = [side % length for side, length in zip(size, patch, strict=True)]
+    if not any(rests):
         return ()
-    (side, patch), grid = sizes[0], model.patch_embed.grid_size[0]
+    fewer = [side - rest for side, rest in zip(size, rests, strict=True)]
+    more = [less + length * (rest > 0) for less, length, rest in zip(fewer, patch, rests, strict=True)]
+    last = f"{rows} rows and columns" if rows == columns else f"{rows} rows and {columns} columns"
     return (
-        f"Patches of {patch} pixels do not divide images of {side}: the last {side % patch} rows and columns of pixels are "
-        f"not seen; {grid * patch} or {(grid + 1) * patch} would use all.",
+        f"Patches of {sides_text(patch)} pixels do not divide images of {sides_text(size)}: the last {last} of pixels are not "
+        f"seen; {sides_text(fewer)} or {sides_text(more)} would use all.",
     )
+
+
+def sides_text(sides: Sequence[int]) -> str:
+    """Height and width as people write them: one number for a square."""
+    height, width = sides
+    return str(height) if height == width else f"{height}×{width}"
 
 
 def unsupported_part(model: Any) -> str | None:
@@ -160,8 +170,6 @@ def _missing(model: nn.Module) -> str:
 def _grid_fault(patches: PatchEmbed | HybridEmbed) -> str | None:
     if 0 in patches.grid_size:
         return f"its images of {patches.img_size} are smaller than its patches of {patches.patch_size}"
-    if len(set(patches.grid_size)) != 1:
-        return f"its patch grid is {patches.grid_size}; only square images are supported"
     size = patches.img_size if isinstance(patches, PatchEmbed) else patches.feature_size
     if patches.dynamic_img_pad and any(side % patch for side, patch in zip(size, patches.patch_size, strict=True)):
         return (

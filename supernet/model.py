@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
+from poolshare.space.operators import grid_of
 
 from .base import embed, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
@@ -184,6 +185,27 @@ def run_edge(
     return run(tokens, attended)
 
 
+def run_layers(
+    model: Any,
+    layers: Sequence[Layer],
+    images: torch.Tensor,
+    carry: Carry = Carry.NOTHING,
+    wanted: Sequence[int] | None = None,
+) -> list[Tokens]:
+    """Tokens after layers of an architecture, of a supernet or a subnet. carry: what is to be known of them, beside what
+    the operators ask for. wanted: rising indices of layers, of which alone the tokens are kept; None: all.
+    """
+    wanted = range(len(layers)) if wanted is None else wanted
+    tokens, carry, outputs = embed(model, images), max(carry, model.carry), []
+    attended: Attended | None = None
+    for index, layer in enumerate(layers[: wanted[-1] + 1]):
+        leave = left_for(layers[index + 1 : index + 2], model.sharing)
+        tokens, attended = run_edge(model, index, layer, tokens, attended, leave, carry)
+        if index in wanted:
+            outputs.append(tokens)
+    return outputs
+
+
 def check_sharing(sharing: Any) -> None:
     """Raise ModelError for an unknown kind of sharing."""
     if sharing not in get_args(Sharing):
@@ -219,6 +241,12 @@ def check_fit(name: str, model: VisionTransformer, space: SearchSpace) -> None:
         raise SpaceError(
             f"the levels begin with {space.levels[0]} patch tokens, but {name} at {model.patch_embed.img_size} has "
             f"{model.patch_embed.num_patches}; begin with that, or choose another image size"
+        )
+    rows, columns = model.patch_embed.grid_size
+    if (space.grid or grid_of(space.levels[0]) or (rows, columns)) != (rows, columns):
+        raise SpaceError(
+            f"the patches of {name} at {model.patch_embed.img_size} are a grid of {rows}×{columns}: give the space "
+            f"grid={(rows, columns)}"
         )
     if space.has_cls is not None and space.has_cls != model.has_class_token:
         raise SpaceError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import timm
@@ -17,13 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
+from poolshare.space.operators import Grid, grid_of
 
-from .base import embed, make_base, outline
-from .block import Attended, SharedAttention, Sharing, left_for
-from .model import SuperNet, check_fit, check_sharing, run_edge
+from .base import make_base, outline
+from .block import SharedAttention, Sharing
+from .model import SuperNet, check_fit, check_sharing, run_layers
 from .operators.pooling import make_poolings
 from .options import read_options
-from .tokens import Carry, Tokens, carried, restore
+from .tokens import Carry, carried, restore
 
 Maps = Literal["nearest", "bilinear", "reduced"]  # how NCHW features come: of the full grid, or as small as the tokens
 OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry point that are not the base model's
@@ -85,7 +85,8 @@ class Subnet(_Timm):
         check_sharing(sharing)
         check_maps(maps)
         parsed, options = Architecture.parse(architecture), read_options(base, options)
-        check_fit(base, outline(base, options), _smallest_space(parsed))
+        outlined = outline(base, options)
+        check_fit(base, outlined, smallest_space(parsed, outlined.patch_embed.grid_size))
         model = make_base(base, options)
         for block, layer in zip(model.blocks, parsed.layers, strict=True):
             if layer.shared:
@@ -106,21 +107,8 @@ class Subnet(_Timm):
     ) -> torch.Tensor:
         """(B, channels, H, W) → (B, prefix + last patch tokens, C), after the final norm."""
         _refuse_masks(attn_mask, is_causal)
-        [tokens] = self._after_blocks(x, [len(self.blocks) - 1])
+        [tokens] = run_layers(self, self.architecture.layers, x, wanted=[len(self.blocks) - 1])
         return self.norm(tokens.features)
-
-    def _after_blocks(self, images: torch.Tensor, wanted: list[int], carry: Carry = Carry.NOTHING) -> list[Tokens]:
-        """Tokens after the wanted blocks, rising indices; no others are kept. carry: what is to be known, at least."""
-        tokens, carry = embed(self, images), max(carry, self.carry)
-        outputs = []
-        layers = self.architecture.layers
-        attended: Attended | None = None
-        for index, layer in enumerate(layers[: wanted[-1] + 1]):
-            leave = left_for(layers[index + 1 : index + 2], self.sharing)
-            tokens, attended = run_edge(self, index, layer, tokens, attended, leave, carry)
-            if index in wanted:
-                outputs.append(tokens)
-        return outputs
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -148,22 +136,22 @@ class Subnet(_Timm):
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
+        grid = self.patch_embed.grid_size
         full = output_fmt == "NCHW" and maps != "reduced"
         if output_fmt == "NCHW" and not full:
             check_grid(self.architecture, last)
         wanted = sorted({*taken, last if stop_early else len(self.blocks) - 1})
-        tokens = self._after_blocks(x, wanted, Carry.SOURCES if full else Carry.NOTHING)
+        tokens = run_layers(self, self.architecture.layers, x, Carry.SOURCES if full else Carry.NOTHING, wanted)
         chosen = [after for index, after in zip(wanted, tokens, strict=True) if index in taken]
         if norm:
             chosen = [after._replace(features=self.norm(after.features)) for after in chosen]
         prefix = [after.features[:, : self.num_prefix_tokens] for after in chosen]
         if full:
-            patches = self.patch_embed.num_patches
-            images = [restore(after, self.num_prefix_tokens, patches, maps == "bilinear") for after in chosen]
+            images = [restore(after, self.num_prefix_tokens, grid, maps == "bilinear") for after in chosen]
         else:
             images = [after.features[:, self.num_prefix_tokens :] for after in chosen]
             if output_fmt == "NCHW":
-                images = [m.transpose(1, 2).unflatten(2, (isqrt(m.shape[1]),) * 2).contiguous() for m in images]
+                images = [m.transpose(1, 2).unflatten(2, grid_of(m.shape[1], grid)).contiguous() for m in images]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens
         if output_dict:
             return {
@@ -225,12 +213,13 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         raise ModelError("a pooled model takes no attention mask: its token count changes from block to block")
 
 
-def _smallest_space(architecture: Architecture) -> SearchSpace:
-    """A space that holds this architecture, whose construction checks operators and reductions."""
+def smallest_space(architecture: Architecture, grid: Grid) -> SearchSpace:
+    """A space that holds this architecture, whose construction checks operators and reductions. grid: of all patches."""
     levels = sorted({layer.tokens for layer in architecture.layers}, reverse=True)
     operators = dict.fromkeys(layer.operator for layer in architecture.layers if layer.operator)
     longest = max(run.length for run in architecture.runs)
-    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), longest)
+    fits = grid[0] * grid[1] == levels[0]  # else the space is refused for its first level
+    space = SearchSpace(architecture.depth, tuple(levels), tuple(operators), longest, None, grid if fits else None)
     space.check(architecture)
     return space
 

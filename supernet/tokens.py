@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum
-from math import isqrt
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from poolshare.space.operators import OPERATORS
+from poolshare.space.operators import OPERATORS, Grid, grid_of
 
 from .operators.indexing import add_at, take
 
@@ -35,6 +34,7 @@ class Tokens(NamedTuple):
     sizes: torch.Tensor | None = None  # (B, P), at least float32: how many patches each patch token stands for
     places: torch.Tensor | None = None  # (B, P, 2): row and column of the mean of these patches, the first at (0, 0)
     sources: torch.Tensor | None = None  # (B, patches): index of the patch token that holds each patch
+    lost: torch.Tensor | None = None  # (B, patches), with sources, where something was dropped: whether the patch was
     proportional: bool = False  # from here on attention counts a key as often as it has patches (ToMe)
 
     def log_sizes(self) -> torch.Tensor | None:
@@ -52,13 +52,13 @@ def carried(operators: Iterable[str | None], rotary: bool) -> Carry:
     return Carry.SIZES if any(name is not None and OPERATORS[name].weighs for name in operators) else Carry.NOTHING
 
 
-def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, patches: int, carry: Carry) -> Tokens:
+def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, whole: Grid, carry: Carry) -> Tokens:
     """The tokens after each joined the new one that `holders` names.
 
     features: of the new tokens, prefix included. holders: (B, P), which of the new patch tokens each old one became a
-    part of. patches: how many the base model has.
+    part of. whole: the grid of the base model's patches.
     """
-    sizes, places, sources = _known(tokens, int(holders.shape[1]), patches, carry)
+    sizes, places, sources = _known(tokens, int(holders.shape[1]), whole, carry)
     if sizes is None:
         return Tokens(features)
     after = int(features.shape[1] - tokens.features.shape[1] + holders.shape[1])
@@ -67,70 +67,96 @@ def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, patches
         places = add_at(joined.new_zeros(len(holders), after, 2), holders, places * sizes[:, :, None]) / joined
     if sources is not None:
         sources = holders.gather(1, sources)
-    return Tokens(features, joined[:, :, 0], places, sources, tokens.proportional)
+    return Tokens(features, joined[:, :, 0], places, sources, tokens.lost, tokens.proportional)
 
 
-def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, patches: int, carry: Carry) -> Tokens:
+def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, whole: Grid, carry: Carry) -> Tokens:
     """The tokens after the others were dropped. kept: (B, K), ascending, which of the patch tokens are left.
 
     Each stands for what it stood for, so that sizes no longer sum to the patches; `sources` names for a patch that was
     lost the token nearest to the one that held it.
     """
     count = int(tokens.features.shape[1] - features.shape[1] + kept.shape[1])
-    sizes, places, sources = _known(tokens, count, patches, carry)
+    sizes, places, sources = _known(tokens, count, whole, carry)
     if sizes is None:
         return Tokens(features)
     left = None if places is None else take(places, kept)
+    lost = tokens.lost
     if places is not None and left is not None and sources is not None:
+        dropped = torch.ones_like(sizes, dtype=torch.bool).scatter(1, kept, False).gather(1, sources)
+        lost = dropped if lost is None else lost | dropped
         distances = (places[:, :, None] - left[:, None]).square().sum(dim=3)  # (B, P, K)
         sources = distances.min(dim=2).indices.gather(1, sources)
-    return Tokens(features, sizes.gather(1, kept), left, sources, tokens.proportional)
+    return Tokens(features, sizes.gather(1, kept), left, sources, lost, tokens.proportional)
 
 
 def _known(
-    tokens: Tokens, count: int, patches: int, carry: Carry
+    tokens: Tokens, count: int, whole: Grid, carry: Carry
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Sizes, places and sources of `count` patch tokens as far as they are asked for, on the whole grid its constants."""
     if tokens.sizes is not None:
         return tokens[1:4]
     batch, device = tokens.features.shape[0], tokens.features.device
-    constants = [make(count, patches, device) for make in (grid_sizes, grid_places, grid_sources)[: int(carry)]]
+    constants = [make(count, whole, device) for make in (grid_sizes, grid_places, grid_sources)[: int(carry)]]
     known = [constant.expand(batch, *constant.shape) for constant in constants]
     return (*known, *[None] * (3 - len(known)))  # type: ignore[return-value]
 
 
-def restore(tokens: Tokens, num_prefix_tokens: int, patches: int, bilinear: bool = False) -> torch.Tensor:
-    """A map of the full grid: each patch gets the features of the token that holds it. (B, C, side, side)
+def restore(tokens: Tokens, num_prefix_tokens: int, whole: Grid, bilinear: bool = False) -> torch.Tensor:
+    """A map of the full grid: each patch gets the features of the token that holds it. (B, C, rows, columns)
 
     bilinear: cells of a smaller grid are interpolated between their centres instead; merged tokens have none.
-    tokens: with their sources, which were asked for from the first block on.
+    tokens: with their sources, which were asked for from the first block on. whole: the grid of all patches.
     """
-    features, side = tokens.features[:, num_prefix_tokens:], isqrt(patches)
-    count = int(features.shape[1])
+    features = tokens.features[:, num_prefix_tokens:]
+    shape = grid_of(int(features.shape[1]), whole)
     if tokens.sources is not None:
         features = take(features, tokens.sources)
-    elif bilinear and count != patches:
-        cells = features.transpose(1, 2).unflatten(2, (isqrt(count),) * 2)
-        return F.interpolate(cells, size=(side, side), mode="bilinear", align_corners=False)
-    elif count != patches:
-        features = features.index_select(1, grid_sources(count, patches, features.device))
-    return features.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+    elif bilinear and shape != whole:
+        cells = features.transpose(1, 2).unflatten(2, shape)
+        return F.interpolate(cells, size=whole, mode="bilinear", align_corners=False)
+    elif shape != whole:
+        features = features.index_select(1, grid_sources(int(features.shape[1]), whole, features.device))
+    return features.transpose(1, 2).unflatten(2, whole).contiguous()
 
 
-def grid_sizes(count: int, patches: int, device: torch.device | None = None) -> torch.Tensor:
+def regions(tokens: Tokens, num_prefix_tokens: int, whole: Grid) -> torch.Tensor:
+    """Which token stands for each part of the image, to be drawn; −1: it was dropped. (B, rows, columns), int64
+
+    Parts are patches, or the cells of a smaller grid where the tokens are these. tokens, whole: as in `restore`.
+    """
+    if tokens.sources is not None:
+        lost = torch.zeros_like(tokens.sources, dtype=torch.bool) if tokens.lost is None else tokens.lost
+        return tokens.sources.masked_fill(lost, -1).unflatten(1, whole)
+    count = int(tokens.features.shape[1]) - num_prefix_tokens
+    return torch.arange(count).unflatten(0, _shape(count, whole)).expand(len(tokens.features), -1, -1)
+
+
+def grid_sizes(count: int, whole: Grid, device: torch.device | None = None) -> torch.Tensor:
     """How many patches each of `count` cells of the whole grid stands for: equal shares of it. (count)"""
-    return torch.full((count,), patches / count, device=device)
+    return torch.full((count,), whole[0] * whole[1] / count, device=device)
 
 
-def grid_places(count: int, patches: int, device: torch.device | None = None) -> torch.Tensor:
-    """The centres of `count` square cells that cover the grid of patches, in patches. (count, 2)"""
-    side = isqrt(count)
-    centres = (torch.arange(side, device=device) + 0.5) * (isqrt(patches) / side) - 0.5
-    return torch.cartesian_prod(centres, centres)
+def grid_places(count: int, whole: Grid, device: torch.device | None = None) -> torch.Tensor:
+    """The centres of `count` equal cells that cover the grid of patches, in patches. (count, 2)"""
+    lines = [
+        (torch.arange(cells, device=device) + 0.5) * (length / cells) - 0.5
+        for cells, length in zip(_shape(count, whole), whole, strict=True)
+    ]
+    return torch.cartesian_prod(*lines)
 
 
-def grid_sources(count: int, patches: int, device: torch.device | None = None) -> torch.Tensor:
-    """In which of `count` square cells the centre of each patch lies. (patches)"""
-    side, whole = isqrt(count), isqrt(patches)
-    cells = (2 * torch.arange(whole, device=device) + 1) * side // (2 * whole)
-    return (cells[:, None] * side + cells).flatten()
+def grid_sources(count: int, whole: Grid, device: torch.device | None = None) -> torch.Tensor:
+    """In which of `count` equal cells the centre of each patch lies. (patches)"""
+    shape = _shape(count, whole)
+    rows, columns = (
+        (2 * torch.arange(length, device=device) + 1) * cells // (2 * length)
+        for cells, length in zip(shape, whole, strict=True)
+    )
+    return (rows[:, None] * shape[1] + columns).flatten()
+
+
+def _shape(count: int, whole: Grid) -> Grid:
+    shape = grid_of(count, whole)
+    assert shape is not None  # tokens without sources are cells of a grid
+    return shape

@@ -45,7 +45,7 @@ class Card:
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     in_chans: int | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
     names: Names | None = None
@@ -103,7 +103,7 @@ def read_card(name: str, option: str = "--weights") -> Card:
         return Card(
             str(model),
             options,
-            size[0] if size[0] == size[1] else None,
+            size[0] if size[0] == size[1] else (size[0], size[1]),
             chans,
             {key: given[key] for key in PREPROCESSING if given.get(key) is not None},
             names_of(names) if names else None,

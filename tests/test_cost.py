@@ -586,7 +586,9 @@ def test_a_band_of_the_real_space_is_counted_exactly():
 
 
 def test_bands_follow_the_grid_where_an_operator_gives_it_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(OPERATORS, "cut", Operator("cut", "any smaller count", lambda before, after: after < before))
+    monkeypatch.setitem(
+        OPERATORS, "cut", Operator("cut", "any smaller count", lambda before, after, whole: after < before)
+    )
     space = SearchSpace(5, (16, 9, 4), ("max2d", "cut"), 2)
     table = random_table(space, 9)
     totals = {architecture: table.total(architecture) for architecture in space}

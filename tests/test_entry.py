@@ -399,8 +399,8 @@ class Pictures(Dataset):
         ((TensorDataset(one_image(8, 1, 8, 8), LABELS / 2), IMAGES), "class index"),
         ((TensorDataset(one_image(8, 1, 8, 8), -LABELS), IMAGES), "class index"),
         (
-            (TensorDataset(one_image(8, 4, 8, 6), LABELS), TensorDataset(one_image(8, 4, 8, 6), LABELS)),
-            "4×8×6: take square ones",
+            (TensorDataset(one_image(8, 4, 8, 0), LABELS), TensorDataset(one_image(8, 4, 8, 0), LABELS)),
+            "4×8×0: give ones of at least one channel and one pixel",
         ),
         ((TensorDataset(one_image(8, 1, 16, 16), LABELS), IMAGES), "differ in size"),
         ((IMAGES, TensorDataset(one_image(8, 1, 8, 8), LABELS + 1)), "none to train on"),
@@ -657,7 +657,7 @@ def test_the_example_of_the_readme_works_as_written(digits, tmp_path, monkeypatc
 def test_importing_the_package_loads_no_torch():
     program = "import sys, poolshare.search; print('torch' in sys.modules, poolshare.search.__all__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "False ['SearchResult', 'search', 'work']\n"
+    assert done.stdout == "False ['SearchResult', 'draw_regions', 'search', 'work']\n"
     with pytest.raises(AttributeError, match="no attribute 'find'"):
         _ = poolshare.search.find
 

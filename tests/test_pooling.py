@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from poolshare.space import OPERATORS
+from poolshare.space.operators import grid_of
 from poolshare.supernet import count_macs
 from poolshare.supernet.block import Attended
 from poolshare.supernet.operators.clustering import kmeans, kmedoids
@@ -36,7 +37,7 @@ def make(operator: str, before: int, after: int, prefix: int = 1, has_cls: bool 
         num_prefix_tokens=prefix,
         has_class_token=has_cls,
         embed_dim=CHANNELS,
-        patch_embed=SimpleNamespace(num_patches=before),
+        patch_embed=SimpleNamespace(num_patches=before, grid_size=grid_of(before) or (1, before)),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # or the parameters' own initial values would differ with the order of the tests
@@ -297,7 +298,7 @@ def test_pit_looks_at_every_patch(side):
     for after in range(1, side**2):
         if OPERATORS["pit"].can_reduce(side**2, after):
             tokens = torch.ones(1, 1 + side**2, CHANNELS, requires_grad=True)
-            grid = SimpleNamespace(num_patches=side**2)
+            grid = SimpleNamespace(num_patches=side**2, grid_size=(side, side))
             model = SimpleNamespace(num_prefix_tokens=1, has_class_token=True, embed_dim=CHANNELS, patch_embed=grid)
             Pooling("pit", side**2, after, model)(tokens, None).sum().backward()
             assert tokens.grad is not None

@@ -91,7 +91,9 @@ def test_the_forecast_of_a_space_equals_a_walk_over_all_of_it(space: SearchSpace
 
 
 def test_the_forecast_of_a_space_knows_the_grid_that_an_operator_gave_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(OPERATORS, "cut", Operator("cut", "any smaller count", lambda before, after: after < before))
+    monkeypatch.setitem(
+        OPERATORS, "cut", Operator("cut", "any smaller count", lambda before, after, whole: after < before)
+    )
     space = SearchSpace(5, (16, 9, 4), ("max2d", "cut"), 2)
     table = random_table(space, 2)
     assert forecast_space(space, table) == by_distinct_prefixes(list(space), table)

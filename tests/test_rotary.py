@@ -96,7 +96,7 @@ ROTARY = [name for name in NAMES if "giant" not in name or "pe_core" in name]
 def test_rotating_by_place_is_timms_table_where_nothing_was_pooled(name):
     net = make(name)
     tokens = net.embed(images_for(net))
-    placed = tokens._replace(places=grid_places(16, 16).expand(2, -1, -1))
+    placed = tokens._replace(places=grid_places(16, (4, 4)).expand(2, -1, -1))
     _, table = net._pos_embed(net.patch_embed(images_for(net)))
     for index in range(4):
         timms = table[index] if net.rope_mixed else table
@@ -112,7 +112,7 @@ def test_permuting_tokens_with_their_places_changes_nothing(name):
     net = make(name)
     tokens, layer = net.embed(images_for(net)), net.space[0].layers[0]
     order, prefix = torch.randperm(16, generator=torch.Generator().manual_seed(0)), net.num_prefix_tokens
-    places = grid_places(16, 16).expand(2, -1, -1)
+    places = grid_places(16, (4, 4)).expand(2, -1, -1)
     features = torch.cat([tokens.features[:, :prefix], tokens.features[:, prefix:][:, order]], dim=1)
     with torch.no_grad():
         expected = net.run_layer(1, layer, tokens, None)[0].features

@@ -17,8 +17,8 @@ from poolshare.space.presets import PRESETS, default_levels, space_for
 
 # Two operators that only these tests know: one to any smaller count, one to exactly half; both give up the grid.
 TEST_OPERATORS = {
-    "cut": Operator("cut", "any smaller count", lambda before, after: after < before),
-    "halve": Operator("halve", "every second token", lambda before, after: after == (before + 1) // 2),
+    "cut": Operator("cut", "any smaller count", lambda before, after, whole: after < before),
+    "halve": Operator("halve", "every second token", lambda before, after, whole: after == (before + 1) // 2),
 }
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from poolshare.space import OPERATORS, Architecture, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
+from poolshare.supernet.model import run_layers
 from poolshare.supernet.tokens import Carry, Tokens, grid_places, grid_sizes, grid_sources
 
 TINY = {"img_size": 128, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "depth": 4}
@@ -35,7 +36,7 @@ def images_for(count=3):
 def outputs(model, images, carry=Carry.SOURCES):
     """Tokens after each block, with all the bookkeeping."""
     with torch.no_grad():
-        return model._after_blocks(images, list(range(len(model.blocks))), carry)
+        return run_layers(model, model.architecture.layers, images, carry)
 
 
 def paths(net, count):
@@ -44,19 +45,20 @@ def paths(net, count):
 
 def test_a_grid_s_constants_equal_hand_arithmetic():
     # 4 × 4 patches as 2 × 2 cells: the first holds rows and columns 0 and 1, so its centre is (½, ½).
-    assert grid_sizes(4, 16).tolist() == [4, 4, 4, 4]
-    assert grid_places(4, 16).tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
-    assert grid_sources(4, 16).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    four, fourteen = (4, 4), (14, 14)
+    assert grid_sizes(4, four).tolist() == [4, 4, 4, 4]
+    assert grid_places(4, four).tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
+    assert grid_sources(4, four).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
     # 14 → 10: each cell covers 1.4 patches; the second begins at 1.4 and ends at 2.8 of edges, centre 2.1 - ½.
-    assert grid_places(100, 196)[1].tolist() == pytest.approx([0.2, 1.6])
-    assert grid_sizes(100, 196).sum() == pytest.approx(196)
-    assert grid_sources(196, 196).tolist() == list(range(196))
+    assert grid_places(100, fourteen)[1].tolist() == pytest.approx([0.2, 1.6])
+    assert grid_sizes(100, fourteen).sum() == pytest.approx(196)
+    assert grid_sources(196, fourteen).tolist() == list(range(196))
     # A patch goes to the cell whose centre is nearest, as F.interpolate has it.
     for count in (1, 9, 25, 49, 100):
         side = int(count**0.5)
         cells = torch.arange(count, dtype=torch.float32).reshape(1, 1, side, side)
         nearest = F.interpolate(cells, (14, 14), mode="nearest-exact").flatten().long()
-        assert torch.equal(grid_sources(count, 196), nearest)
+        assert torch.equal(grid_sources(count, fourteen), nearest)
 
 
 @pytest.mark.parametrize("sharing", ["qk", "map"])
@@ -86,7 +88,7 @@ def test_sizes_sum_to_the_patches_and_are_counts_of_sources_after_any_path(shari
 
 def test_places_are_means_over_the_patches_a_token_holds():
     net = make(("tome", "kmeans", "mstm", "max1d", "wkmedoids"))
-    whole = grid_places(64, 64)
+    whole = grid_places(64, (8, 8))
     for architecture in paths(net, 8):
         for tokens in outputs(Subnet.from_supernet(net, architecture), images_for()):
             if tokens.sizes is None:
@@ -123,7 +125,7 @@ def test_bookkeeping_changes_no_feature_and_is_not_done_unasked():
         model = Subnet.from_supernet(net, architecture)
         bare, known = (outputs(model, images_for(), carry) for carry in (Carry.NOTHING, Carry.SOURCES))
         for plain, full in zip(bare, known, strict=True):
-            assert plain[1:] == (None, None, None, False)
+            assert plain[1:] == Tokens(plain.features)[1:]
             assert torch.equal(plain.features, full.features)
 
 

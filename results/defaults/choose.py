@@ -36,14 +36,14 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from poolshare.search.job.records import write_csv
 from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
 from poolshare.space import Architecture, Band, SearchSpace
-from poolshare.space.operators import is_square
+from poolshare.space.operators import grid_of
 from poolshare.space.presets import even_levels
 from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.weights import load_base_weights
 
 BASE, DEPTH, PIXELS, MARGIN = "vit_tiny_patch16_224", 12, 112, 8  # images are kept with a margin on every side
 LEVELS = even_levels(49)
-GRIDS = tuple(level for level in LEVELS if is_square(level))
+GRIDS = tuple(level for level in LEVELS if grid_of(level))
 OPERATORS = ("tome", "kmeans", "avg2d", "max2d")
 SPACES = {"tome": ("tome",), "kmeans": ("kmeans",), "avg2d": ("avg2d",), "mix": ("tome", "kmeans", "avg2d")}
 SHARES = (0.6, 0.4)  # of the dense MACs

@@ -1,11 +1,13 @@
-"""Pictures of the pages of real runs, and how fast a page of 31,294 candidates is in a real browser.
+"""Pictures of the pages of real runs and of what becomes one token, and how fast a page of 31,294 candidates is.
 
     python results/page/reproduce.py runs/digits runs/eurosat      # a minute; chromium must be installed
+    python results/page/reproduce.py --tokens [--weights vit_tiny_patch16_224.safetensors]      # seconds
 
 1. Each run's report.html is written again and photographed: the first window on a laptop in light and on a phone in dark
    colours, and the whole page; the run's numbers are copied beside the pictures.
 2. A page with every architecture of DeiT-Tiny's space, at its exact costs and with made-up accuracies (only the speed is
    looked at), is opened, drawn, pointed at and clicked: medians in speed.json.
+3. With --tokens instead of these: what ViT-Tiny with ImageNet's weights makes one token of scikit-learn's two photos.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
+from sklearn import datasets
 
+from poolshare.search import draw_regions
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import versions, write_json
 from poolshare.search.report.page import write_html
@@ -37,6 +41,10 @@ from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 HERE = Path(__file__).parent
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 OPENINGS, TRIES = 7, 50
+TOKENS = {
+    "merged": "196 196 147@tome 147 98@tome 98 49@tome 49 16@tome 16 16 16",
+    "dropped": "196 196 196 147@topk 147 147 98@topk 98 98 49@topk 49 49",
+}
 
 
 def photograph(browser: Browser, page: Path, name: str) -> None:
@@ -51,11 +59,13 @@ def photograph(browser: Browser, page: Path, name: str) -> None:
         window.goto(page.resolve().as_uri())
         shots = {kind: False, "whole": True} if kind == "laptop" else {kind: False}
         for part, full in shots.items():
-            picture = Image.open(BytesIO(window.screenshot(full_page=full)))
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
-                HERE / f"{name}-{part}.png", optimize=True
-            )
+            keep(Image.open(BytesIO(window.screenshot(full_page=full))), f"{name}-{part}")
         context.close()
+
+
+def keep(picture: Image.Image, name: str) -> None:
+    """Write a picture of 256 colours into this folder."""
+    picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / f"{name}.png", optimize=True)
 
 
 def crowd(path: Path) -> None:
@@ -109,11 +119,26 @@ def speed(browser: Browser, page: Path) -> dict[str, Any]:
     }
 
 
+def draw_tokens(weights: str | None) -> None:
+    """Write tokens-….png: merging, and dropping."""
+    photos = sorted(Path(datasets.__file__).parent.glob("images/*.jpg"))
+    begin: dict[str, Any] = {"pretrained": True} if weights is None else {"weights": weights}
+    for name, text in TOKENS.items():
+        out = HERE / f"tokens-{name}.png"
+        out.unlink(missing_ok=True)
+        draw_regions(text, photos, out, model="vit_tiny_patch16_224", **begin)
+
+
 def main() -> None:
     """Photograph, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="finished run folders; pictures are named after them")
-    runs = parser.parse_args().runs
+    parser.add_argument("--tokens", action="store_true", help="draw what becomes one token, and nothing else")
+    parser.add_argument("--weights", help="of ViT-Tiny; default: timm's pretrained ones")
+    arguments = parser.parse_args()
+    runs = arguments.runs
+    if arguments.tokens:
+        return draw_tokens(arguments.weights)
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         for run in runs:

@@ -138,7 +138,10 @@ def worker(
 
 
 app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)
-app.command(epilog='Example:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"')(looking.show)
+app.command(
+    epilog='Examples:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"    '
+    "poolshare show exports/photos --image cat.jpg --image dog.jpg --out regions.png"
+)(looking.show)
 
 
 app.command(

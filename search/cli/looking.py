@@ -12,7 +12,7 @@ import typer
 from poolshare.space.errors import ConfigError
 
 from ..console import PlainConsole
-from .options import Budget, Json, print_json
+from .options import Budget, ImgSize, InChans, Json, ModelArgs, option, print_json, read_options
 
 if TYPE_CHECKING:
     from ..job.folder import RunFolder
@@ -100,9 +100,26 @@ def show(
         str,
         typer.Argument(help='An architecture such as "196*2 100@max2d*3", or an exported folder.', metavar="TEXT|DIR"),
     ],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Draw which parts of this photo are one token; repeatable.", metavar="FILE"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where --image draws to. Default: regions.png.", metavar="FILE")
+    ] = None,
+    model: Annotated[str | None, option("model", help="Of an architecture. Default: vit_tiny_patch16_224.")] = None,
+    pretrained: Annotated[bool, option("pretrained", "--pretrained")] = False,
+    weights: Annotated[str | None, option("weights")] = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    model_args: ModelArgs = None,
     as_json: Json = False,
 ) -> None:
-    """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets."""
+    """Draw an architecture: tokens per layer as bars, layers that share an attention map in brackets.
+
+    With --image also a PNG: each photo, and beside it the parts that are one token after each reduction. An exported folder
+    brings its weights; an architecture needs --pretrained or --weights where its operators look at the contents of tokens.
+    """
     from poolshare.space import COSTS, Architecture, RunError
     from poolshare.space.files import reading
 
@@ -121,15 +138,40 @@ def show(
                 raise ValueError("a cost is not a positive whole number")
     else:
         architecture = Architecture.parse(what)
+    given = {
+        "model": model, "pretrained": pretrained or None, "weights": weights, "img_size": img_size, "in_chans": in_chans,
+        "model_args": model_args,
+    }  # fmt: skip
+    drawn = _draw(what, image, out, read_options(given))
     if as_json:
         layers = [layer._asdict() for layer in architecture.layers]
-        return print_json({"architecture": str(architecture), **architecture.to_json(), "layers": layers})
+        value = {"architecture": str(architecture), **architecture.to_json(), "layers": layers}
+        return print_json(value | ({"regions": str(drawn)} if drawn else {}))
     console = PlainConsole()
     console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
     if facts:
         share = facts["macs"] / facts["dense_macs"]
         macs, parameters = (COSTS[name].format(facts[name]) for name in ("macs", "parameters"))
         console.print(f"{macs}, {share:.1%} of dense; {parameters}")
+    if drawn:
+        console.print(f"written: {drawn}", soft_wrap=True)
+
+
+def _draw(what: str, images: list[Path] | None, out: Path | None, model: dict[str, Any]) -> Path | None:
+    """The file that --image asks for; None without it."""
+    if images:
+        from ..exported.regions import draw_regions
+
+        out = out or Path("regions.png")
+        draw_regions(what, images, out, **model)
+        return out
+    for name, value in {"out": out, **model}.items():
+        if value:
+            text = "" if value is True else f" {value}"
+            raise ConfigError(
+                f"--{name.replace('_', '-')}{text}: that goes with --image FILE; give one, or leave this out"
+            )
+    return None
 
 
 def outcome(folder: RunFolder, report: Report, cost: str) -> dict[str, Any]:

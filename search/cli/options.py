@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -57,7 +58,7 @@ def _list_operators(text: str | None) -> str | None:
 
 
 Budget = Annotated[str | None, option("budget")]
-ImgSize = Annotated[int | None, option("img_size")]
+ImgSize = Annotated[str | None, option("img_size")]
 InChans = Annotated[int | None, option("in_chans")]
 Levels = Annotated[str | None, option("levels")]
 MaxRun = Annotated[int | None, option("max_run")]
@@ -140,6 +141,14 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
         raise SpaceError(f"{option} {text!r} is not a list of whole numbers; write for example 196,100,49") from None
 
 
+def sides_of(text: str) -> int | tuple[int, ...]:
+    """--img-size read: "224" → 224, "240x320" → (240, 320)."""
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text):
+        raise ConfigError(f"--img-size {text!r} is not a size in pixels; write 224, or height and width as in 240x320")
+    height, *width = map(int, text.split("x"))
+    return (height, *width) if width else height
+
+
 def settings_of(
     text: str | None, option: str = "--model-args", example: str = "depth=6,patch_size=4"
 ) -> dict[str, Any]:
@@ -184,7 +193,8 @@ def recipe_of(text: str | None) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "levels": partial(integers, "--levels"), "operators": words, "model_args": settings_of, "recipe": recipe_of,
+    "levels": partial(integers, "--levels"), "operators": words, "img_size": sides_of, "model_args": settings_of,
+    "recipe": recipe_of,
 }  # fmt: skip
 
 

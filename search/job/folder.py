@@ -51,6 +51,7 @@ class RunFolder:
         self.trust = path / "trust.json"
         self.trust_rows = path / "trust.csv"  # what it was computed from
         self.images = path / "images.csv"  # training images that are files, so that a changed one can be named
+        self.regions = path / "regions.json"  # some images, and which parts of them are one token, for the page
         self.report = path / "report.html"
         self.figure = path / "pareto.png"
 
@@ -356,6 +357,16 @@ class RunFolder:
             if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
+
+    def read_regions(self) -> dict[str, Any] | None:
+        """What `regions.write_regions` kept; None where there is nothing. Raises RunError for a damaged file."""
+        if not self.regions.exists():
+            return None
+        with reading(self.regions, "move it away, and the page shows no images"):
+            found = read_json(self.regions)
+            if found["format"] != FORMAT or {*map(type, found["images"])} != {str}:
+                raise ValueError(f"its format is not {FORMAT}")
+            return {name: found[name] for name in ("names", "images", "architectures")}
 
 
 def _weights_file(weights: str | None) -> Path | None:

@@ -45,6 +45,7 @@ from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
 from .records import FORMAT, versions, write_csv, write_json
+from .regions import write_regions
 from .task import make_task
 from .together import help_scoring, scoring_together
 from .trained_head import checked_head
@@ -413,5 +414,6 @@ def conclude(
             **(more or {}),
         },
     )
+    write_regions(job, folder)
     report = write_report(folder)
     write_csv(folder.pareto, report.by(report.cost))

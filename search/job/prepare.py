@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 
 from poolshare.space import (
     Architecture,
@@ -29,7 +30,7 @@ from poolshare.space import (
     forecast_space,
     parse_budget,
 )
-from poolshare.space.presets import even_levels, space_for
+from poolshare.space.presets import EVEN_LEVELS, even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
@@ -390,7 +391,7 @@ def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
         levels=space.levels,
         operators=space.operators,
         max_run=space.max_run,
-        img_size=config.img_size or (height if height == width else None),
+        img_size=config.img_size or (height if height == width else (height, width)),
         in_chans=config.in_chans or (channels if channels in (1, 3) and "in_chans" not in config.model_args else None),
     )
 
@@ -425,10 +426,10 @@ def make_supernet(config: SearchConfig, options: dict[str, Any], pretrained: boo
 
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
-    depth, patches = len(base.blocks), base.patch_embed.num_patches
-    levels = config.levels or (None if config.training else even_levels(patches))
+    depth, patches, grid = len(base.blocks), base.patch_embed.num_patches, base.patch_embed.grid_size
+    levels = config.levels or (None if config.training else even_levels(patches, EVEN_LEVELS, grid))
     tried = bool(config.guided)
-    return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm, tried)
+    return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm, tried, grid)
 
 
 def input_config(
@@ -443,7 +444,7 @@ def input_config(
         outline(model, {})  # raises ModelError with what is wrong
     config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | dict(preprocessing or {})
     channels = options.get("in_chans", config["input_size"][0])
-    height, width = (options["img_size"],) * 2 if "img_size" in options else config["input_size"][1:]
+    height, width = to_2tuple(options.get("img_size") or config["input_size"][1:])
     keys = ("mean", "std", "interpolation", "crop_pct")
     return as_trained({"input_size": (channels, height, width)} | {key: config[key] for key in keys}, recipe)
 

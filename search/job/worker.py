@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from timm.layers import to_2tuple
 
 from poolshare.space import ConfigError, DataError, RunError
 from poolshare.space.data_kind import DataKind
@@ -111,11 +112,10 @@ def _open_own(
     if DataKind.of(config.data) is not DataKind.GIVEN:
         raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
     own = open_given(parts, config.data.removeprefix(DataKind.GIVEN.value), classes, config.seed, workers, console)
-    if (own.in_chans, own.img_size[0]) != (config.in_chans, config.img_size):
-        raise DataError(
-            f"images are {own.in_chans}×{own.img_size[0]}×{own.img_size[1]} here, and {config.in_chans}×{config.img_size}×"
-            f"{config.img_size} in the search: transform them alike"
-        )
+    here, there = (own.in_chans, *own.img_size), (config.in_chans, *to_2tuple(config.img_size))
+    if here != there:
+        texts = ["×".join(map(str, shape)) for shape in (here, there)]
+        raise DataError(f"images are {texts[0]} here, and {texts[1]} in the search: transform them alike")
     return own
 
 

@@ -21,7 +21,7 @@ from ..analysis.layers import in_words
 from ..analysis.pareto import binomial_interval
 from .report import Report
 
-SCRIPTS = ("picture.js", "plot.js", "charts.js", "page.js")  # one script on the page, in this order
+SCRIPTS = ("picture.js", "plot.js", "charts.js", "regions.js", "page.js")  # one script on the page, in this order
 
 
 def write_html(report: Report, path: str | Path) -> None:
@@ -101,7 +101,16 @@ def page_data(report: Report) -> dict[str, Any]:
         "reference": report.reference,
         "trust": report.trust,
         "retraining": report.retraining,
+        "regions": _regions(report, index),
     }
+
+
+def _regions(report: Report, index: Mapping[str, int]) -> dict[str, Any] | None:
+    """The kept images, and by the row of an architecture its tokens in them."""
+    if report.regions is None:
+        return None
+    steps = {index[text]: steps for text, steps in report.regions["architectures"].items() if text in index}
+    return {"names": report.regions["names"], "images": report.regions["images"], "steps": steps} if steps else None
 
 
 def _asset(name: str) -> str:

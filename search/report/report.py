@@ -105,6 +105,7 @@ class Report:
     looked_at: int | None = None  # without training: how many were scored, most of them on some images only
     labelled: bool = True  # without labels top1 is the share of images answered as the dense network does
     objective: str = "macs"  # the cost column that the search weighed against accuracy
+    regions: Mapping[str, Any] | None = None  # regions.json: images and their tokens; None: none were kept
     with_dense: Mapping[str, int] | None = (
         None  # right answers with the tuned dense model's weights; None: there is none
     )
@@ -391,6 +392,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         untrained=folder.config.epochs == 0 and not folder.config.warm,
         with_dense=summary.get("with_dense_weights"),
         looked_at=summary.get("looked_at"),
+        regions=folder.read_regions(),
         labelled=summary.get("labelled", True),
         objective=COSTS[summary.get("objective", "macs")].column,
     )

@@ -111,15 +111,15 @@ def _read_parts(parts: Parts, seed: int, workers: int, progress: Progress | None
 
 
 def _common_shape(found: Mapping[str, samples.Part]) -> tuple[int, ...]:
-    """Channels, height and width of all images. Raises DataError where they differ or are not square."""
+    """Channels, height and width of all images. Raises DataError where they differ or are empty."""
     shapes = {part.shape for part in found.values()}
     if len(shapes) > 1:
         raise DataError(
             f"training and validation images differ in size ({samples.listed(shapes)}): transform them alike"
         )
     channels, height, width = shape = shapes.pop()
-    if channels < 1 or height != width or height < 1:
-        raise DataError(f"images are {channels}×{height}×{width}: take square ones of at least one channel")
+    if min(channels, height, width) < 1:
+        raise DataError(f"images are {channels}×{height}×{width}: give ones of at least one channel and one pixel")
     return shape
 
 

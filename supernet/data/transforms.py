@@ -38,6 +38,18 @@ class ImageFormat:
         """(H, W) in pixels."""
         return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], ...]:
+        """Mean and standard deviation, one value per channel. Raises DataError for another number of them."""
+        found, in_chans = [], self.in_chans
+        for what, values in (("mean", self.mean), ("std", self.std)):
+            if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
+                values = (sum(values) / 3,)
+            if len(values) not in (1, in_chans):
+                raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
+            found.append(tuple(values) * (in_chans // len(values)))
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -99,7 +111,7 @@ def keyed_generators(*key: int) -> Iterator[None]:
 
 def digits_transform(images: ImageFormat, shift: int) -> Prepare:
     """For the digits, shifted by up to `shift` pixels in training. Raises DataError for another size than theirs."""
-    means, stds = _statistics(images)
+    means, stds = images.statistics
     if images.size != (8, 8):
         raise DataError(
             f"the digits are 8×8 pixels, img_size is {images.size}: take a model made for 8×8, or other data"
@@ -113,7 +125,7 @@ def picture_transform(images: ImageFormat, augmentation: Augmentation) -> Prepar
 
     Raises DataError for means that do not fit the channels, or names that timm does not know.
     """
-    means, stds = _statistics(images)
+    means, stds = images.statistics
     options: dict[str, Any] = {"input_size": images.size, "mean": means, "std": stds, "crop_pct": images.crop_pct}
     options |= {"interpolation": images.interpolation}
     try:
@@ -166,18 +178,6 @@ class _Digits:
             top, left = random_numbers(*draw).integers(0, 2 * self.shift + 1, size=2).tolist()
             image = pad(image, (self.shift,) * 4)[top : top + 8, left : left + 8]
         return (image / 16 - self.mean) / self.std
-
-
-def _statistics(images: ImageFormat) -> tuple[tuple[float, ...], ...]:
-    """Mean and standard deviation, one value per channel. Raises DataError for another number of them."""
-    found, in_chans = [], images.in_chans
-    for what, values in (("mean", images.mean), ("std", images.std)):
-        if in_chans == 1 and len(values) == 3:  # timm keeps the three values of a colour model made grey
-            values = (sum(values) / 3,)
-        if len(values) not in (1, in_chans):
-            raise DataError(f"{what} {tuple(values)} does not fit in_chans {in_chans}: give one value per channel")
-        found.append(tuple(values) * (in_chans // len(values)))
-    return tuple(found)
 
 
 def _keep_a_bit(transforms: Any) -> None:

@@ -93,7 +93,7 @@ def _holders(kept: torch.Tensor, others: torch.Tensor, joined: torch.Tensor) -> 
 
 
 class MultiScale(nn.Module):
-    """MSTM style: x + W·[DWConv3×3 ‖ DWConv5×5](grid), once, while the grid is whole. (B, C, g, g) → (B, C, g, g)
+    """MSTM style: x + W·[DWConv3×3 ‖ DWConv5×5](grid), once, while the grid is whole. (B, C, rows, columns) → the same
 
     W and its bias are zero at first, so a pretrained model's function is unchanged.
     """

@@ -6,14 +6,13 @@ Grid and sequence pooling stand here; clustering.py and merging.py hold what cho
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from poolshare.space.operators import OPERATORS, grid_stride
+from poolshare.space.operators import OPERATORS, Grid, grid_of, grid_stride
 
 from ..block import Attended
 from ..tokens import Carry, Tokens, keep, merge
@@ -21,14 +20,14 @@ from .clustering import kmeans, kmedoids
 from .merging import MultiScale, evit, importance, mstm, random_tokens, received, tome, topk
 
 
-def max2d(patches: torch.Tensor, after: int) -> torch.Tensor:
-    """Adaptive maximum over the patch grid (PSViT-2D style). (B, P, C) → (B, after, C), both square grids."""
-    return _from_grid(F.adaptive_max_pool2d(_to_grid(patches), isqrt(after)))
+def max2d(patches: torch.Tensor, after: int, whole: Grid | None = None) -> torch.Tensor:
+    """Adaptive maximum over the patch grid (PSViT-2D style). (B, P, C) → (B, after, C), both grids of the shape of `whole`."""
+    return _from_grid(F.adaptive_max_pool2d(_to_grid(patches, whole), grid_of(after, whole)))  # type: ignore[arg-type]
 
 
-def avg2d(patches: torch.Tensor, after: int) -> torch.Tensor:
-    """Adaptive mean over the patch grid. (B, P, C) → (B, after, C), both square grids."""
-    return _from_grid(F.adaptive_avg_pool2d(_to_grid(patches), isqrt(after)))
+def avg2d(patches: torch.Tensor, after: int, whole: Grid | None = None) -> torch.Tensor:
+    """Adaptive mean over the patch grid. (B, P, C) → (B, after, C), both grids of the shape of `whole`; None: squares."""
+    return _from_grid(F.adaptive_avg_pool2d(_to_grid(patches, whole), grid_of(after, whole)))  # type: ignore[arg-type]
 
 
 def max1d(patches: torch.Tensor, after: int) -> torch.Tensor:
@@ -49,7 +48,7 @@ class Pooling(nn.Module):
         super().__init__()
         self.operator, self.before, self.after = operator, before, after
         self.num_prefix_tokens, self.has_cls = model.num_prefix_tokens, model.has_class_token
-        self.patches, channels = model.patch_embed.num_patches, model.embed_dim
+        self.grid, channels = tuple(model.patch_embed.grid_size), model.embed_dim
         match operator:
             case "max2d_conv":
                 self.conv: nn.Module = _dirac(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
@@ -58,7 +57,7 @@ class Pooling(nn.Module):
             case "mstm" if before == model.patch_embed.num_patches:  # once, while the grid is whole
                 self.multi_scale = MultiScale(channels)
             case "pit":
-                stride = grid_stride(before, after)
+                stride = grid_stride(before, after, self.grid)
                 assert stride is not None  # the operator's can_reduce says so
                 self.conv = nn.Conv2d(channels, channels, stride + 1, stride, padding=stride // 2, groups=channels)
                 nn.init.constant_(self.conv.weight, 1 / (stride + 1) ** 2)  # a mean
@@ -85,27 +84,27 @@ class Pooling(nn.Module):
         declared = OPERATORS[self.operator]
         if which is None or carry == Carry.NOTHING:
             return Tokens(reduced)
-        after = (keep if declared.drops else merge)(tokens, reduced, which, self.patches, carry)
+        after = (keep if declared.drops else merge)(tokens, reduced, which, self.grid, carry)
         return after._replace(proportional=True) if declared.proportional else after
 
     def _reduce(
         self, patches: torch.Tensor, attended: Attended | None, sizes: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The new patch tokens, and which were kept or where the old ones went; None: the cells of a smaller grid."""
-        after = self.after
+        after, grid = self.after, self.grid
         match self.operator:
             case "max2d":
-                return max2d(patches, after), None
+                return max2d(patches, after, grid), None
             case "avg2d":
-                return avg2d(patches, after), None
+                return avg2d(patches, after, grid), None
             case "max2d_conv":
-                return max2d(_from_grid(self.conv(_to_grid(patches))), after), None
+                return max2d(_from_grid(self.conv(_to_grid(patches, grid))), after, grid), None
             case "max1d":
                 return max1d(patches, after), self._pairs(patches)
             case "max1d_conv":
                 return max1d(self.conv(patches.transpose(1, 2)).transpose(1, 2), after), self._pairs(patches)
             case "pit":
-                return _from_grid(self.conv(_to_grid(patches))), None
+                return _from_grid(self.conv(_to_grid(patches, grid))), None
             case "kmedoids":
                 return kmedoids(patches, after, sizes=sizes)
             case "kmeans":
@@ -124,7 +123,7 @@ class Pooling(nn.Module):
         match self.operator:
             case "mstm":
                 if hasattr(self, "multi_scale"):
-                    patches = _from_grid(self.multi_scale(_to_grid(patches)))
+                    patches = _from_grid(self.multi_scale(_to_grid(patches, grid)))
                 return mstm(patches, scores, after)
             case "evit":
                 return evit(patches, scores, after)
@@ -157,13 +156,13 @@ def _dirac(conv: Any) -> nn.Module:
     return conv
 
 
-def _to_grid(patches: torch.Tensor) -> torch.Tensor:
-    """(B, g·g, C) → (B, C, g, g)"""
+def _to_grid(patches: torch.Tensor, whole: Grid | None) -> torch.Tensor:
+    """(B, rows·columns, C) → (B, C, rows, columns)"""
     B, P, C = patches.shape
-    side = isqrt(P)
-    return patches.transpose(1, 2).reshape(B, C, side, side)
+    rows, columns = grid_of(int(P), whole)  # type: ignore[misc]  # grid operators get grids
+    return patches.transpose(1, 2).reshape(B, C, rows, columns)
 
 
 def _from_grid(grid: torch.Tensor) -> torch.Tensor:
-    """(B, C, g, g) → (B, g·g, C)"""
+    """(B, C, rows, columns) → (B, rows·columns, C)"""
     return grid.flatten(2).transpose(1, 2)

@@ -38,20 +38,18 @@ def rotation(model: Any, index: int, tokens: Tokens) -> torch.Tensor | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    patches = model.patch_embed.num_patches
+    whole = model.patch_embed.grid_size
     count = int(tokens.features.shape[1]) - model.num_prefix_tokens
-    if tokens.places is None and count == patches and not isinstance(rope, RotaryEmbeddingMixed):
-        table: torch.Tensor = (
-            rope.get_embed() if rope.feat_shape is not None else rope.get_embed(model.patch_embed.grid_size)
-        )
+    if tokens.places is None and count == whole[0] * whole[1] and not isinstance(rope, RotaryEmbeddingMixed):
+        table: torch.Tensor = rope.get_embed() if rope.feat_shape is not None else rope.get_embed(whole)
         return table.to(tokens.features.device)
-    places = grid_places(count, patches, tokens.features.device) if tokens.places is None else tokens.places
+    places = grid_places(count, whole, tokens.features.device) if tokens.places is None else tokens.places
     if isinstance(rope, RotaryEmbeddingMixed):
         first, second = _ordered(places, rope).unbind(-1)
         if places.ndim == 3:
             first, second = first[:, None], second[:, None]  # heads
         return get_mixed_freqs(rope.freqs[:, index], first, second)
-    grid = torch.tensor(model.patch_embed.grid_size, device=places.device)
+    grid = torch.tensor(whole, device=places.device)
     if isinstance(rope, RotaryEmbeddingCat):
         coordinates = places + rope.grid_offset
         if rope.ref_feat_shape is not None:

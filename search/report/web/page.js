@@ -27,6 +27,7 @@ function select(row) {
   state.row = row;
   plot.mark();
   showSelection();
+  showRegions(row);
   showCommands();
   for (const button of byId("picks").children) button.setAttribute("aria-pressed", String(+button.dataset.row === row));
   for (const line of byId("frontier").querySelectorAll("tbody tr")) {
