@@ -122,7 +122,9 @@ def embed(model: Any, images: torch.Tensor) -> Tokens:
 def _with_prefix(model: Beit | VisionTransformerRelPos, patches: torch.Tensor) -> torch.Tensor:
     """CLS, patches and their absolute positions, where there are any, as the `forward_features` of these models has it."""
     tokens = (
-        patches if model.cls_token is None else torch.cat((model.cls_token.expand(len(patches), -1, -1), patches), 1)
+        patches
+        if model.cls_token is None
+        else torch.cat((model.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
     )
     if isinstance(model, VisionTransformerRelPos):
         return tokens
@@ -167,7 +169,7 @@ def unsupported_part(model: Any) -> str | None:
         return "it has heads that share keys and values, which poolshare cannot hand on"
     reason = unsupported_rotation(getattr(model, "rope", None))
     if reason is not None:
-        return f"{reason}, which poolshare cannot compute for pooled tokens"
+        return reason
     return _grid_fault(model.patch_embed)
 
 

@@ -65,9 +65,9 @@ def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, patches
     if sizes is None:
         return tokens._replace(features=features)
     after = int(features.shape[1] - tokens.features.shape[1] + holders.shape[1])
-    joined = add_at(sizes.new_zeros(len(holders), after, 1), holders, sizes[:, :, None])
+    joined = add_at(sizes.new_zeros(holders.shape[0], after, 1), holders, sizes[:, :, None])
     if places is not None:
-        places = add_at(joined.new_zeros(len(holders), after, 2), holders, places * sizes[:, :, None]) / joined
+        places = add_at(joined.new_zeros(holders.shape[0], after, 2), holders, places * sizes[:, :, None]) / joined
     if sources is not None:
         sources = holders.gather(1, sources)
     return tokens._replace(features=features, sizes=joined[:, :, 0], places=places, sources=sources)

@@ -5,7 +5,7 @@ import random
 import pytest
 import timm
 import torch
-from conftest import one_of_each, randomise
+from conftest import randomise
 from safetensors.torch import save_file
 from timm.models import beit
 
@@ -97,7 +97,8 @@ def test_every_kind_keeps_all_equalities(name, tmp_path):
         assert torch.equal(again(images), logits)
 
 
-@pytest.mark.parametrize("name", one_of_each(NAMES, "vit_small_patch16_dinov3", "beit_base_patch16_224"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_torch_export_and_onnx_give_the_same_logits(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install '.[onnx]'")
     model = Subnet.from_supernet(make(name), Architecture.parse("16*2 9@tome_prop*2"))
@@ -123,7 +124,7 @@ def test_written_maps_are_the_same_function(name):
         torch.testing.assert_close(net(images, population), expected, rtol=1e-4, atol=1e-5)
 
 
-ROTARY = [name for name in EVA if "giant" not in name or "pe_core" in name]
+ROTARY = [name for name in EVA if "giant" not in name and "enormous" not in name or "pe_core" in name]
 
 
 @pytest.mark.parametrize("name", ROTARY)
@@ -212,7 +213,7 @@ def test_weights_of_another_image_size_bring_their_relative_positions(tmp_path):
 
 
 def test_what_cannot_be_rotated_by_place_is_refused():
-    with pytest.raises(ModelError, match=r"change at random in training .*rope_rescale_coords=1"):
+    with pytest.raises(ModelError, match=r"change at random in training; .*rope_rescale_coords=1"):
         outline("vit_small_patch16_dinov3", {"rope_rescale_coords": 2.0})
-    with pytest.raises(ModelError, match="heads share keys and values"):
+    with pytest.raises(ModelError, match="heads that share keys and values"):
         outline("vit_large_patch16_sapiens2", {})

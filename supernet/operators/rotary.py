@@ -21,8 +21,8 @@ def unsupported_rotation(rope: Any) -> str | None:
         return f"its rotary position embedding is {type(rope).__name__}"
     if rope.shift_coords or (rope.jitter_coords or 1) != 1 or (rope.rescale_coords or 1) != 1:
         return (
-            "its rotary coordinates change at random in training (rope_shift_coords=0, rope_jitter_coords=1 and "
-            "rope_rescale_coords=1 leave them as they are)"
+            "it has rotary coordinates that change at random in training; rope_shift_coords=0, rope_jitter_coords=1 and "
+            "rope_rescale_coords=1 leave them as they are"
         )
     if isinstance(rope, RotaryEmbeddingCat) and rope.grid_type != "index":
         return f"its rotary coordinates are of the kind {rope.grid_type!r}"
