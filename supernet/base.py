@@ -5,23 +5,27 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
-from timm.layers import Attention, AttentionRope, HybridEmbed, PatchEmbed, RmsNorm, RmsNormFp32
+from timm.layers import HybridEmbed, PatchEmbed, RmsNorm, RmsNormFp32
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaAttention, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from poolshare.space import ModelError
 
+from .block import Attends, Blocks
+from .operators.relative import RELATIVE, shared_bias
 from .operators.rotary import unsupported_rotation
 from .tokens import Tokens
 
-SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
-PARTS = ((Block, EvaBlock), (Attention, EvaAttention, AttentionRope))  # of which their blocks may consist
+SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos)
+PARTS = (get_args(Blocks), get_args(Attends))  # of which they may consist
 NORMS = (nn.LayerNorm, RmsNorm, RmsNormFp32)  # of one token at a time, and countable
 
 # What unsupported models have instead of a chain of plain blocks over one sequence of tokens.
@@ -29,24 +33,26 @@ MISSING = {
     "Cait": "talking heads and class attention after the last block",
     "ConVit": "attention gated by position",
     "CrossVit": "two branches of tokens that attend to each other",
-    "Gemma4VitClassifier": "rotary position embeddings of another kind",
     "NaFlexVit": "a token count that changes from image to image",
     "TNT": "tokens within tokens",
     "VOLO": "outlook attention on the grid",
     "VisionTransformerSAM": "attention in windows of the grid, with relative positions",
     "Xcit": "attention between channels, which has no map over tokens",
+    **{
+        f"{family}{part}": "image sizes that change, as the encoder of a language model"
+        for family in ("DeepseekVit", "Gemma4Vit", "Qwen3Vit")
+        for part in ("Classifier", "Encoder")
+    },
 }
 BLOCKS = {
     "DiffAttention": "differential attention, the difference of two maps",
     "DiffParallelScalingBlock": "blocks that run differential attention and MLP side by side",
     "ParallelScalingBlock": "blocks that run attention and MLP side by side, from one projection",
     "ParallelThingsBlock": "blocks of several attentions side by side, each with a map of its own",
-    "EvaBlockPostNorm": "blocks with norms after attention and MLP",
-    "ResPostBlock": "blocks with norms after attention and MLP",
 }
 
 
-def outline(name: str, options: dict[str, Any]) -> VisionTransformer:
+def outline(name: str, options: dict[str, Any]) -> Any:
     """The same model on the meta device: modules and shapes, no memory. options: as `read_options` gives them.
 
     Raises ModelError for a model that timm does not know, that cannot be run faithfully, or that would not fit the
@@ -80,9 +86,27 @@ def make_base(name: str, options: dict[str, Any], pretrained: bool = False) -> A
         raise ModelError(f"timm cannot make model {name!r} with options {options!r:.200}: {problem:.300}") from None
     if getattr(model, "dynamic_img_size", False) and isinstance(getattr(model, "patch_embed", None), PatchEmbed):
         model.patch_embed.strict_img_size = True  # a space has one token count, so the model has one image size
-    if isinstance(model, Eva):
+    if isinstance(model, (Eva, *RELATIVE)):
         model.has_class_token = model.cls_token is not None  # as VisionTransformer says it
+    if isinstance(model, RELATIVE):
+        _complete(model)
     return model
+
+
+def _complete(model: Any) -> None:
+    """Give a model with relative positions the attributes, without weights, that timm's other ViTs and attentions have."""
+    model.norm_pre, model.attn_pool, model.patch_drop = nn.Identity(), None, None
+    for block in model.blocks:
+        attention = block.attn
+        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+        attention.norm, attention.gate = nn.Identity(), None
+        if isinstance(model, Beit):
+            attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
+
+
+def needs_places(model: Any) -> bool:
+    """Whether attention depends on where tokens stand: by rotary embeddings or by relative positions."""
+    return isinstance(model, RELATIVE) or getattr(model, "rope", None) is not None
 
 
 def embed(model: Any, images: torch.Tensor) -> Tokens:
@@ -90,10 +114,22 @@ def embed(model: Any, images: torch.Tensor) -> Tokens:
     wanted = (model.in_chans, *model.patch_embed.img_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
         raise ModelError(f"images are {tuple(images.shape)}, and must be (B, {', '.join(map(str, wanted))})")
-    embedded = model._pos_embed(model.patch_embed(images))
-    return Tokens(
-        model.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
-    )  # Eva's come with a rotation
+    patches = model.patch_embed(images)
+    embedded = _with_prefix(model, patches) if isinstance(model, RELATIVE) else model._pos_embed(patches)
+    features = embedded[0] if isinstance(embedded, tuple) else embedded  # Eva's come with a rotation
+    return Tokens(model.norm_pre(features), relative=shared_bias(model))
+
+
+def _with_prefix(model: Beit | VisionTransformerRelPos, patches: torch.Tensor) -> torch.Tensor:
+    """CLS, patches and their absolute positions, where there are any, as the `forward_features` of these models has it."""
+    tokens = (
+        patches
+        if model.cls_token is None
+        else torch.cat((model.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
+    )
+    if isinstance(model, VisionTransformerRelPos):
+        return tokens
+    return model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)
 
 
 def cropped(model: VisionTransformer) -> tuple[str, ...]:
@@ -140,31 +176,24 @@ def unsupported_part(model: Any) -> str | None:
     if not isinstance(model.patch_drop, (nn.Identity, type(None))):
         return "patch dropout changes the token count in training; set patch_drop_rate=0"
     if any(getattr(part.attn, "num_kv_groups", 1) > 1 for part in model.blocks):
-        return "several of its heads share keys and values, which poolshare cannot hand on"
+        return "it has heads that share keys and values, which poolshare cannot hand on"
     reason = unsupported_rotation(getattr(model, "rope", None))
     if reason is not None:
-        return f"{reason}, which poolshare cannot compute for pooled tokens"
+        return reason
     return _grid_fault(model.patch_embed)
 
 
 _SUPPORT = (
-    "it runs timm's VisionTransformer and Eva with plain sequential blocks, hybrids and distilled DeiT among them"
+    "it runs timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos with sequential blocks, hybrids and distilled "
+    "DeiT among them"
 )
 
 
 def _missing(model: nn.Module) -> str:
     kind = type(model).__name__
-    names = " ".join(name for name, _ in [*model.named_modules(), *model.named_parameters()]).lower()
-    modules = " ".join({type(module).__name__ for module in model.modules()}).lower()
-    if kind in MISSING:
-        missing = MISSING[kind]
-    elif "rope" in names or "rotary" in modules or "ropeattention" in modules:
-        missing = "rotary position embeddings of another kind"
-    elif "rel_pos" in names or "relative_position" in names:
-        missing = "relative position biases, which belong to the full grid"
-    else:
+    if kind not in MISSING:
         return f"it is a {kind}; {_SUPPORT}"
-    return f"it is a {kind} and needs {missing}, which poolshare does not have; {_SUPPORT}"
+    return f"it is a {kind} and needs {MISSING[kind]}, which poolshare does not have; {_SUPPORT}"
 
 
 def _grid_fault(patches: PatchEmbed | HybridEmbed) -> str | None:

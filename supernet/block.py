@@ -8,8 +8,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
-from timm.models.eva import EvaAttention, EvaBlock
-from timm.models.vision_transformer import Block
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import nn
 
 from poolshare.space import Layer
@@ -31,33 +34,35 @@ class Attended(NamedTuple):
     keys: torch.Tensor  # (B, heads, N, head_dim), likewise
     scale: float | None = None  # of the scores
     written: torch.Tensor | None = None  # (B, heads, N, N), post-softmax: the map, where sharing is "map"
-    bias: torch.Tensor | None = None  # (B, N), added to each key's scores: log of what it stands for; None: all alike
+    bias: torch.Tensor | None = None  # (1 or B, 1 or heads, 1 or N, N), added to the scores; None: nothing is
 
     def class_row(self) -> torch.Tensor:
         """The map's first row, what the first token (CLS) attends to. (B, heads, N)"""
-        return self._rows(self.queries[:, :, :1])[:, :, 0]
+        return self._rows(0, 1)[:, :, 0]
 
     def received(self) -> torch.Tensor:
         """The map's column sums: attention that each token receives over all heads and queries. (B, N)
 
         Computed by blocks of queries, so that memory is linear in N (what a backward pass needs is not).
         """
-        blocks = self.queries.split(QUERIES_AT_ONCE, dim=2)
-        total = self._rows(blocks[0]).sum(dim=(1, 2))
-        for queries in blocks[1:]:
-            total = total + self._rows(queries).sum(dim=(1, 2))
+        total = self._rows(0, QUERIES_AT_ONCE).sum(dim=(1, 2))
+        for first in range(QUERIES_AT_ONCE, int(self.queries.shape[2]), QUERIES_AT_ONCE):
+            total = total + self._rows(first, first + QUERIES_AT_ONCE).sum(dim=(1, 2))
         return total
 
-    def _rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, Q, D) → (B, heads, Q, N)"""
-        queries, keys = at_least_float32(queries), at_least_float32(self.keys)
+    def _rows(self, first: int, end: int) -> torch.Tensor:
+        """Rows of the map, at least float32, for they decide which tokens stay. (B, heads, end − first, N)"""
+        queries, keys = at_least_float32(self.queries[:, :, first:end]), at_least_float32(self.keys)
         with without_autocast(queries):
             scores = (queries * _factor(queries, self.scale)) @ keys.transpose(-2, -1)
-        return (scores if self.bias is None else scores + self.bias[:, None, None]).softmax(dim=-1)
+        if self.bias is not None:
+            scores = scores + (self.bias if self.bias.shape[2] == 1 else self.bias[:, :, first:end])
+        return scores.softmax(dim=-1)
 
     def detach(self) -> Attended:
         """The same values without gradients."""
-        return self._replace(queries=self.queries.detach(), keys=self.keys.detach(), written=None)
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(queries=self.queries.detach(), keys=self.keys.detach(), written=None, bias=bias)
 
 
 QUERIES_AT_ONCE = 64
@@ -75,7 +80,9 @@ def left_for(layers: Iterable[Layer], sharing: Sharing) -> Sharing | None:
     return "qk" if any(map(needs_attention, layers)) else None
 
 
-Attends: TypeAlias = Attention | EvaAttention | AttentionRope
+Attends: TypeAlias = Attention | EvaAttention | AttentionRope | BeitAttention | RelPosAttention
+Blocks: TypeAlias = Block | ResPostBlock | EvaBlock | EvaBlockPostNorm | BeitBlock | RelPosBlock | ResPostRelPosBlock
+POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)  # their norms come after attention and MLP
 
 
 class SharedAttention(nn.Module):
@@ -102,26 +109,27 @@ class SharedAttention(nn.Module):
 
 
 def run_block(
-    block: Block | EvaBlock,
+    block: Blocks,
     tokens: torch.Tensor,
     shared: Attended | None = None,
     leave: Sharing | None = None,
     bias: torch.Tensor | None = None,
     turned: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Attended | None]:
-    """One pre-norm transformer block as timm runs it, with its fused attention on or off.
+    """One transformer block as timm runs it, with its fused attention on or off.
 
     tokens: (B, N, C). shared: what the owner of the queries and keys left, for a follower: only the V rows of `qkv` run.
     leave: what those after an owner need; None: the block is timm's own forward and leaves nothing. Only an owner that
-    must write its map leaves the fused kernel. bias: (B, N), what an owner adds to the scores of each key, as a mask, which
-    fused kernels take. turned: by what an owner rotates queries and keys of the patch tokens, see `operators.rotary`.
+    must write its map leaves the fused kernel. bias: what an owner adds to the scores, as a mask, which fused kernels take,
+    see `Attended`. turned: by what an owner rotates queries and keys of the patch tokens, see `operators.rotary`.
     Returns the new tokens (B, N, C) and what the block attended with.
 
     With dropout on the map, each block draws a mask of its own under "qk"; a written map is dropped out once for all.
     """
     if shared is None and leave is None and bias is None:
         return block(tokens) if turned is None else block(tokens, rope=turned), None
-    attention, normed = block.attn, block.norm1(tokens)
+    post = isinstance(block, POST_NORM)
+    attention, normed = block.attn, tokens if post else block.norm1(tokens)
     if shared is None:
         used, values = _own(attention, normed, turned)
         used = used._replace(bias=bias)
@@ -130,12 +138,19 @@ def run_block(
     else:
         used, values = shared, _values(attention, normed)
     mixed = _project(attention, normed, _attend(attention, used, values))
-    if isinstance(block, EvaBlock):
-        tokens = tokens + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
-        mixed = block.mlp(block.norm2(tokens))
-        return tokens + block.drop_path2(mixed if block.gamma_2 is None else block.gamma_2 * mixed), used
-    tokens = tokens + block.drop_path1(block.ls1(mixed))
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), used
+    tokens = tokens + block.drop_path1(_scaled(block, 1, mixed))
+    mixed = block.mlp(tokens if post else block.norm2(tokens))
+    return tokens + block.drop_path2(_scaled(block, 2, mixed)), used
+
+
+def _scaled(block: Blocks, part: int, mixed: torch.Tensor) -> torch.Tensor:
+    """What attention (part 1) or MLP (2) add to the tokens: scaled by layer, or normed by post-norm blocks."""
+    if isinstance(block, POST_NORM):
+        return getattr(block, f"norm{part}")(mixed)
+    if isinstance(block, (EvaBlock, BeitBlock)):
+        gamma = getattr(block, f"gamma_{part}")
+        return mixed if gamma is None else gamma * mixed
+    return getattr(block, f"ls{part}")(mixed)
 
 
 def _own(attention: Attends, normed: torch.Tensor, turned: torch.Tensor | None) -> tuple[Attended, torch.Tensor]:
@@ -146,7 +161,7 @@ def _own(attention: Attends, normed: torch.Tensor, turned: torch.Tensor | None) 
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         queries, keys, values = (part(normed).reshape(shape).transpose(1, 2) for part in parts)
     else:
-        if isinstance(attention, EvaAttention) and attention.q_bias is not None:
+        if getattr(attention, "q_bias", None) is not None:
             bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
             separate = attention.qkv_bias_separate
             qkv = attention.qkv(normed) + bias if separate else F.linear(normed, attention.qkv.weight, bias)
@@ -171,7 +186,7 @@ def _value_rows(attention: Attends) -> tuple[torch.Tensor, torch.Tensor | None]:
     if attention.qkv is None:
         return attention.v_proj.weight, attention.v_proj.bias
     width = attention.num_heads * attention.head_dim
-    if isinstance(attention, EvaAttention):
+    if isinstance(attention, (EvaAttention, BeitAttention)):
         return attention.qkv.weight[-width:], attention.v_bias
     return attention.qkv.weight[-width:], None if attention.qkv.bias is None else attention.qkv.bias[-width:]
 
@@ -190,7 +205,7 @@ def _attend(attention: Attends | SharedAttention, used: Attended, values: torch.
         return used.written @ values
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
-        mask = None if used.bias is None else used.bias[:, None, None].to(used.queries.dtype)
+        mask = None if used.bias is None else used.bias.to(used.queries.dtype)
         return F.scaled_dot_product_attention(
             used.queries, used.keys, values, attn_mask=mask, dropout_p=dropped, scale=used.scale
         )
@@ -201,7 +216,7 @@ def _write(attention: Attends | SharedAttention, used: Attended) -> torch.Tensor
     """The map itself, (B, heads, N, N), as timm computes it with fused attention off."""
     scores = (used.queries * _factor(used.queries, used.scale)) @ used.keys.transpose(-2, -1)
     if used.bias is not None:
-        scores = scores + used.bias[:, None, None].to(scores.dtype)
+        scores = scores + used.bias.to(scores.dtype)
     return attention.attn_drop(scores.softmax(dim=-1))
 
 

@@ -22,8 +22,9 @@ from poolshare.space import CostTable, ModelError
 
 from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
-from .model import SuperNet
+from .model import SuperNet, added
 from .operators.pooling import Pooling, pooling_name
+from .operators.relative import shared_bias
 from .operators.rotary import rotation
 from .tokens import Carry, Tokens
 
@@ -171,12 +172,12 @@ HANDLES = {
 class _Part(nn.Module):
     """One kind of edge as a module that fvcore can trace."""
 
-    def __init__(self, run: Callable[..., torch.Tensor], parameters: int, *modules: nn.Module):
+    def __init__(self, run: Callable[..., Any], parameters: int, *modules: nn.Module):
         super().__init__()
         self.run, self.parameter_total = run, parameters
         self.held = nn.ModuleList(modules)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> Any:
         return self.run(*inputs)
 
 
@@ -212,21 +213,29 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
         return run_block(block, x, Attended(queries, keys, None, *written))[0]
 
+    relative = shared_bias(supernet)  # computed once, with the source
+    relative = None if relative is None else torch.zeros_like(relative)
+
     def attend(x: torch.Tensor) -> torch.Tensor:
-        return run_block(block, x, turned=rotation(supernet, 0, Tokens(x)))[0]
+        tokens = Tokens(x, relative=relative)
+        return run_block(block, x, bias=added(supernet, 0, tokens), turned=rotation(supernet, 0, tokens))[0]
+
+    def embed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = supernet.embed(x)
+        return (found.features,) if found.relative is None else (found.features, found.relative)
 
     rope = getattr(supernet, "rope", None)
     own = _Part(attend, block_size, block, *([] if rope is None else [rope]))
     shared = _Part(follow, block_size - query_key_size, block)
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
-    embed = _Part(lambda x: supernet.embed(x).features, _size(supernet) - rest, supernet)
+    source = _Part(embed, _size(supernet) - rest, supernet)
     classify = _Part(supernet.classify, head_size, supernet)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
         match kind:
             case ("source",):
-                return embed, (images,)
+                return source, (images,)
             case ("own", level):
                 return own, (tokens(level),)
             case ("shared", level):

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
 from poolshare.space.operators import grid_of
 
-from .base import embed, make_base, outline
+from .base import embed, make_base, needs_places, outline
 from .block import Attended, Sharing, left_for, run_block
 from .operators.pooling import make_poolings, pooling_name
+from .operators.relative import relative_bias
 from .operators.rotary import rotation
 from .options import read_options
 from .tokens import Carry, Tokens, carried
@@ -29,7 +32,7 @@ else:
 
 
 class SuperNet(_Timm):
-    """A timm VisionTransformer or Eva that also takes architectures; made by `from_timm`.
+    """A timm ViT, of one of the `KINDS`, that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
     prefixes. Weights and their names are the base model's (plus `poolings.…` of operators that learn), so any of its
@@ -70,7 +73,7 @@ class SuperNet(_Timm):
         # An own class over timm's own module: no weight is renamed, no method is lost.
         model.__class__ = KINDS[type(model)]
         model.space, model.sharing, model.base = space, sharing, (name, options)
-        model.carry = carried(space.operators, getattr(model, "rope", None) is not None)
+        model.carry = carried(space.operators, needs_places(model))
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -101,7 +104,7 @@ class SuperNet(_Timm):
         super().reset_classifier(num_classes, global_pool)
         changed: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:  # timm leaves the norms where they are
-            fc_norm = "use_fc_norm" if isinstance(self, Eva) else "fc_norm"
+            fc_norm = "use_fc_norm" if isinstance(self, (Eva, Beit)) else "fc_norm"
             changed |= {"global_pool": global_pool, fc_norm: not isinstance(self.fc_norm, nn.Identity)}
         self.base = self.base[0], self.base[1] | changed
 
@@ -176,13 +179,22 @@ def run_edge(
             before = tokens.features.shape[1] - model.num_prefix_tokens
             tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)].pool(tokens, attended, carry)
         shared = attended if layer.shared else None
-        turned = None if shared is not None else rotation(model, index, tokens)  # a follower's keys are turned already
-        features, used = run_block(model.blocks[index], tokens.features, shared, leave, tokens.log_sizes(), turned)
+        # A follower's keys are turned already, and its scores the owner's.
+        bias, turned = (
+            (None, None) if shared is not None else (added(model, index, tokens), rotation(model, index, tokens))
+        )
+        features, used = run_block(model.blocks[index], tokens.features, shared, leave, bias, turned)
         return tokens._replace(features=features), used
 
     if model.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(run, tokens, attended, use_reentrant=False)
     return run(tokens, attended)
+
+
+def added(model: Any, index: int, tokens: Tokens) -> torch.Tensor | None:
+    """What block `index` adds to the scores of its attention: by relative positions, and by sizes; see `Attended`."""
+    parts = [part for part in (relative_bias(model, index, tokens), tokens.log_sizes()) if part is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def run_layers(
@@ -226,10 +238,20 @@ class DistilledSuperNet(SuperNet, VisionTransformerDistilled):
     """The supernet of a distilled DeiT: CLS and distillation token are prefix tokens, the logits are both heads' mean."""
 
 
+class BeitSuperNet(SuperNet, Beit):
+    """The supernet of timm's BEiT."""
+
+
+class RelPosSuperNet(SuperNet, VisionTransformerRelPos):
+    """The supernet of timm's ViT with relative positions."""
+
+
 KINDS: dict[type, Any] = {
     VisionTransformer: PlainSuperNet,
     VisionTransformerDistilled: DistilledSuperNet,
     Eva: EvaSuperNet,
+    Beit: BeitSuperNet,
+    VisionTransformerRelPos: RelPosSuperNet,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from poolshare.space import ModelError
 from poolshare.space.files import write_whole
 
+from .operators.relative import RELATIVE
 from .subnet import Subnet
 
 
@@ -32,8 +33,14 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
         return onnx.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
 
     images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
+    written = copy.deepcopy(model).eval().cpu().float()
+    if isinstance(
+        written, RELATIVE
+    ):  # of fused attention with a bias for each pair torch's exporter gets the strides wrong
+        for block in written.blocks:
+            block.attn.fused_attn = False
     program = torch.onnx.export(
-        copy.deepcopy(model).eval().cpu().float(),
+        written,
         (images,),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 from poolshare.space import ModelError
 from poolshare.space.architecture import MAX_DEPTH
@@ -55,10 +56,11 @@ def _parts(wanted: Any) -> tuple[Any, ...]:
 
 @cache
 def model_option_types() -> dict[str, Any]:
-    """Options of timm's VisionTransformer and Eva, and the types of their values."""
-    hints = get_type_hints(Eva.__init__) | get_type_hints(VisionTransformer.__init__)
-    names = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind.__init__).parameters}
-    names -= {"self", "device", "dtype"}
+    """Options of the kinds of timm's models that are supported, and the types of their values."""
+    hints: dict[str, Any] = {}
+    for kind in (VisionTransformerRelPos, Beit, Eva, VisionTransformer):
+        hints |= get_type_hints(kind.__init__)
+    names = hints.keys() - {"self", "device", "dtype", "return"}
     return {name: hints[name] for name in sorted(names)}
 
 
@@ -66,7 +68,7 @@ def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of model `name`, each read by the type that timm's signature has.
 
     Options come from files and command lines too, and timm's own ones beside these would read other files, or load
-    weights from them. Raises ModelError for one that is not a property of a VisionTransformer, or has another type.
+    weights from them. Raises ModelError for one that is not a property of a supported model, or has another type.
     """
     known, found = model_option_types(), {}
     for option, value in options.items():

@@ -10,15 +10,17 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._pretrained import filter_pretrained_cfg
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import Grid, grid_of
 
-from .base import make_base, outline
+from .base import make_base, needs_places, outline
 from .block import SharedAttention, Sharing
 from .model import SuperNet, check_fit, check_sharing, run_layers
 from .operators.pooling import make_poolings
@@ -26,6 +28,8 @@ from .options import read_options
 from .tokens import Carry, carried, restore
 
 Maps = Literal["nearest", "bilinear", "reduced"]  # how NCHW features come: of the full grid, or as small as the tokens
+# What only an attention that computes its own scores holds.
+OWN = ("q_norm.", "k_norm.", "q_proj.", "k_proj.", "q_bias", "relative_position_bias_table", "rel_pos.")
 OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry point that are not the base model's
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
@@ -37,7 +41,7 @@ else:
 
 
 class Subnet(_Timm):
-    """A timm VisionTransformer or Eva with the pooling and sharing of one architecture.
+    """A timm ViT, of one of the `KINDS`, with the pooling and sharing of one architecture.
 
     Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, and tokens are pooled between blocks.
     Made by `from_supernet`, or by `timm.create_model("poolshare_vit", base=…, architecture=…)`, or from an exported
@@ -99,7 +103,7 @@ class Subnet(_Timm):
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             if maps == "reduced":
                 info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
-        model.carry = carried((layer.operator for layer in parsed.layers), getattr(model, "rope", None) is not None)
+        model.carry = carried((layer.operator for layer in parsed.layers), needs_places(model))
         return model  # type: ignore[no-any-return]
 
     def forward_features(
@@ -187,7 +191,21 @@ class DistilledSubnet(Subnet, VisionTransformerDistilled):
     """A subnet of a distilled DeiT; its logits are the mean of both heads'."""
 
 
-KINDS: dict[type, Any] = {VisionTransformer: PlainSubnet, VisionTransformerDistilled: DistilledSubnet, Eva: EvaSubnet}
+class BeitSubnet(Subnet, Beit):
+    """A subnet of timm's BEiT."""
+
+
+class RelPosSubnet(Subnet, VisionTransformerRelPos):
+    """A subnet of timm's ViT with relative positions."""
+
+
+KINDS: dict[type, Any] = {
+    VisionTransformer: PlainSubnet,
+    VisionTransformerDistilled: DistilledSubnet,
+    Eva: EvaSubnet,
+    Beit: BeitSubnet,
+    VisionTransformerRelPos: RelPosSubnet,
+}
 
 
 def check_maps(maps: Any) -> None:
@@ -241,7 +259,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Any) -> dic
                 filtered[f"{prefix}v.{kind}"] = full[-model.blocks[index].attn.attn_dim :]
         if f"{prefix}v_bias" in filtered:
             filtered[f"{prefix}v.bias"] = filtered.pop(f"{prefix}v_bias")
-        dropped = tuple(f"{prefix}{part}" for part in ("q_norm.", "k_norm.", "q_proj.", "k_proj.", "q_bias"))
+        dropped = tuple(f"{prefix}{part}" for part in OWN)
         for name in [name for name in filtered if name.startswith(dropped)]:
             del filtered[name]
     return filtered
@@ -255,7 +273,7 @@ def _with_other_pool(base: str, written: dict[str, Any], pool: Any, fc_norm: Any
             f"global_pool={pool!r} has weights of its own, which this export with {before.global_pool!r} does not hold; "
             "take 'avg', 'max', 'avgmax' or 'token', or load it as it is"
         )
-    name = "use_fc_norm" if isinstance(before, Eva) else "fc_norm"
+    name = "use_fc_norm" if isinstance(before, (Eva, Beit)) else "fc_norm"
     return {name: not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
 
 

@@ -36,18 +36,21 @@ class Tokens(NamedTuple):
     sources: torch.Tensor | None = None  # (B, patches): index of the patch token that holds each patch
     lost: torch.Tensor | None = None  # (B, patches), with sources, where something was dropped: whether the patch was
     proportional: bool = False  # from here on attention counts a key as often as it has patches (ToMe)
+    relative: torch.Tensor | None = (
+        None  # (1, heads, N, N): what all blocks add to the scores of patches on the whole grid
+    )
 
     def log_sizes(self) -> torch.Tensor | None:
-        """What proportional attention adds to the scores of each key; prefix tokens stand for themselves. (B, N)"""
+        """What proportional attention adds to the scores of each key; prefix tokens stand for themselves. (B, 1, 1, N)"""
         if not self.proportional:
             return None
         assert self.sizes is not None  # a proportional operator sets both
-        return F.pad(self.sizes.log(), (self.features.shape[1] - self.sizes.shape[1], 0))
+        return F.pad(self.sizes.log(), (self.features.shape[1] - self.sizes.shape[1], 0))[:, None, None]
 
 
-def carried(operators: Iterable[str | None], rotary: bool) -> Carry:
-    """What these operators, anywhere in a path, and a model with or without rotary position embeddings ask for."""
-    if rotary:
+def carried(operators: Iterable[str | None], placed: bool) -> Carry:
+    """What these operators, anywhere in a path, ask for. placed: whether the model's attention depends on places."""
+    if placed:
         return Carry.PLACES
     return Carry.SIZES if any(name is not None and OPERATORS[name].weighs for name in operators) else Carry.NOTHING
 
@@ -60,14 +63,14 @@ def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, whole: 
     """
     sizes, places, sources = _known(tokens, int(holders.shape[1]), whole, carry)
     if sizes is None:
-        return Tokens(features)
+        return tokens._replace(features=features)
     after = int(features.shape[1] - tokens.features.shape[1] + holders.shape[1])
-    joined = add_at(sizes.new_zeros(len(holders), after, 1), holders, sizes[:, :, None])
+    joined = add_at(sizes.new_zeros(holders.shape[0], after, 1), holders, sizes[:, :, None])
     if places is not None:
-        places = add_at(joined.new_zeros(len(holders), after, 2), holders, places * sizes[:, :, None]) / joined
+        places = add_at(joined.new_zeros(holders.shape[0], after, 2), holders, places * sizes[:, :, None]) / joined
     if sources is not None:
         sources = holders.gather(1, sources)
-    return Tokens(features, joined[:, :, 0], places, sources, tokens.lost, tokens.proportional)
+    return tokens._replace(features=features, sizes=joined[:, :, 0], places=places, sources=sources)
 
 
 def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, whole: Grid, carry: Carry) -> Tokens:
@@ -79,7 +82,7 @@ def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, whole: Grid
     count = int(tokens.features.shape[1] - features.shape[1] + kept.shape[1])
     sizes, places, sources = _known(tokens, count, whole, carry)
     if sizes is None:
-        return Tokens(features)
+        return tokens._replace(features=features)
     left = None if places is None else take(places, kept)
     lost = tokens.lost
     if places is not None and left is not None and sources is not None:
@@ -87,7 +90,7 @@ def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, whole: Grid
         lost = dropped if lost is None else lost | dropped
         distances = (places[:, :, None] - left[:, None]).square().sum(dim=3)  # (B, P, K)
         sources = distances.min(dim=2).indices.gather(1, sources)
-    return Tokens(features, sizes.gather(1, kept), left, sources, lost, tokens.proportional)
+    return tokens._replace(features=features, sizes=sizes.gather(1, kept), places=left, sources=sources, lost=lost)
 
 
 def _known(

@@ -11,13 +11,13 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv, clean_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
 
 from poolshare.space import ModelError
 
@@ -303,7 +303,8 @@ def _adapt(model: Any, found: Checkpoint) -> tuple[dict[str, torch.Tensor], list
     stem = f"{model.pretrained_cfg['first_conv']}.weight"  # where the image's channels come in
     notes, weight, positions = [], tensors.get(stem), tensors.get("pos_embed")
     try:
-        adapted = checkpoint_filter_fn(dict(tensors), model)
+        kind = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("timm."))
+        adapted = import_module(kind.__module__).checkpoint_filter_fn(dict(tensors), model)
         if weight is not None and weight.ndim == 4 and weight.shape[1] != model.in_chans:
             adapted[stem] = adapt_input_conv(model.in_chans, adapted[stem])
             notes.append(

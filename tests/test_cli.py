@@ -25,7 +25,7 @@ from poolshare.search.config import SearchConfig, checked_config
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import matched_classes, model_options, prepare, space_of
 from poolshare.search.job.records import read_json, write_json
-from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace
+from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace, band, counting
 from poolshare.supernet import SuperNet, count_macs, measure_macs
 from poolshare.supernet.base import outline
 from poolshare.supernet.training.checkpoint import load_tensors
@@ -527,6 +527,29 @@ def test_space_says_about_where_a_number_is_an_estimate(verb):
     assert found["within_budget"] == pytest.approx(int(about[1].replace(",", "")), rel=0.005)
     found = json.loads(verb(*words[:-4], "--json")[1])
     assert found["within_budget_is_exact"] is True
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_announcement_and_page_of_a_search_say_about_where_a_count_is_an_estimate(exact, tmp_path, verb, monkeypatch):
+    counting.paths_of.cache_clear()
+    if not exact:
+        monkeypatch.setattr(counting, "MAX_BEGINNINGS", 0)
+        monkeypatch.setattr(counting, "MAX_SUMS", 0)
+        monkeypatch.setattr(band, "FEW", -1)
+    words = ["search", *SMALL, "--epochs", "0", "--sampler", "random", "--trials", "2", "--budget", "60%"]
+    status, _, err = verb(*words, "--out", tmp_path / "run")
+    counting.paths_of.cache_clear()
+    assert status == 0, err
+    announced = re.search(r"^(.*) of them cost at most .* \(60%\)$", err, re.MULTILINE)
+    assert announced, err
+    net = SuperNet.from_timm("digits_vit", SearchSpace(3, (64, 16, 4, 1)), depth=3, embed_dim=16, num_heads=2)
+    costs = measure_macs(net)
+    within = sum(costs.total(one) <= 0.6 * costs.total(net.space[0]) for one in net.space)
+    about, number = announced[1].rpartition(" ")[::2]
+    assert about == ("" if exact else "about")
+    assert int(number) == (within if exact else pytest.approx(within, rel=0.2))
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f">{announced[1]}<" in page
 
 
 def test_help_and_version_need_no_heavy_import():

@@ -143,7 +143,7 @@ SCHEDULES = {  # one for each operator; max1d and pit have reductions of their o
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_export_gives_the_same_logits(dynamic):
-    model, images = make_model(), torch.randn(5, 3, 64, 64)
+    model, images = make_model("16 9@tome 4@tome"), torch.randn(5, 3, 64, 64)  # sizes are carried too
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     for count in (5, 2) if dynamic else (5,):

@@ -662,12 +662,20 @@ def test_importing_the_package_loads_no_torch():
         _ = poolshare.search.find
 
 
-def test_images_of_any_number_of_channels_are_searched_exported_and_loaded(digits, tmp_path):
+def test_images_of_any_number_of_channels_are_searched_exported_and_loaded(digits, tmp_path, verb):
     images, labels = digits
     wide = images.repeat(1, 12, 1, 1)  # a satellite's bands
     parts = TensorDataset(wide[:100], labels[:100]), TensorDataset(wide[100:140], labels[100:140])
     found = search(parts, out=tmp_path / "run", **{**SMALL, "epochs": 0})
     assert found.run.config.in_chans == 12
+    model_args = ",".join(f"{name}={value}" for name, value in found.run.config.model_args.items())
+    status, out, err = verb("space", "--model", "digits_vit", "--model-args", f"in_chans=12,{model_args}", "--json")
+    assert status == 0, err
+    assert json.loads(out)["dense_macs"] == found.report.dense["macs"]
+    again = search(
+        parts, out=tmp_path / "run", **{**SMALL, "epochs": 0, "model_args": SMALL["model_args"] | {"in_chans": 12}}
+    )
+    assert again.run.path == found.run.path
     found.export("dense", tmp_path / "export")
     exported = load_export(tmp_path / "export")
     assert exported.data_config["input_size"] == (12, 8, 8)

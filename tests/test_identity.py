@@ -370,6 +370,44 @@ def test_any_terminal_shows_what_it_can(encoding, monkeypatch):
     assert ("64 → 16" if encoding == "utf-8" else "64 > 16") in text
 
 
+def test_every_verb_prints_what_a_terminal_without_unicode_can_show(place, monkeypatch):
+    """One place prepares standard output and error for all verbs: `main`."""
+    shutil.copytree("photos", "Bilder → ß")
+    small = ["--model-args", ",".join(f"{name}={value}" for name, value in SMALL.items()), "--img-size", "16"]
+    search_again = ["search", "--data", "photos", "--weights", "start.safetensors", "--out", "run", *small]
+    search_again += ["--model", OPTIONS["model"], "--epochs", "1", "--batch-size", "8", "--trials", "4"]
+    written = {}
+    for words in (
+        ["space", *small, "--budget", "60%"],
+        [*search_again, "--sampler", "random", "--device", "cpu"],
+        ["worker", "run"],
+        ["pareto", "run", "--png", "Bild → ß.png"],
+        ["show", "export"],
+        ["export", "run", "--architecture", "dense", "--out", "new → ß"],
+        ["retrain", "export", "--epochs", "1", "--out", "again → ß"],
+        ["evaluate", "export", "--data", "Bilder → ß"],
+        ["predict", "export", "Bilder → ß"],
+        ["trust", "run", "--architectures", "2", "--twice", "0", "--bands", "1", "--epochs", "1"],
+        ["finalists", "run", "--count", "1", "--epochs", "1"],
+        ["show", "64*2 16@→"],  # refused
+    ):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2)]
+        with monkeypatch.context() as patch:
+            for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+                patch.setattr(sys, name, stream)
+            patch.setattr(sys, "argv", ["poolshare", *words])
+            status = 0
+            try:
+                cli.main()
+            except SystemExit as leaving:
+                status = leaving.code or 0
+        out, err = written[" ".join(words)] = tuple(stream.buffer.getvalue().decode("ascii") for stream in streams)
+        assert (status, bool(out or err)) == (2 if "@→" in words[-1] else 0, True), (words, err)
+    everything = "".join(map("".join, written.values()))
+    assert "Bilder > ?" in everything  # letters that there are not are replaced
+    assert "error: " in written["show 64*2 16@→"][1]
+
+
 def test_a_quiet_verb_silences_timm_too(place, verb):
     logger = logging.getLogger("timm")
     before = logger.level

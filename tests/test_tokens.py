@@ -7,11 +7,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomise
+from timm.layers import apply_rot_embed_cat
 
 from poolshare.space import OPERATORS, Architecture, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.model import run_layers
-from poolshare.supernet.tokens import Carry, Tokens, grid_places, grid_sizes, grid_sources
+from poolshare.supernet.tokens import Carry, Tokens, grid_places, grid_sizes, grid_sources, merge
 
 TINY = {"img_size": 128, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "depth": 4}
 LEVELS = (64, 32, 16, 4)
@@ -59,6 +61,19 @@ def test_a_grid_s_constants_equal_hand_arithmetic():
         cells = torch.arange(count, dtype=torch.float32).reshape(1, 1, side, side)
         nearest = F.interpolate(cells, (14, 14), mode="nearest-exact").flatten().long()
         assert torch.equal(grid_sources(count, fourteen), nearest)
+
+
+def test_merging_all_tokens_of_a_cell_gives_the_cells_centre():
+    whole = Tokens(torch.randn(2, 1 + 16, 8))
+    holders = grid_sources(4, 16).expand(2, -1)
+    cells = merge(whole, torch.randn(2, 1 + 4, 8), holders, 16, Carry.SOURCES)
+    assert torch.equal(cells.places, grid_places(4, 16).expand(2, -1, -1))
+    assert torch.equal(cells.sizes, grid_sizes(4, 16).expand(2, -1))
+    assert torch.equal(cells.sources, holders)
+    halves = merge(cells, torch.randn(2, 1 + 2, 8), torch.tensor([[0, 0, 0, 1]] * 2), 16, Carry.SOURCES)
+    # The first holds the cells at (½, ½), (½, 2½) and (2½, ½): a mean of 3½/3, patches counted.
+    assert halves.places[0].tolist() == pytest.approx([[3.5 / 3, 3.5 / 3], [2.5, 2.5]])
+    assert halves.sizes[0].tolist() == [12, 4]
 
 
 @pytest.mark.parametrize("sharing", ["qk", "map"])
@@ -232,6 +247,38 @@ def test_tome_over_several_layers_equals_the_paper(operator, sharing):
             torch.testing.assert_close(logits, expected)
             assert sizes.tolist() == counted[1:].tolist()
     assert (final.sizes > 1).any()
+
+
+def slow_rotary_tome(model, image, levels):
+    """A DINOv3 on one image: each token's queries and keys are turned by the mean place of the patches it stands for."""
+    prefix, x = model.num_prefix_tokens, model.embed(image[None]).features[0]
+    places = torch.tensor([[patch // 8, patch % 8] for patch in range(64)], dtype=x.dtype)
+    sizes, keys = torch.ones(64), None
+    for block, level in zip(model.blocks, levels, strict=True):
+        if len(places) > level:
+            held = torch.cat([x[prefix:], places], dim=1)  # what is merged with the tokens is weighted like them
+            held, sizes = slow_merge(held, keys[prefix:], sizes, len(places) - level)
+            x, places = torch.cat([x[:prefix], held[:, :-2]]), held[:, -2:]
+        heads, normed = block.attn.num_heads, block.norm1(x)
+        q, k, v = block.attn.qkv(normed).reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        turn = torch.cat(model.rope._get_pos_embed_from_coords((2 * places + 1) / 8 - 1), dim=-1)
+        q, k = (torch.cat([t[:, :prefix], apply_rot_embed_cat(t[:, prefix:], turn, half=True)], 1) for t in (q, k))
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        x = x + block.gamma_1 * block.attn.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        x = x + block.gamma_2 * block.mlp(block.norm2(x))
+        keys = k.mean(dim=0)
+    return model.forward_head(model.norm(x[None]))[0]
+
+
+def test_tome_of_a_rotary_model_turns_merged_tokens_by_the_means_of_their_places():
+    space = SearchSpace(4, (64, 50, 38, 20), ("tome",))
+    net = randomise(SuperNet.from_timm("vit_small_patch16_dinov3", space, **TINY)).eval().double()
+    model = Subnet.from_supernet(net, Architecture.parse("64 50@tome 38@tome 20@tome"))
+    images = images_for().double()
+    with torch.no_grad():
+        for image, logits in zip(images, model(images), strict=True):
+            expected = slow_rotary_tome(net, image, space.levels)
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sharing", ["qk", "map"])

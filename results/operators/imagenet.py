@@ -5,7 +5,8 @@
 IMAGES: a folder per class, the sorted names being ImageNet's order; WEIGHTS: safetensors of vit_tiny_patch16_224. Each
 row is one path: MACs over the dense model's, top-1, and the mean of its paired difference to the dense model and to
 the row it refines, with the 95 % interval over images. Rows of "sizes restart" let every pooling begin with sizes of
-one, which is what merging was before tokens carried theirs. Writes results/operators/imagenet.csv after every row.
+one, which is what merging was before tokens carried theirs. After every row it writes results/operators/imagenet.csv,
+and which images are classified rightly to imagenet_right.csv; rows that stand there are not computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from poolshare.supernet.tokens import Carry
 
 BASE = "vit_tiny_patch16_224"
 HERE = Path(__file__).parent
+RIGHT = HERE / "imagenet_right.csv"
 
 
 def every_layer(operator: str, merges: int) -> str:
@@ -66,9 +67,9 @@ for operator in ("tome", "tome_prop", "kmeans", "kmedoids", "wkmedoids", "mstm",
     ROWS.append((name, at(operator, THIRDS), False, "tome, keep rate 0.7" if operator == "tome_prop" else refined))
 
 
-def interval(right: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+def interval(right: pd.Series, other: pd.Series) -> tuple[float, float]:
     """Mean of the paired difference in points, and half of its 95 % interval."""
-    difference = 100 * (right.astype(float) - other)
+    difference = 100 * (right - other)
     return difference.mean(), 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
 
 
@@ -86,8 +87,11 @@ def main() -> None:
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in files])
     labels = torch.tensor([label for _, label in files])
 
-    weights, rows, right, dense_macs = load_file(options.weights), [], {}, 0
-    for name, architecture, restart, refined in ROWS:
+    weights = load_file(options.weights)
+    # Row → MACs, and 1 for every image that it classifies rightly; what is written down already is kept.
+    macs: dict[str, int] = {}
+    right = pd.read_csv(RIGHT) if RIGHT.exists() else pd.DataFrame()
+    for name, architecture, restart, _ in ROWS:
         model = Subnet.from_base(BASE, str(Architecture.parse(architecture)), num_classes=1000)
         fresh = model.state_dict()  # MSTM's multi-scale part begins as the identity
         fresh.update({key: value for key, value in weights.items() if key in fresh})
@@ -95,19 +99,31 @@ def main() -> None:
         if restart:
             model.carry = Carry.NOTHING
         model.eval().to(options.device)
-        macs = count_macs(model, (images[:1].to(options.device),))
-        dense_macs = dense_macs or macs
-        with torch.inference_mode():
-            found = [model(batch.to(options.device)).argmax(1).cpu() for batch in images.split(50)]
-        right[name] = (torch.cat(found) == labels).numpy()
-        row = {"row": name, "macs": macs / dense_macs, "top1": 100 * right[name].mean()}
+        macs[name] = count_macs(model, (images[:1].to(options.device),))
+        if name not in right:
+            with torch.inference_mode():
+                found = [model(batch.to(options.device)).argmax(1).cpu() for batch in images.split(50)]
+            right[name] = (torch.cat(found) == labels).int().numpy()
+            write_csv(RIGHT, right)
+        rows = table(macs, right)
+        write_csv(HERE / "imagenet.csv", rows)
+        row = rows.iloc[-1]
+        print(
+            f"{name:45} {row['macs']:.3f} {row['top1']:.1f}  {row['over_refined']:+.1f} ± "
+            f"{row['over_refined_interval']:.1f} over {row['refines']}",
+            flush=True,
+        )
+
+
+def table(macs: dict[str, int], right: pd.DataFrame) -> pd.DataFrame:
+    """The rows so far, each beside the dense model and the row it refines."""
+    rows = []
+    for name, architecture, _, refined in ROWS[: len(macs)]:
+        row = {"row": name, "macs": macs[name] / macs["dense"], "top1": 100 * right[name].mean()}
         for column, other in (("dense", "dense"), ("refined", refined)):
             row[f"over_{column}"], row[f"over_{column}_interval"] = interval(right[name], right[other])
         rows.append(row | {"refines": refined, "architecture": architecture})
-        print(
-            f"{name:45} {row['macs']:.3f} {row['top1']:.1f}  {row['over_refined']:+.1f} ± {row['over_refined_interval']:.1f}"
-        )
-        write_csv(HERE / "imagenet.csv", pd.DataFrame(rows).round(4))
+    return pd.DataFrame(rows).round(4)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Pooling(nn.Module):
             reduced = torch.cat([self.prefix(prefix) if self.operator == "pit" else prefix, reduced], dim=1)
         declared = OPERATORS[self.operator]
         if which is None or carry == Carry.NOTHING:
-            return Tokens(reduced)
+            return tokens._replace(features=reduced)
         after = (keep if declared.drops else merge)(tokens, reduced, which, self.grid, carry)
         return after._replace(proportional=True) if declared.proportional else after
 

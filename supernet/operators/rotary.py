@@ -19,8 +19,11 @@ def unsupported_rotation(rope: Any) -> str | None:
         return None
     if type(rope) not in KINDS:
         return f"its rotary position embedding is {type(rope).__name__}"
-    if rope.aug_active:
-        return "its rotary coordinates change at random in training; leave rope_shift_, jitter_ and rescale_coords out"
+    if rope.shift_coords or (rope.jitter_coords or 1) != 1 or (rope.rescale_coords or 1) != 1:
+        return (
+            "it has rotary coordinates that change at random in training; rope_shift_coords=0, rope_jitter_coords=1 and "
+            "rope_rescale_coords=1 leave them as they are"
+        )
     if isinstance(rope, RotaryEmbeddingCat) and rope.grid_type != "index":
         return f"its rotary coordinates are of the kind {rope.grid_type!r}"
     if isinstance(rope, RotaryEmbeddingDinoV3) and rope.normalize_coords != "separate":
