@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -138,6 +137,11 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
         raise SpaceError(f"{option} {text!r} is not a list of whole numbers; write for example 196,100,49") from None
 
 
+def levels(text: str) -> tuple[int, ...] | str | None:
+    """--levels read: token counts, or the name of a rule for them."""
+    return text if text in ("auto", "even") else integers("--levels", text)
+
+
 def settings_of(
     text: str | None, option: str = "--model-args", example: str = "depth=6,patch_size=4"
 ) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def recipe_of(text: str | None) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "levels": partial(integers, "--levels"), "operators": words, "model_args": settings_of, "recipe": recipe_of,
+    "levels": levels, "operators": words, "model_args": settings_of, "recipe": recipe_of,
 }  # fmt: skip
 
 

@@ -23,8 +23,10 @@ from poolshare.supernet.training.checkpoint import load_facts, load_state_facts,
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 from poolshare.supernet.training.sandwich import Sandwich
 
+from ..counts import Counts
+from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
-from ..scoring import count_correct, count_right
+from ..scoring import count_right
 from .folder import RunFolder
 from .prepare import Job, tuning_recipe
 
@@ -128,8 +130,8 @@ def takes_dense_weights(architecture: Architecture) -> bool:
 
 
 @torch.no_grad()
-def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[str, int]:
-    """Right answers on the search-validation images with the dense model's weights, by architecture.
+def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[str, Counts]:
+    """Scores on the search-validation images with the dense model's weights, by architecture.
 
     The supernet has its own weights again afterwards.
     """
@@ -140,7 +142,7 @@ def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[
     try:
         load_dense(job.supernet, folder.dense)
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        counts, _ = count_correct(job.supernet, architectures, batches, metric=job.metric)
+        counts = score_counts(job.supernet, architectures, batches, job.config.score, job.metric)
     finally:
         job.supernet.load_state_dict(own)
     return dict(zip(map(str, architectures), counts, strict=True))

@@ -29,7 +29,7 @@ from poolshare.space import (
     forecast_space,
     parse_budget,
 )
-from poolshare.space.presets import even_levels, space_for
+from poolshare.space.presets import aligned_levels, even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
@@ -400,7 +400,11 @@ def make_supernet(config: SearchConfig, options: dict[str, Any], pretrained: boo
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
     depth, patches = len(base.blocks), base.patch_embed.num_patches
-    levels = config.levels or (None if config.training else even_levels(patches))
+    levels = config.levels or (None if config.training else "even")
+    if levels == "auto":
+        levels = aligned_levels(patches, base.num_prefix_tokens)
+    elif levels == "even":
+        levels = even_levels(patches)
     return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from scipy import stats
 
 from poolshare.space import Architecture, ConfigError, DataError, forecast
 from poolshare.space.data_kind import DataKind
@@ -30,9 +29,10 @@ from ..job.job import conclude, make_task, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
 from ..job.trained_head import checked_head
 from ..progress import Advance, progress_bar, time_text
+from ..counts import Counts
 from ..scoring import Metric, top1
 from .damage import single_reductions
-from .losses import MICRONATS, ImageLosses, image_losses
+from ..losses import ImageLosses, image_losses, loss_of, paired
 from .search import Effort, expected_cost, search_untrained
 
 BATCH = 32  # images of one walk: more of them do not run faster on a CPU, and hold more memory
@@ -82,6 +82,8 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
                 f"--{name.replace('_', '-')} {getattr(config, name)} belongs to training, and --no-training was given: leave "
                 "one of them out"
             )
+    if config.score == "top1":
+        raise ConfigError("--score top1 tells too little apart without training: give loss or divergence, or leave it out")
     if not config.warm:
         raise ConfigError(
             f"--no-training searches a model as it is, and {config.model} has no trained weights yet: give --weights FILE, or "
@@ -103,6 +105,11 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
     root = Place(config.data, data_dir=config.data_dir).path
     if root.is_dir() and not subfolders(root) and any(is_image(one.name) for one in root.iterdir()):
         config = config.changed(unlabelled=True)
+    if config.unlabelled and config.score == "loss":
+        raise ConfigError(
+            f"--score loss is the cross-entropy with labels, and the pictures of {config.data} have none: leave it out, for "
+            "their divergence from the dense model's answers, or give class folders"
+        )
     if config.unlabelled and config.search_data:
         raise ConfigError("--search-data names images with labels, and those of --data have none: give one of the two")
     return config
@@ -129,12 +136,14 @@ class _Record:
     """What was scored, kept in the run folder after every walk."""
 
     def __init__(self, folder: RunFolder):
-        self.path = folder.losses
+        self.path, self.score = folder.losses, folder.config.score
         self.losses: dict[Architecture, ImageLosses] = {}
         self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
         if not self.path.exists():
             return
         tensors, facts = load_tensors(self.path)
+        if facts["score"] != self.score:  # another loss, which says nothing about this one
+            return
         for name in tensors:
             if name.startswith("loss "):
                 text = name.removeprefix("loss ")
@@ -148,7 +157,7 @@ class _Record:
         for architecture, losses in self.losses.items():
             tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
             tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
-        save_tensors(self.path, tensors, {"spent": self.spent})
+        save_tensors(self.path, tensors, {"spent": self.spent, "score": self.score})
 
 
 def _run(job: Job, out: Path, console: Console) -> RunFolder:
@@ -202,6 +211,7 @@ def _search(job: Job, record: _Record, advance: Advance) -> pd.DataFrame:
             job.supernet,
             architectures,
             _batches(job, begin, end),
+            loss=loss_of(job.config.score),
             labelled=job.data.labelled,
             metric=job.metric,
             progress=lambda share: advance(record.spent + share * walk, said),
@@ -224,10 +234,9 @@ def _search(job: Job, record: _Record, advance: Advance) -> pd.DataFrame:
     wanted = dict.fromkeys([*found.finalists, job.dense, *job.include])
     for architecture in wanted:
         losses = found.race.losses[architecture]
-        row = task.row(architecture, int(losses.right.sum()), images, 0)
-        nats = losses.loss[0] / MICRONATS
-        margin = stats.t.ppf(0.975, len(nats) - 1) * nats.std(ddof=1) / np.sqrt(len(nats))
-        rows.append(row | {"loss": float(nats.mean()), "loss_margin": float(margin)})
+        counts = Counts(int(losses.right.sum()), images, int(losses.loss.sum()))
+        more = paired(losses.loss[0], found.race.losses[job.dense].loss[0])
+        rows.append(task.row(architecture, counts, 0) | {"loss_margin": more.high - more.mean})
     return pd.DataFrame(rows)
 
 

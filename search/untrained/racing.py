@@ -14,7 +14,8 @@ import numpy as np
 
 from poolshare.space import Architecture, CostTable, forecast
 
-from .losses import MICRONATS, ImageLosses, paired
+from ..losses import ImageLosses, paired
+from ..counts import MICRONATS
 
 # Architectures and the range of images, start and stop → their losses on these. Images have a fixed order.
 ScoreImages = Callable[[Sequence[Architecture], int, int], ImageLosses]

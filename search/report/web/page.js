@@ -71,7 +71,8 @@ function showSelection() {
       lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
   if (rows.loss) {
-    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `±${rows.loss_margin[row].toFixed(4)}, from the dense network's answers`]);
+    const margin = rows.loss_margin ? `±${rows.loss_margin[row].toFixed(4)}, ` : "";
+    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `${margin}the ${data.loss}`]);
   }
   for (const { name, label } of data.costs) {
     const here = rows[name][row], there = rows[name][data.dense];
