@@ -65,7 +65,7 @@ def search(
         Its name is recorded. Default: the most probable class is the label.
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
-        levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
+        levels, operators (tuples), max_run, sharing, budget, sampler, score, objective, latency_batch, latency_dtype, include,
         trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
         data_dir, download, search_fraction, img_size, in_chans, search_data, scale_16bit, which own data decide by themselves.
 

@@ -192,7 +192,14 @@ class SearchConfig(BaseModel):
             "score": "top1",
         }
         if given.get("training") is False:
-            decided |= {"epochs": 0, "operators": UNTRAINED, "max_run": 1, "budget": "70%", "images": IMAGES, "score": "divergence"}
+            decided |= {
+                "epochs": 0,
+                "operators": UNTRAINED,
+                "max_run": 1,
+                "budget": "70%",
+                "images": IMAGES,
+                "score": "divergence",
+            }
         elif warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
             decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
         if budget_quantity(str((decided | given).get("budget", "%"))) == "latency":

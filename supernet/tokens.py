@@ -14,6 +14,10 @@ from poolshare.space.operators import OPERATORS
 
 from .operators.indexing import add_at, take
 
+EMPTY = (
+    1e-6  # patches that a cluster without members stands for: 0 would have no logarithm, no place, no weight in a mean
+)
+
 
 class Carry(IntEnum):
     """What a path must know of its tokens besides their features. Each includes those before it."""
@@ -62,7 +66,7 @@ def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, patches
     if sizes is None:
         return Tokens(features)
     after = int(features.shape[1] - tokens.features.shape[1] + holders.shape[1])
-    joined = add_at(sizes.new_zeros(len(holders), after, 1), holders, sizes[:, :, None])
+    joined = add_at(sizes.new_zeros(len(holders), after, 1), holders, sizes[:, :, None]).clamp_min(EMPTY)
     if places is not None:
         places = add_at(joined.new_zeros(len(holders), after, 2), holders, places * sizes[:, :, None]) / joined
     if sources is not None:

@@ -42,7 +42,7 @@ def test_single_reductions_are_the_dense_model_with_one_change():
 def test_probes_hold_first_and_last_layer_and_the_largest_and_the_smallest_count_of_every_operator():
     found = {(layer.operator, index, layer.tokens) for s in single_reductions(SPACE, 2) for index, _, layer in steps(s)}
     assert found == {
-        (o, i, t) for o, ts in {"kmeans": (90, 36), "max2d": (81, 36)}.items() for i in (1, 2, 3, 5, 6, 7) for t in ts
+        (o, i, t) for o, ts in {"kmeans": (90, 36), "max2d": (81, 36)}.items() for i in (1, 2, 4, 6, 7) for t in ts
     }
 
 

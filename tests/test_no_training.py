@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search import search
 from poolshare.search.config import checked_config
+from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.search.job.prepare import space_of
 from poolshare.search.untrained import job as untrained_job
 from poolshare.search.untrained import search as untrained_search
-from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.space import Architecture, PoolshareError
 from poolshare.space.presets import UNTRAINED, aligned_levels, even_levels
 from poolshare.supernet.base import outline
@@ -194,7 +194,9 @@ def test_by_cross_entropy_labels_decide_and_the_dense_model_is_what_losses_are_c
     assert "The loss is the cross-entropy with the labels" in found.report.verdict
     card = (tmp_path / "export" / "README.md") if found.export(found.pick(), tmp_path / "export") else None
     assert "cross-entropy with the labels |" in card.read_text()
-    again = search(place / "labelled", out=tmp_path / "run", **given)  # by divergence: losses of another kind do not mix
+    again = search(
+        place / "labelled", out=tmp_path / "run", **given
+    )  # by divergence: losses of another kind do not mix
     assert again.report.dense["loss"] == 0
     assert "divergence from the dense network's answers" in again.report.verdict
 

@@ -13,7 +13,6 @@ from poolshare.search.counts import MICRONATS, Counts
 from poolshare.search.job import job as job_module
 from poolshare.search.job.prepare import prepare
 
-
 GIVEN = {"model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128, "epochs": 0, "device": "cpu"}
 
 

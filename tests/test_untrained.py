@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
+from poolshare.search.counts import MICRONATS
+from poolshare.search.losses import ImageLosses
 from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
-from poolshare.search.losses import ImageLosses
-from poolshare.search.counts import MICRONATS
 from poolshare.search.untrained.racing import Race
 from poolshare.search.untrained.search import Effort, changed, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
@@ -68,10 +68,10 @@ def found(allowed):
 
 
 def test_it_finds_the_frontier_of_a_damage_that_is_nearly_additive(allowed, found):
-    best = CheapestPaths(SPACE, COSTS, edge_damage).frontier(allowed.high)
+    paths = CheapestPaths(SPACE, COSTS, edge_damage)
     for share in (1.0, 0.9, 0.8, 0.7):
         limit = share * allowed.high
-        optimum = min(path.damage for path in best if path.cost <= limit)
+        optimum = paths.best(limit).damage
         reached = min(true_damage(a) for a in found.finalists if COSTS.total(a) <= limit)
         assert reached <= 1.1 * optimum
 

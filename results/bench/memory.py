@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from poolshare.search.config import SearchConfig
+from poolshare.search.counts import Counts
 from poolshare.search.job.folder import RunFolder
+from poolshare.search.losses import score_counts
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
-from poolshare.search.counts import Counts
-from poolshare.search.losses import score_counts
 from poolshare.search.study.loop import Task
 from poolshare.search.study.open import open_store
 from poolshare.space import Architecture, SearchSpace

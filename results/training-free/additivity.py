@@ -21,9 +21,9 @@ import torch
 from scipy.stats import kendalltau
 from setting import Losses, Scorer, Setting, arguments
 
+from poolshare.search.counts import MICRONATS
 from poolshare.search.samplers.surrogate import Surrogate
 from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
-from poolshare.search.counts import MICRONATS
 from poolshare.space import Architecture
 
 FOLDS = 10

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from setting import Losses, Scorer, Setting, arguments, nats
 
+from poolshare.search.counts import MICRONATS
+from poolshare.search.losses import ImageLosses
 from poolshare.search.samplers.propose import PROPOSERS, Scored
 from poolshare.search.study.loop import GENERATION
-from poolshare.search.losses import ImageLosses
-from poolshare.search.counts import MICRONATS
 from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, Band, forecast
 

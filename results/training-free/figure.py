@@ -1,6 +1,6 @@
 """What the other scripts wrote, as a picture and as the README's table: means over splits.
 
-    python results/training-free/figure.py imagenet
+python results/training-free/figure.py imagenet
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def best_within(rows: pd.DataFrame, share: float) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame) -> str:
     """Markdown: mean over splits, by share and name."""
-    lines = ["| MACs | | splits | MACs used | top-1 against dense (of each split) | divergence (nats) |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| MACs | | splits | MACs used | top-1 against dense (of each split) | divergence (nats) |",
+        "|---|---|---|---|---|---|",
+    ]
     for share in AT:
         found = best_within(rows[rows["name"] != "dense"], share)
         for name, group in sorted(found.groupby("name"), key=lambda item: item[1]["loss"].mean()):

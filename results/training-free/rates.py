@@ -87,7 +87,7 @@ def exact(counts: list[int], budget: float, operator: str, dense: int, setting: 
         if dense - DEPTH * block(setting.patches) + sum(map(block, moved)) > budget:
             continue
         schedule = scheduled(moved, operator)
-        scorer = Scorer(around([schedule], operator), setting, losses)
+        scorer = Scorer(around([schedule], (operator,)), setting, losses)
         if scorer.costs.total(schedule) <= budget:
             return [schedule], scorer
     raise ValueError("no shift keeps the budget")
@@ -134,7 +134,10 @@ def main() -> None:
                 optimizer.step()
                 schedule.step()
             counts = rates.expected().detach().round().int().tolist()
-            print(f"split {split}, {share}: {time.monotonic() - start:.0f} s, {divergence.item():.3f} nats, {counts}", flush=True)
+            print(
+                f"split {split}, {share}: {time.monotonic() - start:.0f} s, {divergence.item():.3f} nats, {counts}",
+                flush=True,
+            )
             for operator in options.test:
                 one = exact(counts, share * dense, operator, dense, setting, losses)
                 rows += tested(f"learned rates, {operator}", *one, test, reference)

@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from setting import DEPTH, WIDTH, Losses, Scorer, Setting, arguments, nats
+from setting import DEPTH, WIDTH, Losses, Scorer, Setting, arguments, make_net, nats
 
 from poolshare.search.losses import ImageLosses
 from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, Layer, SearchSpace
+from poolshare.supernet import measure_macs
 
-SHARES = (0.7, 0.6, 0.5)  # of the dense model's MACs, for the uniform schedules
 PUBLISHED = "tome"  # beside the operators of the space: without proportional attention
 
 
@@ -49,28 +49,27 @@ def uniform(patches: int, operator: str, budget: float, dense: int) -> Architect
     return scheduled(best[1], operator)
 
 
-def around(schedules: list[Architecture], operator: str) -> SearchSpace:
+def around(schedules: list[Architecture], operators: tuple[str, ...]) -> SearchSpace:
     """A space that holds them."""
     counts = sorted({layer.tokens for schedule in schedules for layer in schedule.layers}, reverse=True)
-    return SearchSpace(DEPTH, tuple(counts), (operator,), 1, has_cls=True)
+    return SearchSpace(DEPTH, tuple(counts), operators, 1, has_cls=True)
 
 
-def uniforms(operator: str, dense: int, setting: Setting, losses: Losses) -> tuple[list[Architecture], Scorer]:
-    """A uniform schedule for each of SHARES that keeps it with the operator's own MACs, and what scores them."""
-    rooms = {share: share * dense for share in SHARES}
+def uniforms(operator: str, shares: list[float], dense: int, setting: Setting) -> list[Architecture]:
+    """A uniform schedule for each share of the dense MACs that keeps it with the operator's own."""
+    rooms = {share: share * dense for share in shares}
     while True:
         schedules = [uniform(setting.patches, operator, room, dense) for room in rooms.values()]
-        scorer = Scorer(around(schedules, operator), setting, losses)
-        excess = {
-            share: scorer.costs.total(schedule) - share * dense
-            for share, schedule in zip(SHARES, schedules, strict=True)
-        }
+        costs = measure_macs(make_net(setting, around(schedules, (operator,))))
+        excess = {share: costs.total(one) - share * dense for share, one in zip(shares, schedules, strict=True)}
         if max(excess.values()) <= 0:
-            return schedules, scorer
+            return schedules
         rooms = {share: room - max(0, excess[share]) for share, room in rooms.items()}
 
 
-def row(name: str, architecture: Architecture, macs: int, share: float, losses: ImageLosses, dense: ImageLosses) -> dict:
+def row(
+    name: str, architecture: Architecture, macs: int, share: float, losses: ImageLosses, dense: ImageLosses
+) -> dict:
     """Accuracy and its paired difference to dense in points with 95 %, and the mean loss in nats."""
     difference = 100 * (losses.right[0].astype(float) - dense.right[0])
     return {
@@ -93,7 +92,10 @@ def tested(
     for place, architecture in enumerate(architectures):
         one = ImageLosses(found.loss[place : place + 1], found.right[place : place + 1])
         macs = scorer.costs.total(architecture)
-        rows.append(row(name, architecture, macs, macs / dense, one, reference))
+        used = next((layer.operator for layer in architecture.layers if layer.operator), "")
+        rows.append(
+            row(f"{name} {used}" if name == "uniform" else name, architecture, macs, macs / dense, one, reference)
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -130,13 +132,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Effort.rounds)
     parser.add_argument("--proposals", type=int, default=Effort.proposals)
     parser.add_argument("--finalists", type=int, default=Effort.finalists)
-    parser.add_argument("--without-uniform", action="store_true")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.7, 0.6, 0.5], help="of uniform schedules")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setting = Setting.open(options)
     losses = Losses(setting)
     scorer = Scorer(setting.space(), setting, losses)
     dense = scorer.costs.total(scorer.net.space[0])
+    operators = (PUBLISHED, *scorer.net.space.operators)
+    beside = {one: uniforms(one, options.shares, dense, setting) for one in operators if options.shares}
+    if beside:  # one walk over all of them
+        together = Scorer(around([one for each in beside.values() for one in each], operators), setting, losses)
     for split in options.splits:
         effort = Effort(options.rounds, options.proposals, options.finalists, split)
         facts, frontier = search(split, scorer, effort, options.budget)
@@ -144,12 +150,14 @@ def main() -> None:
         reference = scorer([scorer.net.space[0]], test)
         rows = [row("dense", scorer.net.space[0], dense, 1.0, reference, reference)]
         rows += tested("searched", frontier, scorer, test, reference)
-        for operator in () if options.without_uniform else (PUBLISHED, *scorer.net.space.operators):
-            rows += tested(f"uniform {operator}", *uniforms(operator, dense, setting, losses), test, reference)
+        if beside:
+            rows += tested("uniform", [one for each in beside.values() for one in each], together, test, reference)
         result = vars(options) | {"split": split, "levels": scorer.net.space.levels, **facts, "rows": rows}
         name = f"{options.setting}-{split}" + ("" if options.loss == "divergence" else f"-{options.loss}")
         name += "" if options.searched is None else f"-{options.searched}"
-        kept = {key: value for key, value in result.items() if key not in ("folder", "weights", "work", "out", "splits")}
+        kept = {
+            key: value for key, value in result.items() if key not in ("folder", "weights", "work", "out", "splits")
+        }
         (options.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -141,13 +141,18 @@ class Losses:
         return places if known is None else places[known[places] < 0]
 
 
+def make_net(setting: Setting, space: SearchSpace) -> SuperNet:
+    """With random weights."""
+    side, classes = SIDE[setting.options.setting], int(setting.labels.max()) + 1
+    return SuperNet.from_timm(MODEL, space, img_size=side, num_classes=classes)
+
+
 class Scorer:
     """Losses of a space's architectures on images, named by their places; costs in MACs."""
 
     def __init__(self, space: SearchSpace, setting: Setting, losses: Losses):
         self.setting, self.losses, self.options = setting, losses, setting.options
-        sizes = {"img_size": SIDE[self.options.setting], "num_classes": int(setting.labels.max()) + 1}
-        self.net = SuperNet.from_timm(MODEL, space, **sizes)
+        self.net = make_net(setting, space)
         self.net.load_state_dict(self.net.state_dict() | load_file(self.options.weights))
         self.costs = measure_macs(self.net)
         self.net.to(self.options.device)
@@ -160,7 +165,7 @@ class Scorer:
                 groups.setdefault(lacking.tobytes(), []).append(architecture)
         for key, group in groups.items():
             lacking = np.frombuffer(key, places.dtype)
-            parts = [torch.from_numpy(part.copy()) for part in np.split(lacking, range(self.options.batch, len(lacking), self.options.batch))]
+            parts = torch.from_numpy(lacking.copy()).split(self.options.batch)
             batches = [(self.setting.images[part], self.setting.labels[part]) for part in parts]
             self.losses.add(group, lacking, image_losses(self.net, group, batches, loss=self.options.loss))
         return self.losses.of(architectures, places)

@@ -64,7 +64,7 @@ def retrain(
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
-    the dense model that the run has tuned or, without training, was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
+    the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.

@@ -30,11 +30,11 @@ from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
 from ..counts import MICRONATS, Counts
+from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..losses import score_counts
 from ..scoring import SCORING_BATCH, Metric, top1
 from ..study.loop import GENERATION, Task, run_study
 from ..study.open import check_storage, open_store

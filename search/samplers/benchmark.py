@@ -20,8 +20,8 @@ import pandas as pd
 from poolshare.space import Architecture, CostTable, RunError, SearchSpace
 from poolshare.space.files import write_whole
 
-from ..job.records import FORMAT, read_json, write_json
 from ..counts import Counts
+from ..job.records import FORMAT, read_json, write_json
 from ..study.loop import Task
 
 COLUMNS = ("architecture", "macs", "parameters", "correct", "total")

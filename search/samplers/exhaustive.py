@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, CostTable, Layer, RunError, SearchSpace, forecast_space
 
-from ..progress import Advance
 from ..counts import Counts
+from ..progress import Advance
 from ..study.loop import MAX_FAILURES, Task, advance_within
 from ..study.store import Store
 

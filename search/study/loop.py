@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 
+from ..counts import Counts
 from ..job.folder import RunFolder
 from ..progress import Advance
 from ..samplers.propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
-from ..counts import Counts
 from .open import open_store
 from .store import Store
 

@@ -22,8 +22,8 @@ from poolshare.space import Architecture, Layer, SearchSpace
 from .cheapest import EdgeDamage
 
 EARLIER = 0.5  # the share of D(before) that a step from `before` does not do again
-PROBES = 4  # token counts that are measured for each operator and layer; those between are interpolated
-LAYERS = 6  # that single reductions are measured at, likewise
+PROBES = 3  # token counts that are measured for each operator and layer; those between are interpolated
+LAYERS = 5  # that single reductions are measured at, likewise
 LEAST = 1e-6  # nats: no edge that does anything does less, so damage stays positive
 
 _MISFIT = 0.1  # of an architecture's damage: what a sum over edges cannot say of it, as a standard deviation
@@ -140,9 +140,7 @@ class DamageModel:
             return 0.0
         step = index, before, layer
         if step not in self._edges:
-            known = {
-                self._terms[name]: nats for name, nats in self._corrections(*step).items() if name in self._terms
-            }
+            known = {self._terms[name]: nats for name, nats in self._corrections(*step).items() if name in self._terms}
             self._edges[step] = self.guess(*step), np.fromiter(known, int), np.fromiter(known.values(), float)
         guess, places, nats = self._edges[step]
         return max(guess + float(terms[places] @ nats), LEAST)

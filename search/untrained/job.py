@@ -24,15 +24,15 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
+from ..counts import Counts
 from ..job.folder import RunFolder
 from ..job.job import conclude, make_task, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
 from ..job.trained_head import checked_head
+from ..losses import ImageLosses, image_losses, loss_of, paired
 from ..progress import Advance, progress_bar, time_text
-from ..counts import Counts
 from ..scoring import Metric, top1
 from .damage import single_reductions
-from ..losses import ImageLosses, image_losses, loss_of, paired
 from .search import Effort, expected_cost, search_untrained
 
 BATCH = 32  # images of one walk: more of them do not run faster on a CPU, and hold more memory
@@ -83,7 +83,9 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
                 "one of them out"
             )
     if config.score == "top1":
-        raise ConfigError("--score top1 tells too little apart without training: give loss or divergence, or leave it out")
+        raise ConfigError(
+            "--score top1 tells too little apart without training: give loss or divergence, or leave it out"
+        )
     if not config.warm:
         raise ConfigError(
             f"--no-training searches a model as it is, and {config.model} has no trained weights yet: give --weights FILE, or "

@@ -15,9 +15,9 @@ import numpy as np
 
 from poolshare.space import Architecture, Band, Layer, forecast
 
+from ..losses import ImageLosses
 from .cheapest import CheapestPaths, EdgeDamage
 from .damage import DamageModel, single_reductions
-from ..losses import ImageLosses
 from .racing import Race, ScoreImages
 
 FIRST = 0.25  # of the images: what everything is scored on before the race
@@ -30,7 +30,7 @@ _BASES = 4  # architectures that are changed a little in each round, each at a c
 class Effort:
     """How much is scored. The defaults take about as long as scoring 100 architectures one by one."""
 
-    rounds: int = 6  # of proposing and correcting, at most
+    rounds: int = 5  # of proposing and correcting, at most
     proposals: int = 24  # in each round
     finalists: int = 16  # scored on all images
     seed: int = 0
@@ -150,7 +150,12 @@ def _stages(first: int, images: int) -> list[int]:
 
 
 def _proposals(
-    allowed: Band, low: int, model: DamageModel, count: int, rng: np.random.Generator, scored: Mapping[Architecture, float]
+    allowed: Band,
+    low: int,
+    model: DamageModel,
+    count: int,
+    rng: np.random.Generator,
+    scored: Mapping[Architecture, float],
 ) -> list[Architecture]:
     """A third of them the best paths at costs evenly spread, a third the best where the damage is as it may also be, a third
     small changes of the best so far.
@@ -179,21 +184,15 @@ def changed(
 ) -> list[Architecture]:
     """Neighbours of the best so far at costs evenly spread, those that promise most.
 
-    The model may be wrong about a whole path and right about one change of it: what is expected of a neighbour is the
-    measured damage and the model's difference.
+    The model may be wrong about a whole path and right about one change of it.
     """
     space, costs = allowed.space, allowed.costs
     found: dict[Architecture, None] = {}
     for limit in np.linspace(low, allowed.high, _BASES + 1)[1:]:
         affordable = [architecture for architecture in scored if costs.total(architecture) <= limit]
-        if not affordable:
-            continue
-        base = min(affordable, key=lambda architecture: scored[architecture])
-        rest = scored[base] - model.total(base)
-        promises = {
-            other: rest + model.total(other)
-            for other in space.neighbours(base)
-            if low <= costs.total(other) <= limit and other not in scored and other not in found
-        }
-        found |= dict.fromkeys(sorted(promises, key=lambda other: promises[other])[: max(1, count // _BASES)])
+        if affordable:
+            base = min(affordable, key=lambda architecture: scored[architecture])
+            around = [other for other in space.neighbours(base) if low <= costs.total(other) <= limit]
+            new = [other for other in around if other not in scored and other not in found]
+            found |= dict.fromkeys(sorted(new, key=model.total)[: max(1, count // _BASES)])
     return list(found)

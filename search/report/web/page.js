@@ -156,7 +156,7 @@ function showTable() {
   const cost = state.cost, costs = rows[cost];
   const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"),
     make("th", { class: "text narrow", scope: "col" }, "Tokens"));
-  for (const name of ["Top-1", "95 % interval", ...data.costs.map((each) => each.label), "Of dense"]) {
+  for (const name of [scoreLabel, "95 % interval", ...(rows.loss ? ["Loss"] : []), ...data.costs.map((each) => each.label), "Of dense"]) {
     head.append(make("th", { scope: "col" }, name[0].toUpperCase() + name.slice(1)));
   }
   const body = make("tbody");
