@@ -13,7 +13,7 @@ from poolshare.search.counts import MICRONATS, Counts
 from poolshare.search.job import job as job_module
 from poolshare.search.job.prepare import prepare
 
-GIVEN = {"model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128, "epochs": 0, "device": "cpu"}
+GIVEN = {"model_args": {"depth": 3, "embed_dim": 16, "num_heads": 2}, "batch_size": 128, "epochs": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_same_call_scores_nothing_again_and_another_score_trains_nothing(fou
     before, weights = found.candidates, found.run.supernet.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(job_module, "score_counts", lambda *a, **o: pytest.fail("scored again"))
-        same = [*SMALL, "--epochs", "0", "--score", "loss", "--sampler", "evolution", "--trials", "30"]
+        same = [*SMALL, "--epochs", "1", "--score", "loss", "--sampler", "evolution", "--trials", "30"]
         status, _, err = verb("search", *same, "--out", found.folder, "-q")
         assert status == 0, err
     assert SearchResult(found.folder).candidates.equals(before)

@@ -263,6 +263,11 @@ def matched_classes(
     head = found.head if found else _pretrained_head(config)
     trained = config.trains
     if config.warm and head is None and not trained:
+        if found and not any(name.endswith("patch_embed.proj.weight") for name in found.tensors):
+            raise ModelError(
+                f"{found.name} is not a checkpoint of {config.model}: it has no patch_embed.proj.weight; give weights of that "
+                "model"
+            )
         raise ModelError(
             f"{found.name if found else config.model} brings weights without a head for classes, and without training a new one "
             "would stay untrained; train (--epochs 1 or more), or give weights with their head"
