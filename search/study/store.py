@@ -17,6 +17,7 @@ from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
+VALUES = ("top-1 (%)", "MACs")  # what a trial has two of
 Tell = Callable[[Trial, Sequence[float], Mapping[str, Any]], None]
 
 
@@ -87,7 +88,7 @@ class Store(ABC):
         """A context manager that makes the storage's own errors RunErrors; around everything that uses the study."""
         return nullcontext()
 
-    def study(self, names: Sequence[str] = ("top-1 (%)", "MACs")) -> optuna.Study:
+    def study(self, names: Sequence[str] = VALUES) -> optuna.Study:
         """The study, begun or continued; names: of a trial's two values. Raises RunError where its record is damaged."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self.errors(), self.lock():
