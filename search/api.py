@@ -70,7 +70,7 @@ def search(
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error. dry_run: give the forecast
         alone; nothing is written, and the result has no run yet.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
-        levels, operators (tuples), max_run, sharing, budget, sampler, objective, latency_batch, latency_dtype, include,
+        levels, operators (tuples), max_run, sharing, budget, sampler, score, objective, latency_batch, latency_dtype, include,
         trials, tune_epochs, epochs, batch_size, lr, weight_decay, amp, recipe (a dict), workers, seed, device, threads; and
         data_dir, download, search_fraction, search_images, check_images, img_size, in_chans, search_data, scale_16bit, which
         own data decide by themselves.

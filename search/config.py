@@ -25,6 +25,7 @@ from poolshare.space.presets import UNTRAINED
 SEARCHING = (
     "budget",
     "sampler",
+    "score",
     "objective",
     "latency_batch",
     "latency_dtype",
@@ -99,8 +100,11 @@ class SearchConfig(BaseModel):
         "(latency of one image in a batch of --latency-batch).",
         metavar="BUDGET",
     )
-    levels: tuple[int, ...] | None = option(
-        None, "Patch-token counts, falling, e.g. 196,100,49. Default: all, a half, a quarter.", metavar="N,N,…"
+    levels: tuple[int, ...] | Literal["auto", "even"] | None = option(
+        None,
+        "Patch-token counts, falling, e.g. 196,100,49; even: about ten, evenly spaced; auto: likewise, where matrices with the "
+        "prefix tokens are of sizes that devices like. Default: all, a half, a quarter; of pretrained weights even.",
+        metavar="N,N,…",
     )
     operators: tuple[str, ...] | None = option(
         None, "Pooling operators to choose from, e.g. max2d,avg2d; help lists them.", metavar="NAME,…"
@@ -113,6 +117,11 @@ class SearchConfig(BaseModel):
     )
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = option(
         "auto", "auto scores the whole space where affordable, and races where no supernet is trained."
+    )
+    score: Literal["top1", "loss", "divergence"] = option(
+        ...,
+        "What architectures are compared by: right answers, cross-entropy, or divergence from the dense model's answers. "
+        "Default: top1; with --no-training divergence.",
     )
     objective: Literal["macs", "latency"] = option(
         "macs", "Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
@@ -196,9 +205,17 @@ class SearchConfig(BaseModel):
             "lr": 3e-4 if warm else 2e-3,
             "trials": 1000,
             "tune_epochs": 0,
+            "score": "top1",
         }
         if given.get("training") is False:
-            decided |= {"epochs": 0, "operators": UNTRAINED, "max_run": 1, "budget": "70%", "images": IMAGES}
+            decided |= {
+                "epochs": 0,
+                "operators": UNTRAINED,
+                "max_run": 1,
+                "budget": "70%",
+                "images": IMAGES,
+                "score": "divergence",
+            }
         elif warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:
             decided |= {"tune_epochs": TUNE_EPOCHS, "epochs": GUIDED_EPOCHS, "trials": GUIDED_TRIALS}
         if budget_quantity(str((decided | given).get("budget", "%"))) == "latency":

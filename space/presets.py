@@ -37,6 +37,7 @@ UNTRAINED = ("tome_prop", "evit", "topk", "mstm", "kmeans")
 # tuned model and keeps those that harm it least.
 WARM_OPERATORS = ("tome", "tome_prop", "kmeans", "evit", "avg2d")
 EVEN_LEVELS = 10  # about so many token counts below a pretrained model's own
+ALIGNMENT = 8  # tokens with prefix
 
 
 def even_levels(tokens: int, count: int = EVEN_LEVELS, grid: Grid | None = None) -> tuple[int, ...]:
@@ -53,6 +54,16 @@ def even_levels(tokens: int, count: int = EVEN_LEVELS, grid: Grid | None = None)
         nearest = min(smaller, key=lambda cells: abs(cells - wanted), default=0)
         counts.add(nearest if nearest and abs(nearest - wanted) <= step / 2 else round(wanted))
     return tuple(sorted(counts, reverse=True))
+
+
+def aligned_levels(tokens: int, prefix: int, count: int = EVEN_LEVELS) -> tuple[int, ...]:
+    """As `even_levels`, but each count makes a multiple of 8 with the prefix tokens: 196 with CLS → 196, 175, 159, …, 15.
+
+    Attention is a matrix of tokens × tokens; vector units and tensor cores take its rows by eights, and the last one whole.
+    """
+    wanted = (tokens - index * (tokens - tokens / 12) / count for index in range(1, count + 1))
+    counts = {ALIGNMENT * round((one + prefix) / ALIGNMENT) - prefix for one in wanted}
+    return tuple(sorted({tokens} | {one for one in counts if 0 < one < tokens}, reverse=True))
 
 
 def default_levels(tokens: int, operators: tuple[str, ...] = ("max2d",), grid: Grid | None = None) -> tuple[int, ...]:

@@ -13,6 +13,10 @@ from poolshare.space.operators import OPERATORS, Grid, grid_of
 
 from .operators.indexing import add_at, take
 
+EMPTY = (
+    1e-6  # patches that a cluster without members stands for: 0 would have no logarithm, no place, no weight in a mean
+)
+
 
 class Carry(IntEnum):
     """What a path must know of its tokens besides their features. Each includes those before it."""
@@ -65,7 +69,7 @@ def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, whole: 
     if sizes is None:
         return tokens._replace(features=features)
     after = int(features.shape[1] - tokens.features.shape[1] + holders.shape[1])
-    joined = add_at(sizes.new_zeros(holders.shape[0], after, 1), holders, sizes[:, :, None])
+    joined = add_at(sizes.new_zeros(holders.shape[0], after, 1), holders, sizes[:, :, None]).clamp_min(EMPTY)
     if places is not None:
         places = add_at(joined.new_zeros(holders.shape[0], after, 2), holders, places * sizes[:, :, None]) / joined
     if sources is not None:

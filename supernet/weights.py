@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import pickletools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -240,13 +241,21 @@ def _pickled(path: Path, what: str, error: Exception) -> str:
         code = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # not what torch.save wrote since 1.6
         code = []
-    if not code and "GLOBAL" not in str(error):
+    if not code and "GLOBAL" not in str(error) and not _calls_code(path):
         return f"{what} cannot be read ({str(error).partition(chr(10))[0]:.100}); give what torch.save wrote"
     named = f" ({', '.join(sorted(code)[:3])})" if code else ""
     return (
         f"{what} holds pickled code{named}, which is not run here. If you trust the file, load it yourself with "
         "torch.load(FILE, weights_only=False), and save its weights alone: torch.save(model.state_dict(), 'weights.pth')"
     )
+
+
+def _calls_code(path: Path) -> bool:
+    """Whether a file that pickle wrote by itself, without torch, names anything to import; nothing of it is run."""
+    try:
+        return any(operation.name.endswith("GLOBAL") for operation, _, _ in pickletools.genops(path.read_bytes()))
+    except Exception:  # not a pickle
+        return False
 
 
 def _names_in(content: Mapping[str, Any]) -> Names | None:

@@ -1,7 +1,6 @@
 """The least damaging path at every cost, against all paths of small spaces."""
 
 import random
-from itertools import pairwise
 
 import pytest
 
@@ -39,24 +38,22 @@ def brute_force(space, costs, damage):
 
 
 @pytest.mark.parametrize("space", SPACES, ids=["two operators", "five levels", "one layer"])
-def test_the_frontier_is_that_of_all_paths(space):
+def test_the_best_path_at_every_cost_is_that_of_all_paths(space):
     costs, damage = made_up(space)
-    paths = CheapestPaths(space, costs, damage).frontier()
-    expected = brute_force(space, costs, damage)
-    assert [path.cost for path in paths] == [cost for cost, _ in expected]
-    assert [path.damage for path in paths] == pytest.approx([total for _, total in expected])
-    for path in paths:
+    paths = CheapestPaths(space, costs, damage)
+    frontier = brute_force(space, costs, damage)
+    for (cost, total), dearer in zip(frontier, [None, *frontier], strict=False):
+        for limit in {cost, dearer[0] - 1 if dearer else None}:  # up to the next one's cost it stays the best
+            path = paths.best(limit)
+            assert (path.cost, path.damage) == (cost, pytest.approx(total))
         assert path.architecture in space
         assert costs.total(path.architecture) == path.cost
 
 
-def test_a_limit_keeps_the_frontier_below_it():
+def test_a_limit_below_every_path_names_the_cheapest():
     costs, damage = made_up(SPACES[0])
-    paths = CheapestPaths(SPACES[0], costs, damage)
-    high = paths.frontier()[3].cost
-    assert paths.frontier(high) == paths.frontier()[3:]
     with pytest.raises(BudgetError, match="no architecture costs 3 or less; the cheapest costs"):
-        paths.frontier(3)
+        CheapestPaths(SPACES[0], costs, damage).best(3)
 
 
 def test_coarse_units_lose_less_than_they_round():
@@ -65,9 +62,6 @@ def test_coarse_units_lose_less_than_they_round():
     paths = CheapestPaths(space, costs, damage, units=500)
     assert paths.unit > 1
     slack = (space.depth + 1) * paths.unit
-    found = paths.frontier()
-    for before, after in pairwise(found):
-        assert before.cost > after.cost
-        assert before.damage < after.damage
-    for cost, total in brute_force(space, costs, damage):  # something no worse costs hardly more
-        assert any(path.cost <= cost + slack and path.damage <= total + 1e-9 for path in found)
+    for cost, total in brute_force(space, costs, damage):
+        assert paths.best(cost + slack).damage <= total + 1e-9
+        assert paths.best(cost + slack).cost <= cost + slack

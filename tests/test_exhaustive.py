@@ -8,6 +8,7 @@ import time
 import pandas as pd
 import pytest
 
+from poolshare.search.counts import Counts
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import WALK, WALKS, piece_cost, score_everything, subtrees
 from poolshare.search.study.loop import Task
@@ -33,7 +34,7 @@ class Score:
         self.asked += architectures
         progress(0.5)
         progress(1.0)
-        return [300 + MACS.total(architecture) // 2 for architecture in architectures], IMAGES
+        return [Counts(300 + MACS.total(architecture) // 2, IMAGES) for architecture in architectures]
 
 
 def score(folder, by, advance=no_progress, record=None):
@@ -114,11 +115,11 @@ def test_finished_pieces_survive_a_stop(tmp_path, small_walks):
 
 
 def test_what_was_scored_before_is_not_scored_again(tmp_path):
-    record = {a: (300 + MACS.total(a) // 2, IMAGES) for a in SPACE}
+    record = {a: Counts(300 + MACS.total(a) // 2, IMAGES) for a in SPACE}
     nothing = Score()
     frame = score(tmp_path, nothing, record=record)
     assert nothing.asked == []
-    assert list(frame["correct"]) == [correct for correct, _ in record.values()]
+    assert list(frame["correct"]) == [counts.correct for counts in record.values()]
 
 
 def in_a_process(folder, log):

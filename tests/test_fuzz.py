@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from poolshare.search.analysis.pareto import frontier
 from poolshare.search.cli.options import integers, settings_of, words
 from poolshare.search.config import SearchConfig, checked_config
+from poolshare.search.counts import Counts
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import read_json, write_json
 from poolshare.search.progress import no_progress
@@ -118,7 +119,7 @@ def search(folder):
     """Score, by a fixed rule, what the study lacks; the candidates."""
 
     def score(architectures, progress):
-        return [500 + MACS.total(architecture) % 97 for architecture in architectures], 1000
+        return [Counts(500 + MACS.total(architecture) % 97, 1000) for architecture in architectures]
 
     task = Task(SPACE, MACS, MACS, SPACE.within(MACS), score)
     return run_study(task, folder, "evolution", TRIALS, 0, "study", no_progress)

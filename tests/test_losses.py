@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from conftest import randomise
 from scipy import stats
 
-from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses, paired
+from poolshare.search.counts import MICRONATS
+from poolshare.search.losses import ImageLosses, image_losses, paired
 from poolshare.space import Architecture, ConfigError, ModelError, SearchSpace
 from poolshare.supernet import SuperNet
 

@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search import search
 from poolshare.search.config import checked_config
+from poolshare.search.exported.retrain import evaluate, retrain
+from poolshare.search.job import job as job_module
 from poolshare.search.job.prepare import prepare, space_of
+from poolshare.search.untrained import job as untrained_job
 from poolshare.search.untrained import record as untrained_record
 from poolshare.search.untrained import search as untrained_search
-from poolshare.space import PoolshareError
-from poolshare.space.presets import UNTRAINED, even_levels
+from poolshare.space import Architecture, CostTable, PoolshareError
+from poolshare.space.presets import UNTRAINED, aligned_levels, even_levels
 from poolshare.supernet.base import outline
+from poolshare.supernet.latency import Latency, device_name
 from poolshare.supernet.training.checkpoint import load_tensors
 
 OPTIONS = {"depth": 4, "embed_dim": 24, "num_heads": 2}
@@ -66,7 +70,11 @@ def test_its_defaults_suit_a_model_that_is_not_trained_for_any_of_this(labelled)
     assert (config.operators, config.max_run, config.budget, config.epochs) == (UNTRAINED, 1, "70%", 0)
     assert labelled.frontier["macs"].max() <= 0.7 * labelled.report.dense["macs"]
     usual = checked_config(data="photos", training=False, weights="mine.pth")
-    assert space_of(usual, outline("vit_tiny_patch16_224", {})).levels == even_levels(196)
+    tiny, registers = (outline(name, {}) for name in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3"))
+    assert space_of(usual, tiny).levels == even_levels(196)
+    auto = checked_config(data="photos", training=False, weights="mine.pth", levels="auto")
+    assert space_of(auto, tiny).levels == aligned_levels(196, 1)
+    assert space_of(auto, registers).levels == aligned_levels(256, 5)
 
 
 def test_the_model_is_the_users_own(place, labelled, tmp_path):
@@ -170,6 +178,78 @@ def test_pictures_without_labels_are_scored_by_agreement(place, unlabelled, verb
     assert "--no-training" in err
 
 
+def test_by_cross_entropy_labels_decide_and_the_dense_model_is_what_losses_are_compared_with(place, tmp_path):
+    given = {"weights": place / "model.safetensors", "quiet": True, **MODEL, **SMALL}
+    found = search(place / "labelled", out=tmp_path / "run", score="loss", **given)
+    data = prepare(found.run.config.without_weights, None, None, classes=found.run.classes).data
+    [(images, labels)] = data.eval_loader("search", 100)
+
+    def losses(text):
+        with torch.inference_mode():
+            return F.cross_entropy(found.model(text)(images).double(), labels, reduction="none").numpy()
+
+    dense = losses("dense")
+    assert found.report.dense["loss"] == pytest.approx(dense.mean(), abs=2e-5)
+    for row in found.candidates.to_dict("records"):
+        more = losses(row["architecture"]) - dense
+        assert row["loss"] == pytest.approx((more + dense).mean(), abs=2e-5)
+        assert row["loss_margin"] == pytest.approx(2.1009 * more.std(ddof=1) / 19**0.5, rel=1e-3, abs=2e-5)
+    assert "The loss is the cross-entropy with the labels" in found.report.verdict
+    card = (tmp_path / "export" / "README.md") if found.export(found.pick(), tmp_path / "export") else None
+    assert "cross-entropy with the labels |" in card.read_text()
+    again = search(
+        place / "labelled", out=tmp_path / "run", **given
+    )  # by divergence: losses of another kind do not mix
+    assert again.report.dense["loss"] == 0
+    assert "divergence from the dense network's answers" in again.report.verdict
+
+
+def test_one_epoch_of_repair_is_taught_by_the_dense_model(place, labelled, tmp_path):
+    facts = labelled.export(labelled.pick(), tmp_path / "export")
+    assert facts["dense"]["search_top1"] == labelled.report.dense["top1"]
+    labelled.export("dense", tmp_path / "dense")
+    options = {"device": "cpu", "recipe_changes": {"epochs": 1, "batch_size": 8}}
+    taught = retrain(tmp_path / "export", tmp_path / "taught", **options)
+    assert "retrained for 1 epochs" in taught["weights"]
+    assert "with the dense model as teacher" in taught["weights"]
+    retrain(tmp_path / "export", tmp_path / "explicit", teacher=tmp_path / "dense", **options)
+    retrain(tmp_path / "export", tmp_path / "alone", teacher="none", **options)
+    one, two, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("taught", "explicit", "alone"))
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    assert any(not torch.equal(one[name], tensor) for name, tensor in alone.items())
+    reached = evaluate(tmp_path / "dense", device="cpu")["top1"]
+    assert taught["dense"]["test_top1"] == evaluate(tmp_path / "taught", device="cpu")["dense_top1"] == reached
+
+
+def test_a_budget_in_milliseconds_is_kept_by_the_table(place, tmp_path, monkeypatch):
+    measured = []
+
+    def table(supernet, batch_size, **_):
+        """A microsecond for each token of a block, and no clock."""
+        space = supernet.space
+        own = {tokens: 1000 * tokens for tokens in space.levels}
+        pools, sinks = dict.fromkeys(space.reductions, 500), dict.fromkeys(space.levels, 100)
+        measured.append(CostTable("latency", 2000, own, own, pools, sinks))
+        return Latency(measured[-1], batch_size, device_name(torch.device("cpu")), torch.get_num_threads(), "fp32", ())
+
+    monkeypatch.setattr(job_module, "measure_latency_table", table)
+    monkeypatch.setattr(untrained_job, "time_models", lambda *_: None)
+    given = {"weights": place / "model.safetensors", "quiet": True, "images": 6, "latency_batch": 4, **MODEL}
+    given |= {"operators": ("evit",), "levels": "auto"}
+    best = {}
+    for limit in (60_000, 50_000):
+        found = search(place / "labelled", out=tmp_path / "run", budget=f"{limit / 1e6}ms", **given)
+        assert (found.run.config.objective, found.report.limits) == ("latency", {"latency_ms": limit / 1e6})
+        assert found.run.config.levels == (16, 15, 7)  # with the CLS token 16 and 8
+        totals = [measured[0].total(Architecture.parse(text)) for text in found.candidates["architecture"]]
+        assert list(found.candidates["latency_ms"] * 1e6) == pytest.approx(totals)
+        within = found.candidates[[total <= limit for total in totals]].set_index("architecture")["loss"]
+        best[limit] = within.min()
+        assert within[found.pick("budget").architecture] == best[limit]
+    assert best[60_000] <= best[50_000]
+    assert len(measured) == 1  # kept in the run folder
+
+
 def test_loose_pictures_are_noticed_without_being_told(place, tmp_path):
     for index in range(6):
         picture(tmp_path / "loose" / f"{index}.png", index)
@@ -219,13 +299,18 @@ def make_bad(root: Path, place: Path) -> None:
         ({"data": "absent"}, "no data at"),
         ({"data": "absent", "unlabelled": True}, "no folder of pictures at"),
         ({"data": "digits", "unlabelled": True}, "--unlabelled goes with a folder of pictures"),
-        ({"weights": "other.safetensors"}, "other.safetensors"),
-        ({"weights": "resnet.safetensors"}, "resnet.safetensors"),
+        (
+            {"weights": "other.safetensors"},
+            "other.safetensors does not fit vit_tiny_patch16_224.augreg_in21k_ft_in1k: it has in another shape",
+        ),
+        ({"weights": "resnet.safetensors"}, "resnet.safetensors is not a checkpoint of vit_tiny_patch16_224"),
         ({"weights": "headless.safetensors"}, "without a head for classes"),
-        ({"weights": "code.pth"}, "code.pth"),
-        ({"weights": "code.pt"}, "code"),
+        ({"weights": "code.pth"}, "code.pth holds pickled code"),
+        ({"weights": "code.pt"}, "code.pt holds pickled code (io.open)"),
         ({"weights": None}, "has no trained weights yet"),
         ({"data": "loose", "metric": first_half}, "the metric first_half needs labels"),
+        ({"data": "loose", "score": "loss"}, "--score loss is the cross-entropy with labels, and the pictures of"),
+        ({"score": "top1"}, "--score top1 tells too little apart without training"),
         ({"epochs": 3}, "--epochs 3 belongs to training"),
         ({"recipe": {"mixup": 0.5}}, "--recipe"),
         ({"trials": 10}, "--trials 10 belongs to training"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from poolshare.search.analysis.pareto import frontier
 from poolshare.search.config import SearchConfig
+from poolshare.search.counts import Counts
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.propose import PROPOSERS, Scored, decode, distributions, encode
@@ -39,7 +40,7 @@ class Counter:
     def __call__(self, architectures, progress):
         self.asked += architectures
         progress(1.0)
-        return [accuracy(architecture) for architecture in architectures], IMAGES
+        return [Counts(accuracy(architecture), IMAGES) for architecture in architectures]
 
 
 def make_task(score, budget=None):

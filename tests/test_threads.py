@@ -118,9 +118,9 @@ def test_the_number_is_recorded_and_every_verb_of_the_run_computes_with_it(two_c
     assert torch.get_num_threads() == 1  # the caller's
     two_cores.setattr(threads, "fastest", lambda step, cores: pytest.fail("steps were timed again"))
 
-    scoring, counted = job_module.count_correct, []
+    scoring, counted = job_module.score_counts, []
     two_cores.setattr(
-        job_module, "count_correct", lambda *a, **o: counted.append(torch.get_num_threads()) or scoring(*a, **o)
+        job_module, "score_counts", lambda *a, **o: counted.append(torch.get_num_threads()) or scoring(*a, **o)
     )
     used.clear()
     run_job(config.model_copy(update={"epochs": 2}), tmp_path / "run")

@@ -114,6 +114,21 @@ def test_places_are_means_over_the_patches_a_token_holds():
                     torch.testing.assert_close(tokens.places[image, token], held.mean(dim=0))
 
 
+@pytest.mark.parametrize("operator", ["tome", "tome_prop", "kmeans", "wkmedoids"])
+def test_clusters_without_members_leave_numbers_behind(operator):
+    """Of equal tokens one cluster takes all; what the others stand for has a logarithm, a place, and can be merged."""
+    net = make(("kmeans", operator) if operator != "kmeans" else ("kmeans",))
+    with torch.no_grad():
+        net.pos_embed.zero_()
+    model = Subnet.from_supernet(net, Architecture.parse(f"64 32@kmeans 16@{operator} 4@{operator}"))
+    for tokens in outputs(model, torch.ones(2, 3, 128, 128)):
+        assert tokens.features.isfinite().all()
+        if tokens.sizes is not None:
+            assert (tokens.sizes > 0).all()
+            torch.testing.assert_close(tokens.sizes.sum(dim=1), torch.full((2,), 64.0))
+            assert tokens.places.isfinite().all()
+
+
 @pytest.mark.parametrize("operator", DROPS)
 def test_what_is_dropped_goes_to_the_nearest_that_is_left(operator):
     net = make(("tome", operator))

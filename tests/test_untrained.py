@@ -6,13 +6,14 @@ import random
 import numpy as np
 import pytest
 
+from poolshare.search.counts import MICRONATS
+from poolshare.search.losses import ImageLosses
 from poolshare.search.untrained.cheapest import CheapestPaths
-from poolshare.search.untrained.damage import single_reductions, steps
-from poolshare.search.untrained.losses import MICRONATS, ImageLosses
+from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
 from poolshare.search.untrained.racing import Race
-from poolshare.search.untrained.search import Effort, gradual, search_untrained
+from poolshare.search.untrained.search import Effort, changed, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
-from poolshare.space.presets import even_levels
+from poolshare.space.presets import aligned_levels, even_levels
 
 SPACE = SearchSpace(depth=8, levels=(100, 90, 80, 70, 60, 50, 40, 30, 20), operators=("kmeans", "tome"), max_run=1)
 BLOCK = {tokens: 1000 * tokens + 2 * tokens**2 for tokens in SPACE.levels}
@@ -67,10 +68,10 @@ def found(allowed):
 
 
 def test_it_finds_the_frontier_of_a_damage_that_is_nearly_additive(allowed, found):
-    best = CheapestPaths(SPACE, COSTS, edge_damage).frontier(allowed.high)
+    paths = CheapestPaths(SPACE, COSTS, edge_damage)
     for share in (1.0, 0.9, 0.8, 0.7):
         limit = share * allowed.high
-        optimum = min(path.damage for path in best if path.cost <= limit)
+        optimum = paths.best(limit).damage
         reached = min(true_damage(a) for a in found.finalists if COSTS.total(a) <= limit)
         assert reached <= 1.1 * optimum
 
@@ -160,6 +161,24 @@ def test_gradual_schedules_lose_as_many_tokens_at_every_layer(allowed):
         assert max(lost) - min(lost) <= 10  # one level: counts between levels are rounded
     dearest = {max(COSTS.total(s) for s in schedules if operator in str(s)) for operator in SPACE.operators}
     assert min(dearest) > 0.9 * allowed.high
+
+
+def test_changes_are_the_neighbours_of_the_best_that_promise_most(allowed):
+    low, rng = allowed.high // 2, random.Random(3)
+    scored = {(a := allowed.sample(rng)): true_damage(a) for _ in range(30)}
+    single = single_reductions(SPACE)
+    model = DamageModel(SPACE, dict(zip(single, map(true_damage, single), strict=True)))
+    found = changed(allowed, low, model, 8, scored)
+    assert 4 <= len(found) <= 8
+    for limit in np.linspace(low, allowed.high, 5)[1:]:
+        base = min((a for a in scored if COSTS.total(a) <= limit), key=scored.get, default=None)
+        if base is None:
+            continue
+        around = [a for a in SPACE.neighbours(base) if low <= COSTS.total(a) <= limit and a not in scored]
+        assert not around or min(around, key=model.total) in found
+    everyone = {a for base in scored for a in SPACE.neighbours(base)}
+    assert set(found) <= everyone - set(scored)
+    assert all(a in allowed and COSTS.total(a) >= low for a in found)
 
 
 # Racing
@@ -252,3 +271,20 @@ def test_the_best_of_many_close_ones_survives_the_race():
         left = race.survivors(left, most, images)
     assert members[0] in left or members[1] in left
     assert all(member in space for member in left)
+
+
+@pytest.mark.parametrize(
+    ("patches", "prefix", "levels"),
+    [
+        (196, 1, (196, 175, 159, 143, 127, 103, 87, 71, 55, 31, 15)),
+        (49, 1, (49, 47, 39, 31, 23, 15, 7)),
+        (49, 5, (49, 43, 35, 27, 19, 11, 3)),
+        (4, 1, (4,)),
+    ],
+)
+def test_aligned_levels_make_whole_eights_with_the_prefix_tokens(patches, prefix, levels):
+    found = aligned_levels(patches, prefix)
+    assert found[0] == patches
+    assert all((count + prefix) % 8 == 0 for count in found[1:])
+    assert list(found) == sorted(set(found), reverse=True)
+    assert found == levels

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from poolshare.search.config import SearchConfig
+from poolshare.search.counts import Counts
 from poolshare.search.job.folder import RunFolder
+from poolshare.search.losses import score_counts
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
-from poolshare.search.scoring import count_correct
 from poolshare.search.study.loop import Task
 from poolshare.search.study.open import open_store
 from poolshare.space import Architecture, SearchSpace
@@ -39,13 +40,13 @@ def main() -> None:
     torch.manual_seed(0)
     batches = [(torch.randn(IMAGES, net.in_chans, *net.patch_embed.img_size), torch.arange(IMAGES) % 10)]
     macs, parameters = measure_macs(net), measure_parameters(net)
-    count_correct(net, [SPACE[0]], batches)
+    score_counts(net, [SPACE[0]], batches)
     looks = [{"architectures": 1, "peak_mb": peak()}]
     scored = 0
 
-    def score(architectures: list[Architecture], progress: object) -> tuple[list[int], int]:
+    def score(architectures: list[Architecture], progress: object) -> list[Counts]:
         nonlocal scored
-        found = count_correct(net, architectures, batches)
+        found = score_counts(net, architectures, batches)
         scored += len(architectures)
         looks.append({"architectures": scored, "peak_mb": peak()})
         return found

@@ -33,8 +33,9 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
+from poolshare.search.counts import MICRONATS
 from poolshare.search.job.records import write_csv
-from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
+from poolshare.search.losses import ImageLosses, image_losses
 from poolshare.space import Architecture, Band, SearchSpace
 from poolshare.space.operators import grid_of
 from poolshare.space.presets import even_levels

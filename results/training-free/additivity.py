@@ -1,6 +1,6 @@
 """Which sum of single reductions predicts what a schedule of several does: random schedules at 60 to 85 % of the MACs.
 
-    python results/training-free/additivity.py IMAGES WEIGHTS --operators tome kmeans mstm
+    python results/training-free/additivity.py eurosat EUROSAT TUNED --searched 200
 
 D(layer, tokens) is the divergence from the dense model of one reduction that stays to the end. Each form adds something
 up over the steps (layer, before -> after) of a schedule. "corrected" is the ridge regression of `DamageModel.fit`, "GP" the
@@ -11,28 +11,27 @@ and the tau between the two halves of the images: what any prediction of one fro
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from reproduce import DEPTH, LEVELS, PATCHES, SEARCHED, Scorer, load_images
 from scipy.stats import kendalltau
+from setting import Losses, Scorer, Setting, arguments
 
+from poolshare.search.counts import MICRONATS
 from poolshare.search.samplers.surrogate import Surrogate
 from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
-from poolshare.search.untrained.losses import MICRONATS
-from poolshare.space import Architecture, SearchSpace
+from poolshare.space import Architecture
 
 FOLDS = 10
 
 
 def forms(model: DamageModel) -> dict[str, Callable[[Architecture], float]]:
     """Name → sum over the steps of an architecture."""
+    dense = model.space.levels[0]
 
     def added(step: Callable[[Callable[[float], float], int, int], float]) -> Callable[[Architecture], float]:
         def total(architecture: Architecture) -> float:
@@ -49,33 +48,25 @@ def forms(model: DamageModel) -> dict[str, Callable[[Architecture], float]]:
         "D(after) - D(before) / 2": added(lambda D, before, after: D(after) - D(before) / 2),
         "D(after) - D(before)": added(lambda D, before, after: D(after) - D(before)),
         "(root D(after) - root D(before)) ** 2": added(lambda D, b, a: (D(a) ** 0.5 - D(b) ** 0.5) ** 2),
-        "D(dense * after / before)": added(lambda D, before, after: D(PATCHES * after / before)),
-        "D(dense - before + after)": added(lambda D, before, after: D(PATCHES - before + after)),
+        "D(dense * after / before)": added(lambda D, before, after: D(dense * after / before)),
+        "D(dense - before + after)": added(lambda D, before, after: D(dense - before + after)),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="IMAGES")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS")
-    parser.add_argument("--operators", nargs="+", default=["tome"])
+    parser = arguments(__doc__)
     parser.add_argument("--schedules", type=int, default=100)
-    parser.add_argument("--searched", type=int, default=SEARCHED)
-    parser.add_argument("--cache", type=Path, default=Path("images.pt"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=25)
     options = parser.parse_args()
-    options.loss = "divergence"
     torch.set_num_threads(1)
-    space = SearchSpace(DEPTH, LEVELS, tuple(options.operators), max_run=1, has_cls=True)
-    scorer = Scorer(space, load_images(options.folder, options.cache), options)
+    setting = Setting.open(options)
+    scorer = Scorer(setting.space(), setting, Losses(setting))
+    space = scorer.net.space
     dense = scorer.costs.total(space[0])
     band, rng = space.within(scorer.costs, 0.6 * dense, 0.85 * dense), random.Random(0)
     singles = single_reductions(space)
     drawn = list(dict.fromkeys(band.sample(rng) for _ in range(options.schedules)))
     schedules = [schedule for schedule in drawn if schedule not in singles]
-    found = scorer([*singles, *schedules], np.arange(options.searched)).loss / MICRONATS
+    found = scorer([*singles, *schedules], setting.places(0)[0]).loss / MICRONATS
     measured, losses = dict(zip(singles, found.mean(1), strict=False)), found[len(singles) :]
     truth, errors = losses.mean(1), losses.std(1) / losses.shape[1] ** 0.5
     model = DamageModel(space, measured)
@@ -103,10 +94,9 @@ def main() -> None:
     halves = kendalltau(losses[:, ::2].mean(1), losses[:, 1::2].mean(1)).statistic
     rows.append({"form": "one half of the images from the other", "tau": round(float(halves), 3)})
     table = pd.DataFrame(rows)
-    print(f"{', '.join(space.operators)}: {len(schedules)} schedules on {options.searched} images")
+    print(f"{', '.join(space.operators)}: {len(schedules)} schedules on {losses.shape[1]} images")
     print(table.to_string(index=False))
-    if options.out:
-        table.to_csv(options.out, index=False)
+    table.to_csv(options.out / f"{options.setting}-additivity.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Ways to search without training at equal cost: shortest paths, the Gaussian process on losses and on top-1, draws.
 
-    python results/training-free/compare.py IMAGES WEIGHTS --splits 0 1 2 --out results/training-free/compare.csv
+    python results/training-free/compare.py eurosat EUROSAT TUNED --splits 0 1 2
 
-Every way may spend as many dense passes over the 300 search images as the shortest paths took, or the given multiples
-of it. What it holds best by its own score is tested on the other 700 images: the area below the frontier of mean
+Every way may spend as many dense passes over the search images as the shortest paths took, or the given multiples
+of it. What it holds best by its own score is tested on the test images: the area below the frontier of mean
 divergence over cost, from half of the budget to the budget, and the best within the budget. Lower is better.
 """
 
@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from reproduce import DEPTH, LEVELS, SEARCHED, Scorer, load_images
+from setting import Losses, Scorer, Setting, arguments, nats
 
+from poolshare.search.counts import MICRONATS
+from poolshare.search.losses import ImageLosses
 from poolshare.search.samplers.propose import PROPOSERS, Scored
 from poolshare.search.study.loop import GENERATION
-from poolshare.search.untrained.losses import MICRONATS, ImageLosses
 from poolshare.search.untrained.search import Effort, search_untrained
-from poolshare.space import Architecture, Band, SearchSpace, forecast
-from poolshare.space.presets import UNTRAINED
+from poolshare.space import Architecture, Band, forecast
 
 FINALISTS = 16  # of every way, tested on the other images
 
@@ -71,13 +70,12 @@ def area(costs: Sequence[float], losses: Sequence[float], low: float, high: floa
 
 def compare(scorer: Scorer, allowed: Band, split: int, options: argparse.Namespace) -> Iterator[dict]:
     """One row for each way to search on one split of the images."""
-    order = np.random.default_rng(split).permutation(len(scorer.images[1]))
-    search, test = order[: options.searched], order[SEARCHED:][: options.tested]
+    search, test = scorer.setting.places(split)
 
     def row(way: str, finalists: list[Architecture], passes: float, seconds: float) -> dict:
         tested = scorer(finalists, test)
         costs = [scorer.costs.total(architecture) for architecture in finalists]
-        losses = tested.loss.mean(1) / MICRONATS
+        losses = nats(tested)
         chosen = int(np.argmax(costs))  # a frontier's most expensive is its best
         return {
             "way": way,
@@ -107,30 +105,21 @@ def compare(scorer: Scorer, allowed: Band, split: int, options: argparse.Namespa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="IMAGES")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS")
+    parser = arguments(__doc__)
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cache", type=Path, default=Path("images.pt"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "compare.csv")
     parser.add_argument("--multiples", type=float, nargs="+", default=[1, 3])
-    parser.add_argument("--searched", type=int, default=SEARCHED)
-    parser.add_argument("--tested", type=int, help="of the other images; default: all of them")
-    parser.add_argument("--budget", type=float, default=0.7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=25)
     options = parser.parse_args()
-    options.loss = "divergence"
     torch.set_num_threads(1)
-    space = SearchSpace(DEPTH, LEVELS, UNTRAINED, max_run=1, has_cls=True)
-    scorer = Scorer(space, load_images(options.folder, options.cache), options)
+    setting = Setting.open(options)
+    scorer = Scorer(setting.space(), setting, Losses(setting))
+    space = scorer.net.space
     allowed = space.within(scorer.costs, None, options.budget * scorer.costs.total(space[0]))
     rows = []
     for split in options.splits:
         for row in compare(scorer, allowed, split, options):
             rows.append(row)
             print(row, flush=True)
-            pd.DataFrame(rows).to_csv(options.out, index=False)
+            pd.DataFrame(rows).to_csv(options.out / f"{options.setting}-compare.csv", index=False)
 
 
 if __name__ == "__main__":

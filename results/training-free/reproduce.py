@@ -1,65 +1,28 @@
-"""ViT-Tiny with its 1,000 ImageNet classes, made cheaper without training: searched on 300 images, tested on 700 others.
+"""A model made cheaper without training: searched on some images, tested on others, beside uniform schedules.
 
-    python results/training-free/reproduce.py IMAGES WEIGHTS --split 0 --out results/training-free
+    python results/training-free/reproduce.py imagenet IMAGES WEIGHTS --splits 0 1 2
+    python results/training-free/reproduce.py eurosat EUROSAT TUNED --splits 0 --loss cross-entropy
 
-IMAGES is a folder with one sub-folder of pictures for each ImageNet class, in the order of its synsets; WEIGHTS is timm's
-vit_tiny_patch16_224 as .safetensors. Decoded images are kept in --cache. Beside what the search finds stand the dense
-model and uniform schedules: the same number of tokens less before every block, at equal MACs.
+See setting.py for IMAGES and WEIGHTS. A uniform schedule merges or drops as many tokens before every block, at equal MACs.
+Writes <setting>-<split>.json; figure.py draws it. A stopped script goes on where it was: every loss is kept in --work.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from timm.data import create_transform
-from torchvision.datasets import ImageFolder
+from setting import DEPTH, WIDTH, Losses, Scorer, Setting, arguments, make_net, nats
 
-from poolshare.search.untrained.losses import MICRONATS, ImageLosses, image_losses
+from poolshare.search.losses import ImageLosses
 from poolshare.search.untrained.search import Effort, search_untrained
-from poolshare.space import Architecture, CostTable, Layer, SearchSpace
-from poolshare.space.presets import UNTRAINED
-from poolshare.supernet import SuperNet, measure_macs
+from poolshare.space import Architecture, Layer, SearchSpace
+from poolshare.supernet import measure_macs
 
-MODEL, PATCHES, DEPTH, WIDTH = "vit_tiny_patch16_224", 196, 12, 192
-SEARCHED = 300  # of the 1,000 images; the others are for testing
-LEVELS = (196, 178, 160, 142, 124, 106, 88, 70, 52, 34, 16)
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the dense model's MACs, for the uniform schedules
-
-
-def load_images(folder: Path, cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1000, 3, 224, 224) and (1000,) in a fixed random order, as the model wants them."""
-    if not cache.exists():
-        half = (0.5, 0.5, 0.5)
-        transform = create_transform((3, 224, 224), mean=half, std=half, interpolation="bicubic", crop_pct=0.9)
-        data = ImageFolder(str(folder), transform)
-        order = np.random.default_rng(0).permutation(len(data))
-        labels = torch.tensor([data.targets[index] for index in order])
-        torch.save((torch.stack([data[index][0] for index in order]), labels), cache)
-    return torch.load(cache, weights_only=True, mmap=True)
-
-
-class Scorer:
-    """Losses of a space's architectures on images, named by their places."""
-
-    def __init__(self, space: SearchSpace, images: tuple[torch.Tensor, torch.Tensor], options: argparse.Namespace):
-        self.net = SuperNet.from_timm(MODEL, space)
-        self.net.load_state_dict(self.net.state_dict() | load_file(options.weights))
-        self.costs = measure_macs(self.net)
-        self.net.to(options.device)
-        self.images, self.loss, self.batch = images, options.loss, options.batch
-
-    def __call__(self, architectures: Sequence[Architecture], places: np.ndarray) -> ImageLosses:
-        parts = [torch.from_numpy(places[at : at + self.batch]) for at in range(0, len(places), self.batch)]
-        batches = [(self.images[0][part], self.images[1][part]) for part in parts]
-        return image_losses(self.net, architectures, batches, loss=self.loss)
+PUBLISHED = "tome"  # beside the operators of the space: without proportional attention
 
 
 def block(patches: int) -> int:
@@ -68,124 +31,134 @@ def block(patches: int) -> int:
     return 12 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH + 10 * tokens * WIDTH
 
 
-def uniform(operator: str, budget: float, dense: int) -> Architecture:
+def scheduled(counts: list[int], operator: str) -> Architecture:
+    """The architecture with these patch tokens in its layers."""
+    layers = (Layer(after, operator if after < before else None) for before, after in pairwise(counts))
+    return Architecture((Layer(counts[0]), *layers))
+
+
+def uniform(patches: int, operator: str, budget: float, dense: int) -> Architecture:
     """As many tokens less before each block, one more before the first few; blocks alone just keep the budget."""
     best: tuple[int, list[int]] = (0, [])
-    for less in range(PATCHES // DEPTH):
+    for less in range(patches // DEPTH):
         for longer in range(DEPTH - 1):
-            counts = [PATCHES - less * index - min(index, longer) for index in range(DEPTH)]
-            cost = dense - DEPTH * block(PATCHES) + sum(map(block, counts))
+            counts = [patches - less * index - min(index, longer) for index in range(DEPTH)]
+            cost = dense - DEPTH * block(patches) + sum(map(block, counts))
             if cost <= budget:
                 best = max(best, (cost, counts))
-    counts = best[1]
-    pairs = pairwise(counts)
-    return Architecture((Layer(PATCHES), *(Layer(b, operator if b < a else None) for a, b in pairs)))
+    return scheduled(best[1], operator)
 
 
-def uniform_within(
-    operator: str, budget: float, dense: int, images: tuple[torch.Tensor, torch.Tensor], options: argparse.Namespace
-) -> tuple[Architecture, Scorer]:
-    """The uniform schedule that keeps the budget with its operators' own MACs, and what scores it."""
-    room = budget
+def around(schedules: list[Architecture], operators: tuple[str, ...]) -> SearchSpace:
+    """A space that holds them."""
+    counts = sorted({layer.tokens for schedule in schedules for layer in schedule.layers}, reverse=True)
+    return SearchSpace(DEPTH, tuple(counts), operators, 1, has_cls=True)
+
+
+def uniforms(operator: str, shares: list[float], dense: int, setting: Setting) -> list[Architecture]:
+    """A uniform schedule for each share of the dense MACs that keeps it with the operator's own."""
+    rooms = {share: share * dense for share in shares}
     while True:
-        schedule = uniform(operator, room, dense)
-        counts = tuple(dict.fromkeys(layer.tokens for layer in schedule.layers))
-        alone = Scorer(SearchSpace(DEPTH, counts, (operator,), 1, True), images, options)
-        excess = alone.costs.total(schedule) - budget
-        if excess <= 0:
-            return schedule, alone
-        room -= excess
+        schedules = [uniform(setting.patches, operator, room, dense) for room in rooms.values()]
+        costs = measure_macs(make_net(setting, around(schedules, (operator,))))
+        excess = {share: costs.total(one) - share * dense for share, one in zip(shares, schedules, strict=True)}
+        if max(excess.values()) <= 0:
+            return schedules
+        rooms = {share: room - max(0, excess[share]) for share, room in rooms.items()}
 
 
-def row(name: str, architecture: Architecture, costs: CostTable, losses: ImageLosses, dense: ImageLosses) -> dict:
+def row(
+    name: str, architecture: Architecture, macs: int, share: float, losses: ImageLosses, dense: ImageLosses
+) -> dict:
     """Accuracy and its paired difference to dense in points with 95 %, and the mean loss in nats."""
     difference = 100 * (losses.right[0].astype(float) - dense.right[0])
     return {
         "name": name,
         "architecture": str(architecture),
-        "macs": costs.total(architecture),
-        "share": round(costs.total(architecture) / costs.total(Architecture((Layer(PATCHES),) * DEPTH)), 4),
+        "macs": macs,
+        "share": round(share, 4),
         "top1": round(100 * float(losses.right.mean()), 2),
         "difference": round(float(difference.mean()), 2),
         "margin": round(1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5, 2),
-        "loss": round(float(losses.loss.mean()) / MICRONATS, 4),
+        "loss": round(float(nats(losses)[0]), 4),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="IMAGES")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS")
-    parser.add_argument("--split", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path("images.pt"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS)
-    parser.add_argument("--operators", nargs="+", default=UNTRAINED)
-    parser.add_argument("--budget", type=float, default=0.7)
-    parser.add_argument("--loss", default="divergence")
-    parser.add_argument("--searched", type=int, default=SEARCHED)
-    parser.add_argument("--tested", type=int, help="of the other images; default: all of them")
-    parser.add_argument("--rounds", type=int, default=Effort.rounds)
-    parser.add_argument("--proposals", type=int, default=Effort.proposals)
-    parser.add_argument("--finalists", type=int, default=Effort.finalists)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=25)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(exist_ok=True, parents=True)
-    images = load_images(options.folder, options.cache)
-    order = np.random.default_rng(options.split).permutation(len(images[1]))
-    search, test = order[: options.searched], order[SEARCHED:][: options.tested]
+def tested(
+    name: str, architectures: list[Architecture], scorer: Scorer, test: np.ndarray, reference: ImageLosses
+) -> list[dict]:
+    """A row for each."""
+    found, dense, rows = scorer(architectures, test), scorer.costs.total(scorer.net.space[0]), []
+    for place, architecture in enumerate(architectures):
+        one = ImageLosses(found.loss[place : place + 1], found.right[place : place + 1])
+        macs = scorer.costs.total(architecture)
+        used = next((layer.operator for layer in architecture.layers if layer.operator), "")
+        rows.append(
+            row(f"{name} {used}" if name == "uniform" else name, architecture, macs, macs / dense, one, reference)
+        )
+        print(rows[-1], flush=True)
+    return rows
 
-    space = SearchSpace(DEPTH, tuple(options.levels), tuple(options.operators), max_run=1, has_cls=True)
-    scorer = Scorer(space, images, options)
-    dense = scorer.costs.total(space[0])
-    start = time.monotonic()
+
+def search(split: int, scorer: Scorer, effort: Effort, budget: float) -> tuple[dict, list[Architecture]]:
+    """What it took, and the frontier of its finalists by the loss on the images it saw, by rising cost."""
+    places, _ = scorer.setting.places(split)
+    start, dense = time.monotonic(), scorer.costs.total(scorer.net.space[0])
 
     def note(text: str) -> None:
-        print(f"{time.monotonic() - start:6.0f} s  {text}", flush=True)
+        print(f"{time.monotonic() - start:6.0f} s  split {split}: {text}", flush=True)
 
-    found = search_untrained(
-        space.within(scorer.costs, None, options.budget * dense),
-        lambda architectures, begin, end: scorer(architectures, search[begin:end]),
-        len(search),
-        Effort(options.rounds, options.proposals, options.finalists, options.split),
-        note,
-    )
-    race = found.race
-    result = {
-        "split": options.split,
-        "images": len(search),
-        "loss": options.loss,
-        "levels": space.levels,
-        "operators": space.operators,
+    allowed = scorer.net.space.within(scorer.costs, None, budget * dense)
+    found = search_untrained(allowed, lambda a, begin, end: scorer(a, places[begin:end]), len(places), effort, note)
+    frontier: list[Architecture] = []
+    for architecture in found.finalists:
+        if not frontier or found.race.loss(architecture) < found.race.loss(frontier[-1]):
+            frontier.append(architecture)
+    facts = {
+        "images": len(places),
         "seconds": round(time.monotonic() - start),
         "passes": round(found.passes, 1),
         "rounds": found.rounds,
-        "scored": [
-            {"architecture": str(a), "images": race.losses[a].images, "loss": race.loss(a)} for a in race.losses
-        ],
+        "scored": len(found.race.losses),
+        "searched": {str(architecture): round(found.race.loss(architecture), 4) for architecture in frontier},
     }
-    note(f"searched: {found.passes:.1f} dense passes, {found.rounds} rounds")
+    note(f"searched: {found.passes:.1f} dense passes, {found.rounds} rounds, {len(found.race.losses)} architectures")
+    return facts, frontier
 
-    def save(rows: list[dict]) -> None:
-        path = options.out / f"split-{options.split}.json"
-        path.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
-    reference = scorer([space[0]], test)
-    rows = [row("dense", space[0], scorer.costs, reference, reference)]
-    tested = scorer(found.finalists, test)
-    for place, architecture in enumerate(found.finalists):
-        one = ImageLosses(tested.loss[place : place + 1], tested.right[place : place + 1])
-        rows.append(row("searched", architecture, scorer.costs, one, reference) | {"searched": race.loss(architecture)})
-        note(str(rows[-1]))
-    save(rows)
-    for share in sorted(SHARES, key=lambda share: abs(share - options.budget)):
-        for operator in space.operators:
-            schedule, alone = uniform_within(operator, share * dense, dense, images, options)
-            rows.append(row(f"uniform {operator}", schedule, alone.costs, alone([schedule], test), reference))
-            note(str(rows[-1]))
-        save(rows)
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--splits", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=Effort.rounds)
+    parser.add_argument("--proposals", type=int, default=Effort.proposals)
+    parser.add_argument("--finalists", type=int, default=Effort.finalists)
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.7, 0.6, 0.5], help="of uniform schedules")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    setting = Setting.open(options)
+    losses = Losses(setting)
+    scorer = Scorer(setting.space(), setting, losses)
+    dense = scorer.costs.total(scorer.net.space[0])
+    operators = (PUBLISHED, *scorer.net.space.operators)
+    beside = {one: uniforms(one, options.shares, dense, setting) for one in operators if options.shares}
+    if beside:  # one walk over all of them
+        together = Scorer(around([one for each in beside.values() for one in each], operators), setting, losses)
+    for split in options.splits:
+        effort = Effort(options.rounds, options.proposals, options.finalists, split)
+        facts, frontier = search(split, scorer, effort, options.budget)
+        _, test = setting.places(split)
+        reference = scorer([scorer.net.space[0]], test)
+        rows = [row("dense", scorer.net.space[0], dense, 1.0, reference, reference)]
+        rows += tested("searched", frontier, scorer, test, reference)
+        if beside:
+            rows += tested("uniform", [one for each in beside.values() for one in each], together, test, reference)
+        result = vars(options) | {"split": split, "levels": scorer.net.space.levels, **facts, "rows": rows}
+        name = f"{options.setting}-{split}" + ("" if options.loss == "divergence" else f"-{options.loss}")
+        name += "" if options.searched is None else f"-{options.searched}"
+        kept = {
+            key: value for key, value in result.items() if key not in ("folder", "weights", "work", "out", "splits")
+        }
+        (options.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from ..progress import advance_step, progress_bar
 from ..report.report import load_report
 from ..report.write import write_report
 from ..scoring import SCORING_BATCH, Metric, count_right, top1
-from .pareto import TRAINED, ranked
+from .pareto import TRAINED, ranked, score_of
 
 
 def train_finalists(
@@ -50,7 +50,7 @@ def train_finalists(
     data_dir: str | None = None,
     metric: Metric = top1,
 ) -> pd.DataFrame:
-    """Train the `count` most accurate candidates within the budget further, each alone, and score them again.
+    """Train the `count` best candidates within the budget further, each alone, and score them again.
 
     Of candidates with the same tokens in every layer only the best takes part: they differ in sharing alone, and hardly
     in accuracy. Architectures that the search was asked to include take part too, where they are within the budget. Each
@@ -101,8 +101,9 @@ def _alike(rows: pd.DataFrame, recipe: Recipe) -> pd.Series:
 
 
 def choose(candidates: pd.DataFrame, count: int, cost: str, included: Sequence[str] = ()) -> pd.DataFrame:
-    """The most accurate candidates, of equals the cheapest, each with other tokens in some layer; then those included."""
-    best_first = candidates.sort_values(["top1", cost], ascending=[False, True], kind="stable")
+    """The best candidates, of equals the cheapest, each with other tokens in some layer; then those included."""
+    score = score_of(candidates)
+    best_first = candidates.sort_values([score, cost], ascending=[score == "loss", True], kind="stable")
     tokens = best_first["architecture"].map(
         lambda text: tuple((layer.tokens, layer.operator) for layer in Architecture.parse(text).layers)
     )

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -149,6 +148,11 @@ def sides_of(text: str) -> int | tuple[int, ...]:
     return (height, *width) if width else height
 
 
+def levels(text: str) -> tuple[int, ...] | str | None:
+    """--levels read: token counts, or the name of a rule for them."""
+    return text if text in ("auto", "even") else integers("--levels", text)
+
+
 def settings_of(
     text: str | None, option: str = "--model-args", example: str = "depth=6,patch_size=4"
 ) -> dict[str, Any]:
@@ -193,8 +197,7 @@ def recipe_of(text: str | None) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "levels": partial(integers, "--levels"), "operators": words, "img_size": sides_of, "model_args": settings_of,
-    "recipe": recipe_of,
+    "levels": levels, "operators": words, "img_size": sides_of, "model_args": settings_of, "recipe": recipe_of,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from poolshare.supernet import Subnet, SuperNet, count_macs
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
+from ..counts import LOSS_WORDS
 from ..job.dense import Tuned, load_dense, read_tuned
 from ..job.folder import RunFolder, check_outside
 from ..job.prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
@@ -41,7 +42,7 @@ class DenseFacts(BaseModel):
     architecture: str
     weights: str  # the file
     sha256: str
-    search_top1: float = Field(ge=0, le=100)  # percent of the search-validation images
+    search_top1: float | None = Field(None, ge=0, le=100)  # percent of the search-validation images
     test_top1: float | None = Field(None, ge=0, le=100)
 
 
@@ -160,6 +161,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **({"search_top1": float(search_top1[0])} if search_top1 and summary.get("labelled", True) else {}),
         **({"search_loss": float(scored["loss"].iloc[0])} if len(scored) and "loss" in scored else {}),
+        "scored_by": folder.scored_by(),
         "data": config.data,
         "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
@@ -171,19 +173,23 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "pretrained": config.warm,
         "threads": config.threads,
         "weights": weights,
-        **({"dense": _dense_facts(folder, tuned)} if tuned else {}),
+        **({"dense": _dense_facts(folder, tuned)} if tuned or not config.training else {}),
     }
     save_export(out, model, classes, data_config, facts)
     return facts
 
 
-def _dense_facts(folder: RunFolder, tuned: Tuned) -> dict[str, Any]:
-    """What an export knows about the run's dense model: it teaches when the export is retrained."""
+def _dense_facts(folder: RunFolder, tuned: Tuned | None) -> dict[str, Any]:
+    """What an export knows about the run's dense model, which teaches when the export is retrained.
+
+    tuned: None: nothing was trained, so the supernet's weights are the dense model's.
+    """
+    summary, file = folder.read_summary(), folder.dense if tuned else folder.supernet
     return {
-        "architecture": folder.read_summary()["dense"]["architecture"],
-        "weights": str(folder.dense.resolve()),
-        "sha256": digest_of(folder.dense),
-        "search_top1": tuned.top1,
+        "architecture": summary["dense"]["architecture"],
+        "weights": str(file.resolve()),
+        "sha256": digest_of(file),
+        **({"search_top1": summary["dense"]["top1"]} if summary.get("labelled", True) else {}),
     }
 
 
@@ -316,7 +322,7 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
     numbers.append(f"| parameters | {record['parameters']:,} |")
     dense = record.get("dense") or {}
     if "search_loss" in record:
-        numbers.append(f"| divergence from the dense model's answers | {record['search_loss']:.4f} nats |")
+        numbers.append(f"| {LOSS_WORDS[record['scored_by']]} | {record['search_loss']:.4f} nats |")
     for key, label in (("search_top1", "top-1 before retraining, search-validation"), ("test_top1", "top-1, test")):
         if key in record:
             beside = f" (dense model: {dense[key]:.2f} %)" if key in dense else ""

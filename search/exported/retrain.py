@@ -24,7 +24,7 @@ from poolshare.supernet.data import Data, Place, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
-from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, shapes_of
+from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
 
 from ..analysis.guard import against_dense
@@ -65,7 +65,7 @@ def retrain(
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
-    the dense model that the run has tuned, if any. threads: of PyTorch on a CPU; None: see `choose_threads`.
+    the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
@@ -235,13 +235,14 @@ def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> T
 
 
 def _dense_model(source: Exported) -> Subnet | None:
-    """The dense model that the export's run has tuned, in evaluation mode; None where its file is gone or another."""
+    """The dense model of the export's run, in evaluation mode; None where its file is gone or another."""
     dense = source.facts.get("dense")
     if not dense or not Path(dense["weights"]).is_file() or digest_of(Path(dense["weights"])) != dense["sha256"]:
         return None
     base, options = source.model.base
     model = Subnet.from_base(base, dense["architecture"], **options)
-    model.load_state_dict(load_tensors(Path(dense["weights"]), shapes_of(model))[0])
+    tensors, _ = load_tensors(Path(dense["weights"]))
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})  # without a supernet's learned poolings
     return model.eval()
 
 

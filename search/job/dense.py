@@ -22,8 +22,10 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 
+from ..counts import Counts
+from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
-from ..scoring import SCORING_BATCH, count_correct, count_right
+from ..scoring import SCORING_BATCH, count_right
 from .folder import RunFolder
 from .prepare import Job, tuning_recipe
 
@@ -125,8 +127,8 @@ def takes_dense_weights(architecture: Architecture) -> bool:
 
 
 @torch.no_grad()
-def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[str, int]:
-    """Right answers on the search-validation images with the dense model's weights, by architecture.
+def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[str, Counts]:
+    """Scores on the search-validation images with the dense model's weights, by architecture.
 
     The supernet has its own weights again afterwards.
     """
@@ -137,7 +139,7 @@ def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[
     try:
         load_dense(job.supernet, folder.dense)
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        counts, _ = count_correct(job.supernet, architectures, batches, metric=job.metric)
+        counts = score_counts(job.supernet, architectures, batches, job.config.score, job.metric)
     finally:
         job.supernet.load_state_dict(own)
     return dict(zip(map(str, architectures), counts, strict=True))

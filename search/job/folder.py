@@ -25,7 +25,8 @@ from .records import FORMAT, read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
 
-BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # None until the model has been made
+BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # not decided until the model has been made:
+UNDECIDED = (None, "even", "auto")
 CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
 MORE = ("latency_ms", "loss", "loss_margin")  # of candidates too, where they are known
 FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
@@ -114,7 +115,7 @@ class RunFolder:
                 for name in SearchConfig.model_fields
                 if name not in MAY_DIFFER
                 and getattr(earlier, name) != getattr(config, name)
-                and not (name in BY_MODEL and getattr(config, name) is None)
+                and not (name in BY_MODEL and getattr(config, name) in UNDECIDED)
             ]
             if earlier.data != config.data and {*map(DataKind.of, (earlier.data, config.data))} != {DataKind.FOLDER}:
                 changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
@@ -165,6 +166,8 @@ class RunFolder:
         if path.exists():
             self.check_same(data, storage, files)
             defaults |= set(self.defaults) - set(MAY_DIFFER)  # one that is spelled out now is still a default
+            if self.config.score not in ("top1", RunFolder.open(self.path).config.score):
+                self.candidates.unlink(missing_ok=True)  # by right answers or another loss; the study keeps them
         earlier = self.notes if path.exists() else ()
         content = {
             "format": FORMAT,
@@ -344,6 +347,10 @@ class RunFolder:
             if "timed" in summary:
                 Timed.from_json(summary["timed"])
             return summary
+
+    def scored_by(self) -> str:
+        """What the candidates of a finished search were compared by, see `--score`; empty where there are none."""
+        return str(self.read_summary().get("score", "top1")) if self.summary.exists() else ""
 
     def read_trust(self) -> dict[str, Any] | None:
         """What the verb `trust` wrote, a plan and a recipe before it has finished; None where there is nothing.

@@ -30,17 +30,19 @@ from poolshare.supernet.training.recipe import Recipe
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
+from ..counts import MICRONATS, Counts
+from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..scoring import SCORING_BATCH, Metric, count_correct, top1
+from ..scoring import SCORING_BATCH, Metric, top1
 from ..study.loop import GENERATION, Task, run_study
 from ..study.open import check_storage, open_store
 from ..untrained.offered import offered
 from ..untrained.record import Record, drawn, search_job
 from ..untrained.search import expected_cost
-from .dense import begun_tuning, phases, read_tuned, score_with_dense, tuned_model
+from .dense import Tuned, begun_tuning, phases, read_tuned, score_with_dense, tuned_model
 from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
@@ -241,6 +243,8 @@ def study_name(job: Job, folder: RunFolder) -> str:
         ours |= {"budget": job.config.budget, "sampler": job.config.sampler, "generation": GENERATION}
         if job.config.objective == "latency":
             ours["objective"] = job.objective.to_json()
+    if job.config.score != "top1":
+        ours["score"] = job.config.score
     digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
     for name, tensor in sorted(job.supernet.state_dict().items()):
         digest.update(name.encode() + tensor.detach().contiguous().cpu().numpy().tobytes())
@@ -295,12 +299,14 @@ def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -
     return frame
 
 
-def _record(folder: RunFolder) -> dict[Architecture, tuple[int, int]]:
-    """What earlier searches scored with these weights: correct answers and images."""
+def _record(folder: RunFolder) -> dict[Architecture, Counts]:
+    """What earlier searches scored with these weights; `write_config` has removed losses of another kind."""
     if not folder.candidates.exists():
         return {}
-    rows = folder.read_candidates().itertuples()
-    return {Architecture.parse(row.architecture): (int(row.correct), int(row.total)) for row in rows}
+    frame, by_loss = folder.read_candidates(), folder.config.score != "top1"
+    frame["loss"] = (frame["loss"] * frame["total"] * MICRONATS).round().astype("int64") if by_loss else None
+    rows = frame[["architecture", "correct", "total", "loss"]].itertuples(index=False)
+    return {Architecture.parse(text): Counts(*numbers) for text, *numbers in rows}
 
 
 def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
@@ -309,9 +315,9 @@ def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
     missing = [architecture for architecture in dict.fromkeys(job.include) if str(architecture) not in present]
     if not missing:
         return frame
-    counts, total = task.score(missing, lambda share: None)
+    counts = task.score(missing, lambda share: None)
     last = int(frame["generation"].max()) if len(frame) else 0
-    rows = [task.row(architecture, correct, total, last) for architecture, correct in zip(missing, counts, strict=True)]
+    rows = [task.row(architecture, each, last) for architecture, each in zip(missing, counts, strict=True)]
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
@@ -336,14 +342,19 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _dense_top1(job: Job, candidates: pd.DataFrame) -> float:
-    """The dense network's with the supernet's weights, percent."""
-    dense = candidates[candidates["architecture"] == str(job.dense)]
-    if not dense.empty:
-        return float(dense["top1"].iloc[0])
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-    [correct], total = count_correct(job.supernet, [job.dense], batches, metric=job.metric)
-    return 100 * correct / total
+def _dense_score(job: Job, folder: RunFolder, tuned: Tuned | None, candidates: pd.DataFrame) -> dict[str, float]:
+    """The dense model's columns top1 and, where losses decide, loss: with its own weights, else with the supernet's."""
+    if tuned and job.config.score == "top1":
+        return {"top1": tuned.top1}
+    row = candidates[candidates["architecture"] == str(job.dense)]
+    if (not tuned or job.config.races) and not row.empty:
+        return {name: float(row[name].iloc[0]) for name in ("top1", "loss") if name in row}
+    if tuned:
+        [counts] = score_with_dense(job, folder, [str(job.dense)]).values()
+    else:
+        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+        [counts] = score_counts(job.supernet, [job.dense], batches, job.config.score, job.metric)
+    return {name: counts.columns[name] for name in ("top1", "loss") if name in counts.columns}
 
 
 def conclude(
@@ -360,7 +371,7 @@ def conclude(
     if job.exhaustive:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     tuned = read_tuned(folder)
-    top1 = tuned.top1 if tuned and not job.config.races else _dense_top1(job, candidates)
+    dense = _dense_score(job, folder, tuned, candidates)
     try:
         earlier = folder.read_summary()["seconds"]
     except RunError:  # none yet, or damaged: it is made again
@@ -373,10 +384,9 @@ def conclude(
     if tuned:
         begin = time.monotonic()
         best = frontier(candidates, cost)
-        wanted = (
-            [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
-        )  # else they are the weights
-        by_dense = score_with_dense(job, folder, wanted)
+        # Without a supernet these are the weights that were scored.
+        wanted = [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
+        by_dense = {text: counts.correct for text, counts in score_with_dense(job, folder, wanted).items()}
         both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
@@ -386,12 +396,13 @@ def conclude(
             "format": FORMAT,
             "dense": {
                 "architecture": str(job.dense),
-                "top1": top1,
+                **dense,
                 "macs": job.macs.total(job.dense),
                 "parameters": job.parameters.total(job.dense),
                 **({"latency_ms": job.latency.table.value(job.latency.table.total(job.dense))} if job.latency else {}),
             },
             "objective": job.config.objective,
+            "score": job.config.score,
             **{f"budget_{column}": limit if cost == column else None for column in ("macs", "latency_ms")},
             "budget": job.config.budget,
             **({"timed": timed.to_json()} if timed else {}),

@@ -30,7 +30,7 @@ from poolshare.space import (
     forecast_space,
     parse_budget,
 )
-from poolshare.space.presets import EVEN_LEVELS, even_levels, space_for
+from poolshare.space.presets import EVEN_LEVELS, aligned_levels, even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
 from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
@@ -219,6 +219,8 @@ def prepare(
     if config.guided is None:
         config, said = _guided(config, matched.fresh, data)
         notes += said
+    if config.races and config.score == "top1":  # which tells too little apart on few images
+        config = config.changed(score="divergence")
     supernet = make_supernet(config, options, begin.pretrained)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
     if found is not None:
@@ -290,6 +292,11 @@ def matched_classes(
     head = found.head if found else _pretrained_head(config)
     trained = config.trains
     if config.warm and head is None and not trained:
+        if found and not any(name.endswith("patch_embed.proj.weight") for name in found.tensors):
+            raise ModelError(
+                f"{found.name} is not a checkpoint of {config.model}: it has no patch_embed.proj.weight; give weights of that "
+                "model"
+            )
         raise ModelError(
             f"{found.name if found else config.model} brings weights without a head for classes, and without training a new one "
             "would stay untrained; train (--epochs 1 or more), or give weights with their head"
@@ -427,7 +434,11 @@ def make_supernet(config: SearchConfig, options: dict[str, Any], pretrained: boo
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     """The preset of the base model, changed by what the configuration names."""
     depth, patches, grid = len(base.blocks), base.patch_embed.num_patches, base.patch_embed.grid_size
-    levels = config.levels or (None if config.training else even_levels(patches, EVEN_LEVELS, grid))
+    levels = config.levels or (None if config.training else "even")
+    if levels == "auto":
+        levels = aligned_levels(patches, base.num_prefix_tokens)
+    elif levels == "even":
+        levels = even_levels(patches, EVEN_LEVELS, grid)
     tried = bool(config.guided)
     return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm, tried, grid)
 

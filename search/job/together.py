@@ -16,7 +16,9 @@ from poolshare.supernet.data.splits import Batches
 from poolshare.supernet.threads import computing_with
 from poolshare.supernet.training import distributed
 
-from ..scoring import SCORING_BATCH, count_correct
+from ..counts import Counts
+from ..losses import score_counts
+from ..scoring import SCORING_BATCH
 from .prepare import Job
 
 
@@ -27,13 +29,13 @@ def search_batches(job: Job) -> Batches:
     )
 
 
-def count_together(
+def score_together(
     job: Job, architectures: Sequence[Architecture], batches: Batches, progress: Callable[[float], None]
-) -> tuple[list[int], int]:
-    """`count_correct` over the images of all processes; in the first one."""
+) -> list[Counts]:
+    """`score_counts` over the images of all processes; in the first one."""
     with _speaking():
         distributed.from_first([str(architecture) for architecture in architectures])
-        return _counted(job, architectures, batches, progress)
+        return _scored(job, architectures, batches, progress)
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def help_scoring(job: Job) -> None:
     with distributed.joined(next(job.supernet.parameters()).device), _speaking(), computing_with(_share(job)):
         batches = search_batches(job)
         while (texts := distributed.from_first(None)) is not None:
-            _counted(job, [*map(Architecture.parse, texts)], batches)
+            _scored(job, [*map(Architecture.parse, texts)], batches)
 
 
 def _share(job: Job) -> int:
@@ -62,15 +64,19 @@ def _share(job: Job) -> int:
     return distributed.from_first(torch.get_num_threads())
 
 
-def _counted(
+def _scored(
     job: Job,
     architectures: Sequence[Architecture],
     batches: Batches,
     progress: Callable[[float], None] | None = None,
-) -> tuple[list[int], int]:
-    counts, images = count_correct(job.supernet, architectures, batches, progress, job.metric)
-    *counts, images = distributed.summed([*counts, images], next(job.supernet.parameters()).device)
-    return counts, images
+) -> list[Counts]:
+    by, none = job.config.score, Counts(0, 0, None if job.config.score == "top1" else 0)
+    mine = [none] * len(architectures)
+    if len(batches):
+        mine = score_counts(job.supernet, architectures, batches, by, job.metric, progress)
+    numbers = distributed.summed([n for one in mine for n in one.to_json()], next(job.supernet.parameters()).device)
+    each = len(none.to_json())
+    return [Counts(*numbers[at : at + each]) for at in range(0, len(numbers), each)]
 
 
 @contextmanager

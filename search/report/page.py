@@ -19,6 +19,7 @@ from poolshare.space.files import write_whole
 
 from ..analysis.layers import in_words
 from ..analysis.pareto import binomial_interval
+from ..counts import LOSS_WORDS
 from .report import Report
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "regions.js", "page.js")  # one script on the page, in this order
@@ -50,7 +51,7 @@ def write_html(report: Report, path: str | Path) -> None:
 def page_data(report: Report) -> dict[str, Any]:
     """Everything the page draws, as JSON values. Architectures are named by their row among `candidates`."""
     rows = report.candidates.reset_index(drop=True)
-    dense = {key: report.dense[key] for key in ("architecture", "top1", *report.costs)}
+    dense = {key: report.dense[key] for key in ("architecture", "top1", "loss", *report.costs) if key in report.dense}
     scored = len(rows)
     if not (rows["architecture"] == dense["architecture"]).any():
         correct = round(dense["top1"] * report.images / 100)
@@ -68,7 +69,8 @@ def page_data(report: Report) -> dict[str, Any]:
         "spaceSize": report.space_size,
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
-        | {name: _numbers(rows[name]) for name in (*report.costs, "loss", "loss_margin") if name in rows},
+        | {name: _numbers(rows[name].fillna(0)) for name in (*report.costs, "loss", "loss_margin") if name in rows},
+        "loss": LOSS_WORDS.get(report.scored_by),
         "intervals": {
             count: [_short(low), _short(high)]
             for count, low, high in zip(counts, *binomial_interval(counts, report.images), strict=True)

@@ -40,6 +40,7 @@ from ..analysis.pareto import (
 )
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..console import printable
+from ..counts import LOSS_WORDS
 from ..job.folder import RunFolder
 
 COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
@@ -104,6 +105,7 @@ class Report:
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
     looked_at: int | None = None  # without training: how many were scored, most of them on some images only
     labelled: bool = True  # without labels top1 is the share of images answered as the dense network does
+    scored_by: str = "top1"  # what architectures are compared by, see `--score`
     objective: str = "macs"  # the cost column that the search weighed against accuracy
     regions: Mapping[str, Any] | None = None  # regions.json: images and their tokens; None: none were kept
     with_dense: Mapping[str, int] | None = (
@@ -238,8 +240,10 @@ class Report:
             return (
                 f"Found: the least damaging of {self.looked_at:,} architectures that were tried without training, of the space's "
                 f"{self.space_size:,}; {len(self.candidates)} of them were scored on all {self.images:,} images. The loss is the "
-                f"divergence from the dense network's answers in nats; {self.score} counts {answers}.{untrained}"
+                f"{LOSS_WORDS[self.scored_by]} in nats; {self.score} counts {answers}.{untrained}"
             )
+        if self.scored_by != "top1":
+            untrained += f" Architectures are compared by their loss, the {LOSS_WORDS[self.scored_by]} in nats."
         if self.certified:
             return (
                 f"Certified: all {self.space_size:,} architectures of the space were scored, "
@@ -349,7 +353,8 @@ class Report:
                 str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
                 100 * row[cost] / self.dense[cost], human(row["parameters"]),
                 LATENCY.format(row["latency_ms"]) if "latency_ms" in row else "",
-                f"{row['loss']:.4f}±{row['loss_margin']:.4f}" if "loss" in row else "",
+                (f"{row['loss']:.4f}" if "loss" in row else "")
+                + (f"±{row['loss_margin']:.4f}" if "loss_margin" in row else ""),
             )
             for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
         ]  # fmt: skip
@@ -394,6 +399,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         looked_at=summary.get("looked_at"),
         regions=folder.read_regions(),
         labelled=summary.get("labelled", True),
+        scored_by=summary.get("score", "top1"),
         objective=COSTS[summary.get("objective", "macs")].column,
     )
     if (text := report.against_dense).startswith("warning:"):

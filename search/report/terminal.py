@@ -73,7 +73,12 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
         add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency, "loss": row.loss})
     table.add_section()
     dense = report.dense
-    cells = {"top1": f"{dense['top1']:.2f}", "macs": human(dense["macs"]), "share": "100.0", "loss": "0"}
+    cells = {
+        "top1": f"{dense['top1']:.2f}",
+        "macs": human(dense["macs"]),
+        "share": "100.0",
+        "loss": f"{dense.get('loss', 0):.4f}",
+    }
     cells |= {"parameters": human(dense["parameters"])}
     cells |= {"latency_ms": LATENCY.format(dense["latency_ms"])} if timed else {}
     add(f"dense: {dense['architecture']}", cells)

@@ -20,6 +20,7 @@ import pandas as pd
 from poolshare.space import Architecture, CostTable, RunError, SearchSpace
 from poolshare.space.files import write_whole
 
+from ..counts import Counts
 from ..job.records import FORMAT, read_json, write_json
 from ..study.loop import Task
 
@@ -93,9 +94,9 @@ class Benchmark:
         correct = dict(zip(self.space, self.frame["correct"].tolist(), strict=True))
         total = int(self.frame["total"].iloc[0])
 
-        def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> tuple[list[int], int]:
+        def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> list[Counts]:
             progress(1.0)
-            return [correct[architecture] for architecture in architectures], total
+            return [Counts(correct[architecture], total) for architecture in architectures]
 
         return Task(self.space, self.macs, self.parameters, self.space.within(self.macs, None, budget), score)
 

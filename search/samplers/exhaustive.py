@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, CostTable, Layer, RunError, SearchSpace, forecast_space
 
+from ..counts import Counts
 from ..progress import Advance
 from ..study.loop import MAX_FAILURES, Task, advance_within
 from ..study.store import Store
@@ -106,7 +107,7 @@ def score_everything(task: Task, store: Store, advance: Advance) -> pd.DataFrame
     """
     patience = 0.1  # seconds to wait for other workers
     with store, store.errors():
-        whole = _Whole(task, store.study(), store)
+        whole = _Whole(task, store.study(task.names), store)
         while True:
             with store.lock():
                 store.fail_abandoned(whole.study)
@@ -136,7 +137,7 @@ class _Whole:
         self.pieces = {piece.first: piece for piece in subtrees(space, macs, target)}
         self.cost = sum(piece.cost for piece in self.pieces.values())
         self.walk = piece_cost(space, macs, WALKS, WALK)
-        self.counts: dict[int, list[int]] = {}  # first rank of a scored piece → correct answers in its order
+        self.counts: dict[int, list[Counts]] = {}  # first rank of a scored piece → what is recorded, in its order
         self.images = 0
 
     @property
@@ -195,19 +196,18 @@ class _Whole:
         """Score pieces in one walk and tell the study; gives back what an error leaves unscored."""
         with self.store.working(self.study, [trial for trial, _ in taken]) as tell:
             members = [piece.members(self.task.space) for _, piece in taken]
-            counts, images = self.task.score(list(chain.from_iterable(members)), progress)
-            rest = iter(counts)
+            rest = iter(self.task.score(list(chain.from_iterable(members)), progress))
             for (trial, _), architectures in zip(taken, members, strict=True):
-                correct = [next(rest) for _ in architectures]
-                tell(trial, self._values(architectures, correct, images), {"counts": correct, "images": images})
+                counts = [next(rest) for _ in architectures]
+                tell(trial, self._values(architectures, counts), _facts(counts))
 
     def candidates(self) -> pd.DataFrame:
         """The candidates frame, once all is scored: piece by piece, for a column takes less than its values in rows."""
         return pd.concat(
             [
                 pd.DataFrame(
-                    self.task.row(architecture, correct, self.images, 0)
-                    for architecture, correct in zip(piece.members(self.task.space), self.counts[first], strict=True)
+                    self.task.row(architecture, counts, 0)
+                    for architecture, counts in zip(piece.members(self.task.space), self.counts[first], strict=True)
                 )
                 for first, piece in self.pieces.items()
             ],
@@ -220,15 +220,16 @@ class _Whole:
         known, state, values = self.task.record, TrialState.WAITING, None
         members = piece.members(self.task.space) if len(known) >= piece.architectures else []
         if members and all(architecture in known for architecture in members):
-            counts, images = [known[architecture][0] for architecture in members], known[members[0]][1]
-            facts |= {"counts": counts, "images": images}
-            state, values = TrialState.COMPLETE, self._values(members, counts, images)
+            counts = [known[architecture] for architecture in members]
+            facts |= _facts(counts)
+            state, values = TrialState.COMPLETE, self._values(members, counts)
         self.study.add_trial(create_trial(state=state, values=values, user_attrs=facts))
 
-    def _values(self, architectures: Sequence[Architecture], counts: Sequence[int], images: int) -> list[float]:
-        """What a dashboard shows of a piece: accuracy and cost of its best architecture."""
-        correct, saved = max(zip(counts, (-self.task.macs.total(a) for a in architectures), strict=True))
-        return [100 * correct / images, -saved]
+    def _values(self, architectures: Sequence[Architecture], counts: Sequence[Counts]) -> list[float]:
+        """What a dashboard shows of a piece: score and cost of its best architecture."""
+        costs = (-self.task.macs.total(architecture) for architecture in architectures)
+        worth, saved = max(zip((one.worth for one in counts), costs, strict=True))
+        return [worth, -saved]
 
     def _piece(self, trial: FrozenTrial) -> Subtree:
         first, architectures = (trial.user_attrs.get(name) for name in ("first", "architectures"))
@@ -237,21 +238,30 @@ class _Whole:
             raise self._damaged(trial, f"its architectures are {architectures!r:.20} from {first!r:.20} on")
         return piece
 
-    def _counts(self, trial: FrozenTrial, piece: Subtree) -> list[int]:
-        counts, images = (trial.user_attrs.get(name) for name in ("counts", "images"))
+    def _counts(self, trial: FrozenTrial, piece: Subtree) -> list[Counts]:
+        counts, losses, images = (trial.user_attrs.get(name) for name in ("counts", "losses", "images"))
         if type(images) is not int or images < 1 or images != (self.images or images):
             raise self._damaged(trial, f"its images are {images!r:.20}")
-        if (
-            type(counts) is not list
-            or len(counts) != piece.architectures
-            or not all(type(count) is int and 0 <= count <= images for count in counts)
-        ):
-            raise self._damaged(trial, f"its counts are {counts!r:.40}")
+        try:
+            if type(counts) is not list or len(counts) != piece.architectures:
+                raise ValueError(f"its counts are {counts!r:.40}")
+            rows = [[correct, images] for correct in counts]
+            if losses is not None:
+                rows = [[*row, loss] for row, loss in zip(rows, losses, strict=True)]
+            found = [Counts.from_json(row, self.task.scored_by) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise self._damaged(trial, str(error)) from None
         self.images = images
-        return counts
+        return found
 
     def _damaged(self, trial: FrozenTrial, why: str) -> RunError:
         return RunError(
             f"trial {trial.number} of study {self.study.study_name!r} is damaged or of another search ({why}); restore "
             "the study, or search into a new folder"
         )
+
+
+def _facts(counts: Sequence[Counts]) -> dict[str, Any]:
+    """What a trial keeps of its architectures: right answers, images, and losses where these decide."""
+    facts: dict[str, Any] = {"counts": [one.correct for one in counts], "images": counts[0].total}
+    return facts | ({} if counts[0].loss is None else {"losses": [one.loss for one in counts]})

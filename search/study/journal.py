@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from poolshare.space import PoolshareError, RunError
 from poolshare.space.files import remedy
 
-from .store import Store
+from .store import VALUES, Store
 
 FORMAT = 1  # of the journal's lines
 
@@ -140,10 +140,10 @@ class JournalStore(Store):
         self._file(self.worker).unlink(missing_ok=True)
         self._own.close()
 
-    def study(self, cost: str = "MACs") -> optuna.Study:
+    def study(self, names: Sequence[str] = VALUES) -> optuna.Study:
         try:
             self.storage = JournalStorage(self.journal)
-            return super().study(cost)
+            return super().study(names)
         except (PoolshareError, OSError):  # what cannot be read may be whole
             raise
         except Exception as error:  # what replaying a strange journal may raise is anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 
+from ..counts import Counts
 from ..job.folder import RunFolder
 from ..progress import Advance
 from ..samplers.propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
@@ -24,8 +26,8 @@ from .store import Store
 GENERATION = 25  # architectures that are proposed together, from all that were scored before
 MAX_FAILURES = 20  # workers that may die over one architecture before the search gives up
 
-# Architectures and a progress callback (share done) → correct counts, number of images.
-Score = Callable[[Sequence[Architecture], Callable[[float], None]], tuple[list[int], int]]
+# Architectures and a progress callback (share done) → what is recorded of each.
+Score = Callable[[Sequence[Architecture], Callable[[float], None]], list[Counts]]
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,25 @@ class Task:
     score: Score
     latency: CostTable | None = None  # where it is known
     by_latency: bool = False  # whether that is the objective, and not MACs
-    record: Mapping[Architecture, tuple[int, int]] = field(default_factory=dict)  # scored before: correct, images
+    record: Mapping[Architecture, Counts] = field(default_factory=dict)  # scored before
+    scored_by: str = "top1"  # see `--score`
 
     @property
     def objective(self) -> CostTable:
         """What is weighed against accuracy, and what the budget is of."""
         return self.latency if self.latency and self.by_latency else self.macs
 
-    def row(self, architecture: Architecture, correct: int, total: int, generation: int) -> dict[str, object]:
+    @property
+    def names(self) -> list[str]:
+        """Of the two values that a study keeps of each trial."""
+        cost = "latency (ns per image)" if self.objective.quantity == "latency" else self.objective.cost.label
+        return ["top-1 (%)" if self.scored_by == "top1" else "exp(-loss) (%)", cost]
+
+    def row(self, architecture: Architecture, counts: Counts, generation: int) -> dict[str, object]:
         """One row of the candidates frame, see `pareto`."""
         row: dict[str, object] = {
             "architecture": str(architecture),
-            "top1": 100 * correct / total,
-            "correct": correct,
-            "total": total,
+            **counts.columns,
             "macs": self.macs.total(architecture),
             "parameters": self.parameters.total(architecture),
             "generation": generation,
@@ -84,8 +91,7 @@ def run_study(
     whichever of them die: what is missing is queued again, what is scored stays.
     """
     with store or open_store(folder.journal, None, name) as store, store.errors():
-        label = "latency (ns per image)" if task.objective.quantity == "latency" else task.objective.cost.label
-        search = _Search(task, store.study(label), store, sampler, trials, seed)
+        search = _Search(task, store.study(task.names), store, sampler, trials, seed)
         while True:
             with store.lock():
                 store.fail_abandoned(search.study)
@@ -126,7 +132,7 @@ class _Slot(NamedTuple):
     generation: int
     position: int  # in the generation
     architecture: Architecture
-    counts: tuple[int, int] | None
+    counts: Counts | None
     trial: FrozenTrial
 
 
@@ -158,8 +164,8 @@ class _Search:
         rows: dict[Architecture, dict[str, object]] = {}
         for slot in self.read()[0]:
             assert slot.counts is not None
-            rows.setdefault(slot.architecture, self.task.row(slot.architecture, *slot.counts, slot.generation))
-        earlier = [self.task.row(a, *counts, 0) for a, counts in self.task.record.items() if a not in rows]
+            rows.setdefault(slot.architecture, self.task.row(slot.architecture, slot.counts, slot.generation))
+        earlier = [self.task.row(a, counts, 0) for a, counts in self.task.record.items() if a not in rows]
         return pd.DataFrame([*earlier, *rows.values()])
 
     def queue(self) -> int | None:
@@ -198,10 +204,9 @@ class _Search:
         with self.store.working(self.study, taken) as tell:
             slots = {slot.trial.number: slot for slot in self.read()[1]}
             mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
-            counts, total = self.task.score([architecture for _, architecture in mine], progress)
-            for (trial, architecture), correct in zip(mine, counts, strict=True):
-                cost = self.task.objective.total(architecture)
-                tell(trial, [100 * correct / total, cost], {"counts": [correct, total]})
+            scored = self.task.score([architecture for _, architecture in mine], progress)
+            for (trial, architecture), counts in zip(mine, scored, strict=True):
+                tell(trial, [counts.worth, self.task.objective.total(architecture)], {"counts": counts.to_json()})
         self.patience = min(max((time.monotonic() - start) / 10, 0.05), 2)
 
     def _slot(self, trial: FrozenTrial) -> _Slot:
@@ -220,12 +225,10 @@ class _Search:
             ):
                 raise ValueError(f"its place is {generation!r:.20}, {position!r:.20}")
             if trial.state == TrialState.COMPLETE:
-                correct, total = facts["counts"]
-                if type(correct) is not int or type(total) is not int or not 0 <= correct <= total or total == 0:
-                    raise ValueError(f"its counts are {facts['counts']!r:.40}")
-                if list(trial.values) != [100 * correct / total, task.objective.total(architecture)]:
+                counts = Counts.from_json(facts["counts"], task.scored_by)
+                worth, cost = trial.values
+                if cost != task.objective.total(architecture) or not math.isclose(worth, counts.worth, abs_tol=1e-9):
                     raise ValueError(f"its values are {trial.values!r:.60}")
-                counts = correct, total
         except (KeyError, TypeError, ValueError) as error:  # an ArchitectureError is a ValueError
             raise RunError(
                 f"trial {trial.number} of study {self.study.study_name!r} is damaged or of another search "
@@ -258,7 +261,7 @@ class _Search:
                 self._add(generation, position, proposal, known.get(architecture))
                 open_.add(architecture)
 
-    def _add(self, generation: int, position: int, proposal: _Proposal, counts: tuple[int, int] | None) -> None:
+    def _add(self, generation: int, position: int, proposal: _Proposal, counts: Counts | None) -> None:
         architecture = proposal.architecture
         objective = self.task.objective
         cost = objective.total(architecture)
@@ -266,11 +269,11 @@ class _Search:
         facts: dict[str, Any] = {"generation": generation, "position": position, "architecture": str(architecture)}
         facts |= {"macs": self.task.macs.total(architecture)} | {objective.quantity: cost}
         facts |= {"feasible": excess == 0, f"{objective.quantity}_over_budget": excess}
-        facts |= {} if counts is None else {"counts": list(counts)}
+        facts |= {} if counts is None else {"counts": counts.to_json()}
         self.study.add_trial(
             create_trial(
                 state=TrialState.WAITING if counts is None else TrialState.COMPLETE,
-                values=None if counts is None else [100 * counts[0] / counts[1], cost],
+                values=None if counts is None else [counts.worth, cost],
                 params=proposal.params,
                 distributions=distributions(self.task.space),
                 user_attrs=facts,

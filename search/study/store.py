@@ -17,6 +17,7 @@ from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
+VALUES = ("top-1 (%)", "MACs")  # what a trial has two of
 Tell = Callable[[Trial, Sequence[float], Mapping[str, Any]], None]
 
 
@@ -87,8 +88,8 @@ class Store(ABC):
         """A context manager that makes the storage's own errors RunErrors; around everything that uses the study."""
         return nullcontext()
 
-    def study(self, cost: str = "MACs") -> optuna.Study:
-        """The study, begun or continued; cost: what its second value is. Raises RunError where its record is damaged."""
+    def study(self, names: Sequence[str] = VALUES) -> optuna.Study:
+        """The study, begun or continued; names: of a trial's two values. Raises RunError where its record is damaged."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self.errors(), self.lock():
             if self.name not in optuna.get_all_study_names(self.storage):
@@ -98,6 +99,6 @@ class Store(ABC):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the names are for dashboards
                 if study.metric_names is None:
-                    study.set_metric_names(["top-1 (%)", cost])
+                    study.set_metric_names(list(names))
             study.get_trials(deepcopy=False)
         return study

@@ -71,27 +71,21 @@ class CheapestPaths:
             np.minimum(longer, ahead[edge.after][: self._width - edge.units] + edge.damage, out=longer)
         return least
 
-    def frontier(self, high: float | None = None) -> list[Path]:
-        """The best path at every cost up to `high`, by falling cost: each costs less than the last, and harms more.
+    def best(self, limit: float | None = None) -> Path:
+        """The least damaging path that costs at most `limit`, in the table's units; None: at any cost. Of equals a cheap one.
 
         Raises BudgetError where none costs so little.
         """
-        paths: list[Path] = []
-        least, whole = np.inf, self._ahead[0][None]
-        for units in np.flatnonzero(np.isfinite(whole)):
-            if whole[units] >= least:
-                continue
-            path = self._trace(int(units))
-            if high is not None and path.cost > high:
-                continue
-            least = float(whole[units])
-            while paths and paths[-1].cost >= path.cost:  # the order of units is that of costs but for rounding
-                paths.pop()
-            paths.append(path)
-        if not paths:
-            cheapest = self.costs.total(self.space.cheapest(self.costs))
-            raise BudgetError(f"no architecture costs {high} or less; the cheapest costs {cheapest:,}")
-        return paths[::-1]
+        least = self._ahead[0][None].copy()
+        if limit is not None:
+            least[max(0, int(limit / self.unit) + self.space.depth + 2) :] = np.inf
+        while np.isfinite(least).any():
+            path = self._trace(int(least.argmin()))
+            if limit is None or path.cost <= limit:
+                return path
+            least[least.argmin()] = np.inf  # units are rounded: just below the limit they may be too few
+        cheapest = self.costs.total(self.space.cheapest(self.costs))
+        raise BudgetError(f"no architecture costs {limit} or less; the cheapest costs {cheapest:,}")
 
     def _trace(self, units: int) -> Path:
         layers: list[Layer] = []

@@ -2,7 +2,7 @@
 
 Damage is nearly additive over replacements (Puzzle, arXiv 2411.19146). Here single reductions are measured: dense up
 to a layer, then at some token count to the end. D(layer, tokens) rises with earlier layers and fewer tokens, smoothly,
-so a few counts say what lies between. A step of a longer schedule, from `before` to `after` tokens, is guessed to do
+so a few layers and counts say what lies between. A step of a longer schedule, from `before` to `after` tokens, is guessed to do
 D(after) − ½ D(before). How much of D(before) the earlier step has done depends on the operator: means of alike tokens get
 worse with each merging, while dropping the least important ones bit by bit does less than dropping them at once. So
 whatever is scored afterwards corrects the guess, by a ridge regression whose terms stay on edges: the best path remains
@@ -11,7 +11,8 @@ a shortest path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -22,7 +23,8 @@ from poolshare.space import Architecture, Layer, SearchSpace
 from .cheapest import EdgeDamage
 
 EARLIER = 0.5  # the share of D(before) that a step from `before` does not do again
-PROBES = 4  # token counts that are measured for each operator and layer; those between are interpolated
+PROBES = 3  # token counts that are measured for each operator and layer; those between are interpolated
+LAYERS = 5  # that single reductions are measured at, likewise
 LEAST = 1e-6  # nats: no edge that does anything does less, so damage stays positive
 
 _MISFIT = 0.1  # of an architecture's damage: what a sum over edges cannot say of it, as a standard deviation
@@ -32,7 +34,8 @@ _STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8)  # how far the terms may correct the fir
 def single_reductions(space: SearchSpace, probes: int = PROBES) -> list[Architecture]:
     """The dense model with one change: a reduction that stays to the end, or one layer that shares its map.
 
-    At most `probes` token counts for each operator and layer, the largest and the smallest it reaches among them.
+    At most `LAYERS` layers, and `probes` token counts for each operator there: first and last, largest and smallest among
+    them.
     """
     dense = space[0]
     node = space.follow(None, dense.layers[:1])
@@ -40,13 +43,17 @@ def single_reductions(space: SearchSpace, probes: int = PROBES) -> list[Architec
     chosen = [layer for layer in changes if layer.shared]
     for operator in space.operators:
         reached = [layer for layer in changes if layer.operator == operator]
-        places = np.unique(np.linspace(0, len(reached) - 1, min(probes, len(reached))).round().astype(int))
-        chosen += [reached[place] for place in places]
+        chosen += [reached[place] for place in _spread(0, len(reached) - 1, probes)]
     return [
         Architecture((*dense.layers[:index], layer, *[Layer(layer.tokens)] * (space.depth - index - 1)))
-        for index in range(1, space.depth)
+        for index in _spread(1, space.depth - 1, LAYERS)
         for layer in chosen
     ]
+
+
+def _spread(first: int, last: int, count: int) -> list[int]:
+    """At most `count` whole numbers from first to last, evenly spread."""
+    return [] if last < first else np.unique(np.linspace(first, last, count).round().astype(int)).tolist()
 
 
 def steps(architecture: Architecture) -> Iterator[tuple[int, Layer, Layer]]:
@@ -66,43 +73,42 @@ class DamageModel:
         for architecture, damage in singles.items():
             ((index, _, layer),) = steps(architecture)
             measured.setdefault((layer.operator, index), {})[layer.tokens] = max(damage, LEAST)
-        self._curves = {
-            (name, index): _curve(space.levels[0], points)
-            for (name, index), points in measured.items()
-            if name is not None
-        }
-        self._shares = {
-            index: next(iter(points.values())) for (name, index), points in measured.items() if name is None
-        }
-        self._singles: dict[tuple[str, int, int], float] = {}
+        # name of the operator, or None for sharing → index of a measured layer → √damage over token counts
+        self._curves: dict[str | None, dict[int, Any]] = {}
+        for (name, index), points in sorted(measured.items(), key=lambda item: item[0][1]):
+            curve = _curve(space.levels[0], points) if name else _constant(points)
+            self._curves.setdefault(name, {})[index] = curve
+        self._singles: dict[tuple[str | None, int, int], float] = {}
         self._terms: dict[tuple, int] = {}
         self._mean: np.ndarray = np.zeros(0)
         self._root: np.ndarray = np.zeros((0, 0))
+        self._edges: dict[tuple[int, Layer, Layer], tuple[float, np.ndarray, np.ndarray]] = {}
 
-    def single(self, operator: str, index: int, tokens: int) -> float:
-        """D: damage of going from all tokens to so many before layer `index`, and staying there."""
+    def single(self, operator: str | None, index: int, tokens: int) -> float:
+        """D: damage of going from all tokens to so many before layer `index`, and staying there; or of sharing there (None)."""
         key = operator, index, tokens
         if key not in self._singles:
-            self._singles[key] = float(self._curves[operator, index](tokens)) ** 2
+            curves = self._curves[operator]
+            roots = [max(float(curve(tokens)), LEAST**2) for curve in curves.values()]  # all tokens: 0
+            self._singles[key] = float(np.exp(2 * np.interp(index, list(curves), np.log(roots))))
         return self._singles[key]
 
     def typical(self) -> dict[str, float]:
         """Damage of each operator's single reductions, the geometric mean over all layers and the token counts that every
         operator was measured down to; the least first."""
-        least = max((float(curve.x[0]) for curve in self._curves.values()), default=0.0)
+        curves = {name: found for name, found in self._curves.items() if name is not None}
+        least = max((float(curve.x[0]) for found in curves.values() for curve in found.values()), default=0.0)
         counts = [tokens for tokens in self.space.levels[1:] if tokens >= least]
-        nats: dict[str, list[float]] = {}
-        for operator, index in self._curves:
-            nats.setdefault(operator, []).extend(self.single(operator, index, tokens) for tokens in counts)
+        nats = {
+            name: [self.single(name, at, count) for at in found for count in counts] for name, found in curves.items()
+        }
         means = {name: float(np.exp(np.log(np.maximum(found, LEAST)).mean())) for name, found in nats.items()}
         return dict(sorted(means.items(), key=lambda item: item[1]))
 
     def guess(self, index: int, before: Layer, layer: Layer) -> float:
         """What an edge does by the single reductions alone; 0 where nothing changes."""
-        if layer.shared:
-            return self._shares[index]
         if layer.operator is None:
-            return 0.0
+            return self.single(None, index, layer.tokens) if layer.shared else 0.0
         whole = self.single(layer.operator, index, layer.tokens)
         return max(whole - EARLIER * self.single(layer.operator, index, before.tokens), LEAST)
 
@@ -126,6 +132,7 @@ class DamageModel:
             for step in steps(architecture):
                 for name in self._corrections(*step):
                     self._terms.setdefault(name, len(self._terms))
+        self._edges.clear()
         design = np.zeros((len(architectures), len(self._terms)))
         guesses = np.zeros(len(architectures))
         for row, architecture in enumerate(architectures):
@@ -144,9 +151,12 @@ class DamageModel:
     def _edge(self, index: int, before: Layer | None, layer: Layer, terms: np.ndarray) -> float:
         if before is None or (layer.operator is None and not layer.shared):
             return 0.0
-        corrections = ((self._terms.get(name), nats) for name, nats in self._corrections(index, before, layer).items())
-        known = sum(terms[place] * nats for place, nats in corrections if place is not None and place < len(terms))
-        return max(self.guess(index, before, layer) + known, LEAST)
+        step = index, before, layer
+        if step not in self._edges:
+            known = {self._terms[name]: nats for name, nats in self._corrections(*step).items() if name in self._terms}
+            self._edges[step] = self.guess(*step), np.fromiter(known, int), np.fromiter(known.values(), float)
+        guess, places, nats = self._edges[step]
+        return max(guess + float(terms[places] @ nats), LEAST)
 
     def _corrections(self, index: int, before: Layer, layer: Layer) -> dict[tuple, float]:
         """What an edge's correction is a weighted sum of: name → nats, larger where more may be wrong."""
@@ -181,3 +191,9 @@ def _curve(dense: int, points: Mapping[int, float]) -> PchipInterpolator:
     tokens = sorted(points)
     heights = np.sqrt(np.maximum.accumulate([points[count] for count in reversed(tokens)]))[::-1]
     return PchipInterpolator([*tokens, dense], [*heights, 0.0])
+
+
+def _constant(points: Mapping[int, float]) -> Callable[[int], float]:
+    """√damage of what has no token count of its own."""
+    root = next(iter(points.values())) ** 0.5
+    return lambda tokens: root

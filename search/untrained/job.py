@@ -75,6 +75,10 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
                 f"--{name.replace('_', '-')} {getattr(config, name)} belongs to training, and --no-training was given: leave "
                 "one of them out"
             )
+    if config.score == "top1":
+        raise ConfigError(
+            "--score top1 tells too little apart without training: give loss or divergence, or leave it out"
+        )
     if not config.warm:
         raise ConfigError(
             f"--no-training searches a model as it is, and {config.model} has no trained weights yet: give --weights FILE, or "
@@ -96,6 +100,11 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
     root = Place(config.data, data_dir=config.data_dir).path
     if root.is_dir() and not subfolders(root) and any(is_image(one.name) for one in root.iterdir()):
         config = config.changed(unlabelled=True)
+    if config.unlabelled and config.score == "loss":
+        raise ConfigError(
+            f"--score loss is the cross-entropy with labels, and the pictures of {config.data} have none: leave it out, for "
+            "their divergence from the dense model's answers, or give class folders"
+        )
     if config.unlabelled and config.search_data:
         raise ConfigError("--search-data names images with labels, and those of --data have none: give one of the two")
     return config

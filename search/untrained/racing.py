@@ -14,7 +14,8 @@ import numpy as np
 
 from poolshare.space import Architecture, CostTable, forecast
 
-from .losses import MICRONATS, ImageLosses, paired
+from ..counts import MICRONATS
+from ..losses import ImageLosses, paired
 
 # Architectures and the range of images, start and stop → their losses on these. Images have a fixed order.
 ScoreImages = Callable[[Sequence[Architecture], int, int], ImageLosses]
@@ -72,19 +73,19 @@ class Race:
     def survivors(self, architectures: Sequence[Architecture], most: int, images: int) -> list[Architecture]:
         """Those that none of them beats on the first so many images, at most `most`, spread over their costs.
 
-        Costs are divided into equal cells; each gives those that lack least to the frontier at their cost, the most
-        expensive cell, where damage is smallest, first.
+        Costs are divided into equal cells; each gives those that lack least to the frontier at their cost, of equals the
+        least damaging, and the most expensive cell, where damage is smallest, comes first.
         """
         left = [one for one in architectures if not self.beaten(one, architectures, images)]
         left.sort(key=lambda a: (self.costs.total(a), self.loss(a, images)))
         costs = [self.costs.total(architecture) for architecture in left]
         width = (costs[-1] - costs[0]) // max(1, most // 2) + 1
-        cells: dict[int, list[tuple[float, Architecture]]] = {}
+        cells: dict[int, list[tuple[float, float, Architecture]]] = {}
         least = np.inf
         for architecture, cost in zip(left, costs, strict=True):
             loss = self.loss(architecture, images)
             least = min(least, loss)
-            cells.setdefault((costs[-1] - cost) // width, []).append((loss - least, architecture))
-        queues = [sorted(cells[cell], key=lambda member: member[0]) for cell in sorted(cells)]
+            cells.setdefault((costs[-1] - cost) // width, []).append((loss - least, loss, architecture))
+        queues = [sorted(cells[cell], key=lambda member: member[:2]) for cell in sorted(cells)]
         turns = zip_longest(*queues)
-        return [member[1] for turn in turns for member in turn if member is not None][:most]
+        return [member[2] for turn in turns for member in turn if member is not None][:most]

@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from poolshare.space import Architecture, DataError, forecast
 from poolshare.supernet.data.splits import Batches
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 
 from ..config import IMAGES
+from ..counts import Counts
 from ..job.folder import RunFolder
 from ..job.prepare import Job
 from ..job.task import make_task
+from ..losses import ImageLosses, image_losses, loss_of, paired
 from ..progress import Advance
 from .damage import single_reductions
-from .losses import MICRONATS, ImageLosses, image_losses
 from .racing import ScoreImages
 from .search import Effort, search_untrained
 
@@ -52,12 +52,14 @@ class Record:
     """What was scored, kept in the run folder after every walk."""
 
     def __init__(self, folder: RunFolder):
-        self.path = folder.losses
+        self.path, self.score = folder.losses, folder.config.score
         self.losses: dict[Architecture, ImageLosses] = {}
         self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
         if not self.path.exists():
             return
         tensors, facts = load_tensors(self.path)
+        if facts["score"] != self.score:  # another loss, which says nothing about this one
+            return
         for name in tensors:
             if name.startswith("loss "):
                 text = name.removeprefix("loss ")
@@ -71,7 +73,7 @@ class Record:
         for architecture, losses in self.losses.items():
             tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
             tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
-        save_tensors(self.path, tensors, {"spent": self.spent})
+        save_tensors(self.path, tensors, {"spent": self.spent, "score": self.score})
 
     def scorer(self, job: Job, advance: Advance) -> ScoreImages:
         """Scores architectures of the job on a range of its images. advance: told the images spent so far."""
@@ -83,6 +85,7 @@ class Record:
                 job.supernet,
                 architectures,
                 _batches(job, begin, end),
+                loss=loss_of(self.score),
                 labelled=job.data.labelled,
                 metric=job.metric,
                 progress=lambda share: advance(self.spent + share * walk),
@@ -115,10 +118,9 @@ def search_job(job: Job, record: Record, advance: Advance) -> pd.DataFrame:
     task, rows = make_task(job), []
     for architecture in dict.fromkeys([*found.finalists, job.dense, *job.include]):
         losses = found.race.losses[architecture]
-        row = task.row(architecture, int(losses.right.sum()), images, 0)
-        nats = losses.loss[0] / MICRONATS
-        margin = stats.t.ppf(0.975, len(nats) - 1) * nats.std(ddof=1) / np.sqrt(len(nats))
-        rows.append(row | {"loss": float(nats.mean()), "loss_margin": float(margin)})
+        counts = Counts(int(losses.right.sum()), images, int(losses.loss.sum()))
+        more = paired(losses.loss[0], found.race.losses[job.dense].loss[0])
+        rows.append(task.row(architecture, counts, 0) | {"loss_margin": more.high - more.mean})
     return pd.DataFrame(rows)
 
 

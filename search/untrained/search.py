@@ -8,21 +8,22 @@ here sees few images. A race shows more of them to those that may still be the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from poolshare.space import Architecture, Band, Layer, forecast
 
+from ..losses import ImageLosses
 from .cheapest import CheapestPaths, EdgeDamage
 from .damage import DamageModel, single_reductions
-from .losses import ImageLosses
 from .racing import Race, ScoreImages
 
 FIRST = 0.25  # of the images: what everything is scored on before the race
 _SHARE = 0.7  # of an architecture's cost that a walk over many pays, as they share prefixes
 FEWEST = 64  # images before the race, where there are so many
+_BASES = 4  # architectures that are changed a little in each round, each at a cost of its own
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ def search_untrained(
     measured = {space[0], *singles}
     seen = set(measured)  # in this call: what is known of an earlier one must not change what is proposed
     rng = np.random.default_rng(effort.seed)
+    scored: dict[Architecture, float] = {}  # candidates with their damage on the first images
     rounds = 0
     while rounds < effort.rounds:
-        proposals = _proposals(allowed, low, model, effort.proposals, rng) + ([] if rounds else gradual(allowed))
+        proposals = _proposals(allowed, low, model, effort.proposals, rng, scored)
         candidates |= dict.fromkeys(proposals)
         new = [proposal for proposal in proposals if proposal not in seen]
         if not new:
@@ -85,8 +87,9 @@ def search_untrained(
         rounds += 1
         note(f"round {rounds}: {len(new)} new architectures on {first} images")
         race.run(new, first)
-        scored = [candidate for candidate in candidates if candidate not in measured]
-        model.fit(scored, *zip(*(race.damage(candidate, first) for candidate in scored), strict=True))
+        damages = {candidate: race.damage(candidate, first) for candidate in candidates if candidate not in measured}
+        model.fit(list(damages), *zip(*damages.values(), strict=True))
+        scored = {candidate: damage for candidate, (damage, _) in damages.items()}
     left, seen_by_all = list(candidates), first
     for stage in _stages(first, images):
         left = race.survivors(left, effort.finalists * images // stage, seen_by_all)
@@ -146,22 +149,50 @@ def _stages(first: int, images: int) -> list[int]:
     return stages
 
 
-def _proposals(allowed: Band, low: int, model: DamageModel, count: int, rng: np.random.Generator) -> list[Architecture]:
-    """Half of them the best paths at costs evenly spread; the others best where the damage is as it may also be.
+def _proposals(
+    allowed: Band,
+    low: int,
+    model: DamageModel,
+    count: int,
+    rng: np.random.Generator,
+    scored: Mapping[Architecture, float],
+) -> list[Architecture]:
+    """A third of them the best paths at costs evenly spread, a third the best where the damage is as it may also be, a third
+    small changes of the best so far.
 
-    Of these every second has the highest cost that is allowed: it is what the user asked for.
+    Every second of the middle third has the highest cost that is allowed: it is what the user asked for. scored: the
+    candidates so far with their damage; none: gradual schedules take the place of changes.
     """
-    costs = allowed.costs
-    limits = np.linspace(low, allowed.high, max(2, count - count // 2))
-    found = dict.fromkeys(_best(allowed, model, limits.tolist()))
-    for index in range(count // 2):
+    costs, share = allowed.costs, max(1, count // 3)
+    found = dict.fromkeys(_best(allowed, model, np.linspace(low, allowed.high, max(2, share)).tolist()))
+    for index in range(share):
         limit = allowed.high if index % 2 else rng.uniform(low, allowed.high)
         found |= dict.fromkeys(_best(allowed, model.drawn(rng), [limit]))
+    found |= dict.fromkeys(changed(allowed, low, model, share, scored) if scored else gradual(allowed))
     return [architecture for architecture in found if costs.total(architecture) >= low] or list(found)
 
 
 def _best(allowed: Band, damage: EdgeDamage, limits: Sequence[float]) -> list[Architecture]:
-    """The best path below each limit."""
-    frontier = CheapestPaths(allowed.space, allowed.costs, damage).frontier(allowed.high)
-    affordable = ([path for path in frontier if path.cost <= limit] for limit in limits)
-    return [min(paths, key=lambda path: path.damage).architecture for paths in affordable if paths]
+    """The best path below each limit that any path keeps."""
+    space, costs = allowed.space, allowed.costs
+    paths, least = CheapestPaths(space, costs, damage), costs.total(space.cheapest(costs))
+    return [paths.best(limit).architecture for limit in limits if limit >= least]
+
+
+def changed(
+    allowed: Band, low: int, model: DamageModel, count: int, scored: Mapping[Architecture, float]
+) -> list[Architecture]:
+    """Neighbours of the best so far at costs evenly spread, those that promise most.
+
+    The model may be wrong about a whole path and right about one change of it.
+    """
+    space, costs = allowed.space, allowed.costs
+    found: dict[Architecture, None] = {}
+    for limit in np.linspace(low, allowed.high, _BASES + 1)[1:]:
+        affordable = [architecture for architecture in scored if costs.total(architecture) <= limit]
+        if affordable:
+            base = min(affordable, key=lambda architecture: scored[architecture])
+            around = [other for other in space.neighbours(base) if low <= costs.total(other) <= limit]
+            new = [other for other in around if other not in scored and other not in found]
+            found |= dict.fromkeys(sorted(new, key=model.total)[: max(1, count // _BASES)])
+    return list(found)

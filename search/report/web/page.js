@@ -72,7 +72,8 @@ function showSelection() {
       lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
   if (rows.loss) {
-    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `±${rows.loss_margin[row].toFixed(4)}, from the dense network's answers`]);
+    const margin = rows.loss_margin ? `±${rows.loss_margin[row].toFixed(4)}, ` : "";
+    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `${margin}the ${data.loss}`]);
   }
   for (const { name, label } of data.costs) {
     const here = rows[name][row], there = rows[name][data.dense];
@@ -156,7 +157,7 @@ function showTable() {
   const cost = state.cost, costs = rows[cost];
   const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"),
     make("th", { class: "text narrow", scope: "col" }, "Tokens"));
-  for (const name of ["Top-1", "95 % interval", ...data.costs.map((each) => each.label), "Of dense"]) {
+  for (const name of [scoreLabel, "95 % interval", ...(rows.loss ? ["Loss"] : []), ...data.costs.map((each) => each.label), "Of dense"]) {
     head.append(make("th", { scope: "col" }, name[0].toUpperCase() + name.slice(1)));
   }
   const body = make("tbody");

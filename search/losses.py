@@ -1,4 +1,4 @@
-"""What a reduction does to each image's answer: losses in whole micronats, their mean and its paired interval.
+"""What a reduction does to each image's answer: losses in whole micronats, image by image or summed.
 
 Top-1 moves only where an image is near a border between classes; a loss moves with every image, so a few hundred of
 them distinguish architectures of equal accuracy. A loss is rounded to a whole number of micronats (1e-6 nat)
@@ -7,7 +7,7 @@ image by image: sums are exact, whatever the order of images, batches and worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ from poolshare.space import Architecture, ConfigError, ModelError
 from poolshare.supernet import SuperNet
 from poolshare.supernet.data.splits import Batches
 
-from ..scoring import Metric, judged, top1
+from .counts import MICRONATS, Counts
+from .scoring import Metric, count_correct, judged, top1
 
-MICRONATS = 1_000_000  # per nat
 LOSSES = ("divergence", "cross-entropy")
 
 
@@ -68,7 +68,6 @@ def paired(loss: np.ndarray, reference: np.ndarray) -> Difference:
     return Difference(mean, mean - margin, mean + margin)
 
 
-@torch.inference_mode()
 def image_losses(
     supernet: SuperNet,
     architectures: Sequence[Architecture],
@@ -87,15 +86,56 @@ def image_losses(
 
     Raises ConfigError for a cross-entropy without labels, ModelError where an answer is not a number.
     """
+    parts = list(_by_batch(supernet, architectures, batches, loss, labelled, metric, progress))
+    return ImageLosses(np.hstack([part.loss for part in parts]), np.hstack([part.right for part in parts]))
+
+
+def score_counts(
+    supernet: SuperNet,
+    architectures: Sequence[Architecture],
+    batches: Batches,
+    score: str = "top1",
+    metric: Metric = top1,
+    progress: Callable[[float], None] | None = None,
+) -> list[Counts]:
+    """What is recorded of each architecture by a `--score`: "top1", "loss" (cross-entropy) or "divergence".
+
+    progress: as in `image_losses`, which says what is raised too.
+    """
+    if score == "top1":
+        correct, total = count_correct(supernet, architectures, batches, progress, metric)
+        return [Counts(count, total) for count in correct]
+    sums, right, images = (np.zeros(len(architectures), np.int64) for _ in range(3))
+    for part in _by_batch(supernet, architectures, batches, loss_of(score), True, metric, progress):
+        sums, right, images = sums + part.loss.sum(1), right + part.right.sum(1), images + part.images
+    return [Counts(*map(int, numbers)) for numbers in zip(right, images, sums, strict=True)]
+
+
+def loss_of(score: str) -> str:
+    """The loss of a `--score` that is one."""
+    return "cross-entropy" if score == "loss" else score
+
+
+@torch.inference_mode()
+def _by_batch(
+    supernet: SuperNet,
+    architectures: Sequence[Architecture],
+    batches: Batches,
+    loss: str,
+    labelled: bool,
+    metric: Metric,
+    progress: Callable[[float], None] | None,
+) -> Iterator[ImageLosses]:
+    """The losses of each batch."""
     if loss not in LOSSES:
         raise ConfigError(f"loss {loss!r} is unknown; known are {', '.join(LOSSES)}")
     if loss == "cross-entropy" and not labelled:
         raise ConfigError("a cross-entropy needs labels, and these images have none; take loss='divergence'")
+    if not len(batches):
+        raise ConfigError("there are no images to score on")
     supernet.eval()
     device = next(supernet.parameters()).device
-    dense = supernet.space[0]
-    walked = [dense, *architectures]  # depth first, so the dense model answers first, and only once
-    parts = []
+    walked = [supernet.space[0], *architectures]  # depth first, so the dense model answers first, and only once
     for index, (images, labels) in enumerate(batches, start=1):
         labels = labels.to(device)
         values = torch.zeros(len(walked), len(images), dtype=torch.int64, device=device)
@@ -116,9 +156,6 @@ def image_losses(
                 raise ModelError(f"'{named}' has outputs that are not numbers; check the weights and the images")
             values[positions] = (nats * MICRONATS).round().long()
             right[positions] = judged(metric, logits, wanted)
-        parts.append(ImageLosses(values[1:].cpu().numpy(), right[1:].cpu().numpy()))
+        yield ImageLosses(values[1:].cpu().numpy(), right[1:].cpu().numpy())
         if progress:
             progress(index / len(batches))
-    if not parts:
-        raise ConfigError("there are no images to score on")
-    return ImageLosses(np.hstack([p.loss for p in parts]), np.hstack([p.right for p in parts]))
