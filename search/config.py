@@ -80,7 +80,6 @@ class SearchConfig(BaseModel):
     )
     training: bool = True  # False: search the model as it is, see `search.untrained`
     unlabelled: bool = option(False, "With --no-training: take all pictures below --data, and no labels.")
-    images: int | None = option(None, "With --no-training: score on at most so many. Default: 1000.", metavar="N", ge=2)
     pretrained: bool = option(False, "Begin with timm's pretrained weights.")
     weights: str | None = option(
         None,
@@ -167,7 +166,9 @@ class SearchConfig(BaseModel):
         "Score on these class folders instead. Default: val/ where there is a test/ beside it.",
         metavar="FOLDER",
     )
-    search_images: int = option(10_000, "Score on at most so many images, drawn class by class.", metavar="N", ge=2)
+    search_images: int = option(
+        ..., "Score on at most so many images. Default: 10000, with --no-training 1000.", metavar="N", ge=2
+    )
     check_images: Literal["once", "now", "never"] = option(
         "once",
         "When image files are decoded as a check: once, and again where a file has changed; now, all of them; never.",
@@ -206,6 +207,7 @@ class SearchConfig(BaseModel):
             "trials": 1000,
             "tune_epochs": 0,
             "score": "top1",
+            "search_images": 10_000,
         }
         if given.get("training") is False:
             decided |= {
@@ -213,7 +215,7 @@ class SearchConfig(BaseModel):
                 "operators": UNTRAINED,
                 "max_run": 1,
                 "budget": "70%",
-                "images": IMAGES,
+                "search_images": IMAGES,
                 "score": "divergence",
             }
         elif warm and given.get("epochs") != 0 and given.get("tune_epochs") != 0:

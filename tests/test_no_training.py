@@ -234,7 +234,7 @@ def test_a_budget_in_milliseconds_is_kept_by_the_table(place, tmp_path, monkeypa
 
     monkeypatch.setattr(job_module, "measure_latency_table", table)
     monkeypatch.setattr(untrained_job, "time_models", lambda *_: None)
-    given = {"weights": place / "model.safetensors", "quiet": True, "images": 6, "latency_batch": 4, **MODEL}
+    given = {"weights": place / "model.safetensors", "quiet": True, "search_images": 6, "latency_batch": 4, **MODEL}
     given |= {"operators": ("evit",), "levels": "auto"}
     best = {}
     for limit in (60_000, 50_000):
@@ -314,8 +314,8 @@ def make_bad(root: Path, place: Path) -> None:
         ({"epochs": 3}, "--epochs 3 belongs to training"),
         ({"recipe": {"mixup": 0.5}}, "--recipe"),
         ({"trials": 10}, "--trials 10 belongs to training"),
-        ({"images": 1}, "--images 1"),
-        ({"training": True, "images": 10}, "--images goes with --no-training"),
+        ({"search_images": 1}, "--search-images 1"),
+        ({"training": True, "unlabelled": True}, "--unlabelled goes with --no-training"),
         ({"training": True, "unlabelled": True}, "--unlabelled goes with --no-training"),
     ],
 )
@@ -344,7 +344,9 @@ def test_of_many_images_some_are_drawn_and_of_each_class_one_is_enough(place, tm
     for index, name in enumerate(CLASSES):
         picture(tmp_path / "data" / name / "only.png", index)
     weights = place / "model.safetensors"
-    found = search(tmp_path / "data", out=tmp_path / "run", weights=weights, quiet=True, images=2, **MODEL, **SMALL)
+    found = search(
+        tmp_path / "data", out=tmp_path / "run", weights=weights, quiet=True, search_images=2, **MODEL, **SMALL
+    )
     assert found.report.images == 2
     assert sum(found.run.read_summary()["images"]["search"]) == 2
     assert any("2 of the 3 images are scored on" in note for note in found.run.notes)
@@ -358,7 +360,7 @@ def test_the_command_line_has_it(verb, place, tmp_path):
         place / "pictures",
         "--unlabelled",
         "--no-training",
-        "--images",
+        "--search-images",
         12,
         "--levels",
         "16,4",

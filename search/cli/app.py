@@ -96,8 +96,8 @@ def search(
         options["training"] = False
     if dry_run:
         quiet = False
-    given = {"out": out, "storage": storage, "quiet": quiet, "dry_run": dry_run}
-    result = run_search(options.pop("data"), **given, **read_options(options))
+    data = options.pop("data")
+    result = run_search(data, out=out, storage=storage, quiet=quiet, dry_run=dry_run, **read_options(options))
     if launched_rank() or dry_run:
         return None
     if as_json:

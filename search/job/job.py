@@ -342,7 +342,7 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _dense_score(job: Job, folder: RunFolder, tuned: Tuned | None, candidates: pd.DataFrame) -> dict[str, float]:
+def _dense_score(job: Job, folder: RunFolder, tuned: Tuned | None, candidates: pd.DataFrame) -> dict[str, object]:
     """The dense model's columns top1 and, where losses decide, loss: with its own weights, else with the supernet's."""
     if tuned and job.config.score == "top1":
         return {"top1": tuned.top1}

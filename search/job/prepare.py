@@ -174,9 +174,8 @@ def prepare(
     Raises the PoolshareError of whatever does not fit.
     """
     check_same_metric(config, metric)
-    for name in ("images", "unlabelled"):
-        if config.training and getattr(config, name):
-            raise ConfigError(f"--{name} goes with --no-training: give that too, or leave this out")
+    if config.training and config.unlabelled:
+        raise ConfigError("--unlabelled goes with --no-training: give that too, or leave this out")
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, config.objective)

@@ -38,11 +38,13 @@ def drawn(job: Job) -> Job:
             f"{config.data} holds {whole} image to score on, which is too few to compare architectures: give a few hundred, as the "
             "model will see in use"
         )
-    order = np.random.default_rng(config.seed).permutation(whole)[: config.images or IMAGES]
+    most = IMAGES if config.training and "search_images" not in config.given else config.search_images
+    order = np.random.default_rng(config.seed).permutation(whole)[:most]
     notes = job.notes
     if len(order) < whole:
-        remedy = "" if config.training else ": see --images"
-        notes += (f"{len(order):,} of the {whole:,} images are scored on, drawn with seed {config.seed}{remedy}",)
+        notes += (
+            f"{len(order):,} of the {whole:,} images are scored on, drawn with seed {config.seed}: see --search-images",
+        )
     if len(order) < FEW:
         notes += (f"warning: {len(order)} images distinguish architectures poorly; a few hundred do better",)
     return replace(job, data=job.data.drawn("search", order), notes=notes)
