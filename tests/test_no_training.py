@@ -316,7 +316,6 @@ def make_bad(root: Path, place: Path) -> None:
         ({"trials": 10}, "--trials 10 belongs to training"),
         ({"search_images": 1}, "--search-images 1"),
         ({"training": True, "unlabelled": True}, "--unlabelled goes with --no-training"),
-        ({"training": True, "unlabelled": True}, "--unlabelled goes with --no-training"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(changes, says, place, bad, tmp_path):
