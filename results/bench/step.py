@@ -16,7 +16,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.training.sandwich import Sandwich
 
 MODEL = "vit_tiny_patch16_224"
-# sharing, precision, checkpointing
-SETTINGS = [
-    (sharing, amp, checkpoint)
-    for amp in ("none", "bf16")
-    for sharing, checkpoint in (("qk", False), ("qk", True), ("map", False))
-]
+Setting = tuple[str, str, bool]  # sharing, precision, checkpointing
+
+
+def settings_of(precisions: Sequence[str]) -> list[Setting]:
+    """What is measured, in these precisions."""
+    kinds = (("qk", False), ("qk", True), ("map", False))
+    return [(sharing, amp, checkpoint) for amp in precisions for sharing, checkpoint in kinds]
 
 
 def name_of(sharing: str, amp: str, checkpoint: bool) -> str:
@@ -81,10 +82,10 @@ def memory(sharing: str, amp: str, checkpoint: bool, batch: int, device: str) ->
     return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def seconds(batch: int, device: str, rounds: int) -> dict[str, float]:
+def seconds(settings: Sequence[Setting], batch: int, device: str, rounds: int) -> dict[str, float]:
     """Median seconds of a step of each setting, all taken in turn."""
     torch.set_num_threads(1)
-    runs = {name_of(*setting): stepper(*setting, batch, device) for setting in SETTINGS}
+    runs = {name_of(*setting): stepper(*setting, batch, device) for setting in settings}
     times: dict[str, list[float]] = {name: [] for name in runs}
     clock = time.thread_time if device == "cpu" else time.perf_counter
     for step in range(rounds + 1):
@@ -104,18 +105,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--amp", nargs="+", default=["none", "bf16"], help="bf16 is slow on a CPU without units for it")
     parser.add_argument(
         "--time", action="store_true", help="time steps too; memory does not mind other work, this does"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("step.json"))
     given = parser.parse_args()
     found: dict[str, Any] = {"batch": given.batch, "device": given.device, "versions": versions(), "peak_mb": {}}
-    for setting in SETTINGS:
+    settings = settings_of(given.amp)
+    for setting in settings:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found["peak_mb"][name_of(*setting)] = pool.apply(memory, (*setting, given.batch, given.device))
         print(name_of(*setting), found["peak_mb"][name_of(*setting)], "MB", flush=True)
     if given.time:
-        medians = seconds(given.batch, given.device, given.rounds)
+        medians = seconds(settings, given.batch, given.device, given.rounds)
         first = next(iter(medians.values()))
         found["step_over_first"] = {name: round(value / first, 3) for name, value in medians.items()}
         found["seconds_of_first"] = round(first, 3)
