@@ -75,7 +75,7 @@ def search(
         data_dir, download, search_fraction, search_images, check_images, img_size, in_chans, search_data, scale_16bit, which
         own data decide by themselves.
 
-        training=False searches the model as it is, see `--no-training`; unlabelled and images belong to that.
+        training=False searches the model as it is, see `--no-training`; unlabelled belongs to that.
 
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """

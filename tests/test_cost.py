@@ -1,4 +1,4 @@
-"""Costs against the hand formulas of ALGORITHMS section 6, bands against enumeration."""
+"""Costs against hand formulas, bands against enumeration."""
 
 import json
 import math

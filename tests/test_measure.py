@@ -146,7 +146,7 @@ def test_parameters_are_those_of_the_exported_model(case: str):
 def by_hand(
     width: int, prefix: int, levels: tuple[int, ...], patch: int, channels: int, classes: int, of_follower: int = 2
 ) -> CostTable:
-    """ALGORITHMS section 6, r = 4, a head on CLS after a norm over all tokens.
+    """MACs by hand, r = 4, a head on CLS after a norm over all tokens.
 
     of_follower: N²d products of a block that shares: QKᵀ and the map times V, or the latter alone.
     """

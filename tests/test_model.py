@@ -1,4 +1,4 @@
-"""The supernet against unmodified timm, and against a plain reference of ALGORITHMS section 1 written without it."""
+"""The supernet against unmodified timm, and against a plain reference written without it."""
 
 import inspect
 import os
@@ -130,7 +130,7 @@ def test_in_training_dropout_and_drop_path_are_timms():
     assert not torch.equal(expected, base(images))
 
 
-# The reference: ALGORITHMS section 1 in plain tensor operations
+# The reference: an architecture in plain tensor operations
 
 
 def reference_logits(

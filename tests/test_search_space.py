@@ -35,7 +35,7 @@ def can_pool(name: str, before: int, after: int, grid: bool) -> bool:
 
 
 def is_legal(layers: tuple[Layer, ...], levels: tuple[int, ...], max_run: int) -> bool:
-    """The compact set of ALGORITHMS section 5, as a rule about whole tuples."""
+    """The compact set of architectures, as a rule about whole tuples."""
     if layers[0] != Layer(levels[0], None, False):
         return False
     counts = [layer.tokens for layer in layers]
@@ -128,7 +128,7 @@ def test_membership_agrees_with_the_rule_for_random_tuples(data: st.DataObject):
     assert (changed in space) == (known and is_legal(tuple(layers), space.levels, space.max_run))
 
 
-TABLE = {  # ALGORITHMS section 5, L = 12: levels -> sizes at m = 1, 2, 3, unlimited
+TABLE = {  # L = 12: levels -> sizes at m = 1, 2, 3, unlimited
     (196,): (1, 233, 927, 2048),
     (196, 49): (12, 2052, 7077, 13312),
     (196, 100, 49): (78, 10188, 31294, 52736),
@@ -214,7 +214,7 @@ def test_a_rank_outside_is_refused(rank: int):
 
 
 def naive_draw(space: SearchSpace, rng: random.Random) -> Architecture:
-    """Draw levels, draw sharing bits, repair: what ALGORITHMS section 5 says is not uniform."""
+    """Draw levels, draw sharing bits, repair: what is not uniform."""
     layers: list[Layer] = [Layer(space.levels[0])]
     for _ in range(space.depth - 1):
         tokens = min(rng.choice(space.levels), layers[-1].tokens)
