@@ -116,7 +116,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str) 
             console.print(note, markup=False, soft_wrap=True)
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         job, trying = _train(job, folder, console)
-        start, more = time.monotonic(), {}
+        start, more = time.monotonic(), dict[str, Any]()
         if job.config.races:
             job = drawn(job)
             candidates, more = race(job, folder, console)
