@@ -18,6 +18,7 @@ from poolshare.search import SearchResult, search, work
 from poolshare.search.analysis import finalists
 from poolshare.search.analysis.guard import against_dense
 from poolshare.search.analysis.pareto import binomial_interval
+from poolshare.search.cli import sizing
 from poolshare.search.config import SearchConfig
 from poolshare.search.exported.export import better_with_dense, load_export
 from poolshare.search.exported.retrain import evaluate, retrain
@@ -137,6 +138,8 @@ def test_the_forecast_of_the_path_counts_the_teacher_and_every_phase():
     assert set(raced) == {"tuning", "scoring", "retraining"}
     assert raced["scoring"] == pytest.approx(expected_cost(allowed, 200) / dense / (3 * 800))
     assert sum(raced.values()) < sum(path.values()) < 2 * 15 * 1000 / 800  # two tunings on all training images
+    few, many = (round(sum(one.values())) for one in (raced, path))
+    assert f"8 epochs of retraining: about {few}, or {many}, epochs of the dense model" in sizing._path(config, allowed)
 
 
 def test_a_guided_loss_is_half_of_labels_and_half_of_the_teachers_distribution():
@@ -188,6 +191,8 @@ def test_the_run_says_what_each_phase_took_and_gained(found):
     assert "points on the frontier" in time["training"]
     frontier = set(found.frontier["architecture"])
     assert frontier <= set(summary["with_dense_weights"])
+    seconds = summary["seconds"]["tuning"] / 2 / 0.8 * 8  # of 8 epochs of the dense model, on all training images
+    assert found.report.retraining == (8, pytest.approx(seconds), found.report.dense["macs"], pytest.approx(1 / 3))
 
 
 def test_an_export_has_the_better_weights(found, made, tmp_path):
