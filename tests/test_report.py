@@ -219,7 +219,7 @@ def test_a_runs_report_comes_from_its_files(tmp_path):
     assert report.facts["Configuration"]["seed"] == "0"
     assert report.facts["Time"] == {"training": "60 s", "scoring": "5 s"}
     # 4 epochs over 70 % of the images took 60 s, each step with dense, cheapest and two between them.
-    assert report.retraining == (15, pytest.approx(60 / 4 / 0.7 * 15), 40e6 + 10e6 + 2 * 25e6)
+    assert report.retraining == (15, pytest.approx(60 / 4 / 0.7 * 15), 40e6 + 10e6 + 2 * 25e6, 0.0)
     assert load_report(folder, "50%").limits == {"macs": 20_000_000}
     (folder.path / "trust.json").write_text("{")
     with pytest.raises(RunError, match=r"trust.json is damaged"):
