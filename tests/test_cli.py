@@ -535,7 +535,7 @@ def test_announcement_and_page_of_a_search_say_about_where_a_count_is_an_estimat
     if not exact:
         monkeypatch.setattr(counting, "MAX_BEGINNINGS", 0)
         monkeypatch.setattr(counting, "MAX_SUMS", 0)
-        monkeypatch.setattr(band, "FEW", -1)
+        monkeypatch.setattr(band, "FEW", 0)
     words = ["search", *SMALL, "--epochs", "0", "--sampler", "random", "--trials", "2", "--budget", "60%"]
     status, _, err = verb(*words, "--out", tmp_path / "run")
     counting.paths_of.cache_clear()

@@ -378,7 +378,7 @@ def test_every_verb_prints_what_a_terminal_without_unicode_can_show(place, monke
     search_again += ["--model", OPTIONS["model"], "--epochs", "1", "--batch-size", "8", "--trials", "4"]
     written = {}
     for words in (
-        ["space", *small, "--budget", "60%"],
+        ["space", *small, "--budget", "95%"],
         [*search_again, "--sampler", "random", "--device", "cpu"],
         ["worker", "run"],
         ["pareto", "run", "--png", "Bild → ß.png"],

@@ -121,7 +121,7 @@ def test_the_readmes_table_holds_for_some_of_each_module():
         assert row, module
         for name in names[:: 1 + len(names) // 2]:
             reason = probe(name, **({} if module in UNSUPPORTED or "sapiens2" in name else {"depth": 1}))
-            assert not reason or shortened(reason) in row[2], (name, reason)
+            assert shortened(reason) in row[2], name
             assert reason or row[1] != "0", name
 
 

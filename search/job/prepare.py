@@ -414,9 +414,9 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
     if config.pretrained and config.weights is not None:
         raise ConfigError(f"--pretrained and --weights {config.weights} are two beginnings; leave one out")
     decided = {"img_size": "--img-size", "num_classes": "the data", "pretrained_cfg": "--pretrained"}
-    decided |= {"drop_path_rate": "--recipe drop_path of retrain"} | (
-        {"in_chans": "--in-chans"} if config.in_chans else {}
-    )
+    decided |= {"drop_path_rate": "--recipe drop_path of retrain"}
+    if config.in_chans not in (None, config.model_args.get("in_chans")):  # own data have said it already
+        decided["in_chans"] = "--in-chans"
     for name, instead in decided.items():
         if name in config.model_args:
             raise ModelError(f"--model-args {name}={config.model_args[name]}: leave it out, {instead} decides it")
