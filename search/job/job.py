@@ -352,8 +352,8 @@ def conclude(
     if tuned:
         begin = time.monotonic()
         best = frontier(candidates, cost)
-        by_dense = score_with_dense(job, folder, [*best["architecture"], *map(str, job.include)])
-        by_dense = {text: counts.correct for text, counts in by_dense.items()}
+        found = score_with_dense(job, folder, [*best["architecture"], *map(str, job.include)])
+        by_dense = {text: counts.correct for text, counts in found.items()}
         both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
