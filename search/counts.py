@@ -28,7 +28,7 @@ class Counts(NamedTuple):
         return self.top1 if self.loss is None else 100 * math.exp(-self.loss / self.total / MICRONATS)
 
     @property
-    def columns(self) -> dict[str, object]:
+    def columns(self) -> dict[str, float]:
         """Of the candidates frame, see `pareto`."""
         loss = {} if self.loss is None else {"loss": self.loss / self.total / MICRONATS}
         return {"top1": self.top1, "correct": self.correct, "total": self.total, **loss}

@@ -48,7 +48,7 @@ def test_probes_hold_first_and_last_layer_and_the_largest_and_the_smallest_count
 
 def test_the_typical_damage_of_an_operator_is_a_geometric_mean_and_the_least_comes_first():
     typical = DamageModel(SPACE, singles(SPACE)).typical()
-    measured = [(i, t) for i in range(1, 8) for t in SPACE.levels[1:]]
+    measured = [(i, t) for i in (1, 2, 4, 6, 7) for t in SPACE.levels[1:]]
     means = {o: np.exp(np.mean([np.log(reduction(o, i, t)) for i, t in measured])) for o in SPACE.operators}
     assert list(typical) == ["kmeans", "max2d"]
     assert typical["kmeans"] == pytest.approx(means["kmeans"])

@@ -170,7 +170,7 @@ def test_a_bias_by_place_is_timms_between_the_nearest_patches(name):
     tokens = net.embed(images_for(net))
     with torch.no_grad():
         whole = relative_bias(net, 1, tokens)
-        placed = tokens._replace(places=grid_places(16, 16).expand(2, -1, -1))
+        placed = tokens._replace(places=grid_places(16, (4, 4)).expand(2, -1, -1))
         assert torch.equal(relative_bias(net, 1, placed), whole.expand(2, -1, -1, -1))
         # 2 × 2 cells of 4 × 4 patches: their centres, (½, ½), (½, 2½), …, lie nearest to patches 5, 7, 13 and 15.
         cells = relative_bias(net, 1, tokens._replace(features=torch.zeros(1, prefix + 4, 32)))

@@ -161,7 +161,8 @@ def test_the_forecast_runs_no_more_images_at_once_than_a_step_of_training(monkey
     monkeypatch.setattr(distributed, "launched_size", lambda: 2)
     monkeypatch.setattr(announce.time, "perf_counter", iter(range(100)).__next__)  # each step takes a second
     pace = announce.calibrate(job)
-    assert set(sizes) == {22}  # 128 images, of which this process takes 64, in parts of 22
+    assert sizes[:2] == [2, 4]  # what memory is forecast from
+    assert set(sizes[2:]) == {22}  # 128 images, of which this process takes 64, in parts of 22
     assert pace.step == pytest.approx(64 / 22)
     sizes.clear()
     assert announce.calibrate(job, training=False).step == 0
@@ -169,8 +170,12 @@ def test_the_forecast_runs_no_more_images_at_once_than_a_step_of_training(monkey
 
 
 def test_a_step_that_does_not_fit_into_memory_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    forward = SuperNet.forward
+
     def full(self, images, architectures):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, architectures)
 
     monkeypatch.setattr(SuperNet, "forward", full)
     with pytest.raises(TrainingError, match=r"does not fit into the memory of cpu; .*--recipe accumulate=4"):

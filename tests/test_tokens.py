@@ -65,12 +65,12 @@ def test_a_grid_s_constants_equal_hand_arithmetic():
 
 def test_merging_all_tokens_of_a_cell_gives_the_cells_centre():
     whole = Tokens(torch.randn(2, 1 + 16, 8))
-    holders = grid_sources(4, 16).expand(2, -1)
-    cells = merge(whole, torch.randn(2, 1 + 4, 8), holders, 16, Carry.SOURCES)
-    assert torch.equal(cells.places, grid_places(4, 16).expand(2, -1, -1))
-    assert torch.equal(cells.sizes, grid_sizes(4, 16).expand(2, -1))
+    holders = grid_sources(4, (4, 4)).expand(2, -1)
+    cells = merge(whole, torch.randn(2, 1 + 4, 8), holders, (4, 4), Carry.SOURCES)
+    assert torch.equal(cells.places, grid_places(4, (4, 4)).expand(2, -1, -1))
+    assert torch.equal(cells.sizes, grid_sizes(4, (4, 4)).expand(2, -1))
     assert torch.equal(cells.sources, holders)
-    halves = merge(cells, torch.randn(2, 1 + 2, 8), torch.tensor([[0, 0, 0, 1]] * 2), 16, Carry.SOURCES)
+    halves = merge(cells, torch.randn(2, 1 + 2, 8), torch.tensor([[0, 0, 0, 1]] * 2), (4, 4), Carry.SOURCES)
     # The first holds the cells at (½, ½), (½, 2½) and (2½, ½): a mean of 3½/3, patches counted.
     assert halves.places[0].tolist() == pytest.approx([[3.5 / 3, 3.5 / 3], [2.5, 2.5]])
     assert halves.sizes[0].tolist() == [12, 4]

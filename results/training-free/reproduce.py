@@ -37,8 +37,8 @@ def scheduled(counts: list[int], operator: str) -> Architecture:
     return Architecture((Layer(counts[0]), *layers))
 
 
-def uniform(patches: int, operator: str, budget: float, dense: int) -> Architecture:
-    """As many tokens less before each block, one more before the first few; blocks alone just keep the budget."""
+def uniform(patches: int, operator: str, budget: float, dense: int) -> Architecture | None:
+    """As many tokens less before each block, one more before the first few; blocks alone just keep the budget, if they can."""
     best: tuple[int, list[int]] = (0, [])
     for less in range(patches // DEPTH):
         for longer in range(DEPTH - 1):
@@ -46,7 +46,7 @@ def uniform(patches: int, operator: str, budget: float, dense: int) -> Architect
             cost = dense - DEPTH * block(patches) + sum(map(block, counts))
             if cost <= budget:
                 best = max(best, (cost, counts))
-    return scheduled(best[1], operator)
+    return scheduled(best[1], operator) if best[1] else None
 
 
 def around(schedules: list[Architecture], operators: tuple[str, ...]) -> SearchSpace:
@@ -56,15 +56,17 @@ def around(schedules: list[Architecture], operators: tuple[str, ...]) -> SearchS
 
 
 def uniforms(operator: str, shares: list[float], dense: int, setting: Setting) -> list[Architecture]:
-    """A uniform schedule for each share of the dense MACs that keeps it with the operator's own."""
-    rooms = {share: share * dense for share in shares}
-    while True:
-        schedules = [uniform(setting.patches, operator, room, dense) for room in rooms.values()]
-        costs = measure_macs(make_net(setting, around(schedules, (operator,))))
-        excess = {share: costs.total(one) - share * dense for share, one in zip(shares, schedules, strict=True)}
-        if max(excess.values()) <= 0:
-            return schedules
-        rooms = {share: room - max(0, excess[share]) for share, room in rooms.items()}
+    """A uniform schedule for each share of the dense MACs that keeps it with the operator's own; none where none does."""
+    found = []
+    for share in shares:
+        room, excess = share * dense, 1.0
+        schedule: Architecture | None = None
+        while excess > 0 and (schedule := uniform(setting.patches, operator, room, dense)):
+            costs = measure_macs(make_net(setting, around([schedule], (operator,))))
+            excess = costs.total(schedule) - share * dense
+            room -= max(0, excess)
+        found += [schedule] if schedule else []
+    return found
 
 
 def row(

@@ -120,8 +120,6 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     training: whether any is to be done. Changes no weight. Raises TrainingError where a step of it does not fit into the
     GPU's memory.
     """
-    if training:
-        check_memory(job, measure_memory(job))
     guided = bool(job.config.guided)
     sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=guided)
     device = next(job.supernet.parameters()).device
@@ -133,6 +131,8 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     images, labels = images.to(device), labels.to(device)
     times = []
     try:
+        if training:
+            check_memory(job, measure_memory(job))
         for step in range(4 if training else 0):
             start = time.perf_counter()
             with attention_of(job.recipe, job.supernet, device), precision_of(job.recipe, device):

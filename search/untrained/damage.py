@@ -94,7 +94,7 @@ class DamageModel:
         return self._singles[key]
 
     def typical(self) -> dict[str, float]:
-        """Damage of each operator's single reductions, the geometric mean over all layers and the token counts that every
+        """Damage of each operator's single reductions, the geometric mean over the measured layers and the token counts that every
         operator was measured down to; the least first."""
         curves = {name: found for name, found in self._curves.items() if name is not None}
         least = max((float(curve.x[0]) for found in curves.values() for curve in found.values()), default=0.0)

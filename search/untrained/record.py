@@ -54,7 +54,11 @@ class Record:
     """What was scored, kept in the run folder after every walk."""
 
     def __init__(self, folder: RunFolder):
-        self.path, self.score = folder.losses, folder.config.score
+        score = folder.config.score
+        self.path, self.score = (
+            folder.losses,
+            "divergence" if score == "top1" else score,
+        )  # top-1 tells too little apart
         self.losses: dict[Architecture, ImageLosses] = {}
         self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
         if not self.path.exists():
