@@ -138,7 +138,7 @@ def test_bookkeeping_changes_no_feature_and_is_not_done_unasked():
         model = Subnet.from_supernet(net, architecture)
         bare, known = (outputs(model, images_for(), carry) for carry in (Carry.NOTHING, Carry.SOURCES))
         for plain, full in zip(bare, known, strict=True):
-            assert plain[1:] == (None, None, None, False)
+            assert plain[1:] == (None, None, None, False, None)
             assert torch.equal(plain.features, full.features)
 
 
