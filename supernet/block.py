@@ -122,14 +122,28 @@ def run_block(
     leave: what those after an owner need; None: the block is timm's own forward and leaves nothing. Only an owner that
     must write its map leaves the fused kernel. bias: what an owner adds to the scores, as a mask, which fused kernels take,
     see `Attended`. turned: by what an owner rotates queries and keys of the patch tokens, see `operators.rotary`.
-    Returns the new tokens (B, N, C) and what the block attended with.
+    Returns the new tokens (B, N, C) and, where something is to be left, what the block attended with.
 
     With dropout on the map, each block draws a mask of its own under "qk"; a written map is dropped out once for all.
     """
     if shared is None and leave is None and bias is None:
         return block(tokens) if turned is None else block(tokens, rope=turned), None
     post = isinstance(block, POST_NORM)
-    attention, normed = block.attn, tokens if post else block.norm1(tokens)
+    mixed, used = _mixed(block.attn, tokens if post else block.norm1(tokens), shared, leave, bias, turned)
+    tokens = tokens + block.drop_path1(_scaled(block, 1, mixed))
+    mixed = block.mlp(tokens if post else block.norm2(tokens))
+    return tokens + block.drop_path2(_scaled(block, 2, mixed)), used if leave else None
+
+
+def _mixed(
+    attention: Attends | SharedAttention,
+    normed: torch.Tensor,
+    shared: Attended | None,
+    leave: Sharing | None,
+    bias: torch.Tensor | None,
+    turned: torch.Tensor | None,
+) -> tuple[torch.Tensor, Attended]:
+    """What attention gives (B, N, C), and what it attended with. Values and the like are free before the MLP needs memory."""
     if shared is None:
         used, values = _own(attention, normed, turned)
         used = used._replace(bias=bias)
@@ -137,10 +151,7 @@ def run_block(
             used = used._replace(written=_write(attention, used))
     else:
         used, values = shared, _values(attention, normed)
-    mixed = _project(attention, normed, _attend(attention, used, values))
-    tokens = tokens + block.drop_path1(_scaled(block, 1, mixed))
-    mixed = block.mlp(tokens if post else block.norm2(tokens))
-    return tokens + block.drop_path2(_scaled(block, 2, mixed)), used
+    return _project(attention, normed, _attend(attention, used, values)), used
 
 
 def _scaled(block: Blocks, part: int, mixed: torch.Tensor) -> torch.Tensor:

@@ -56,17 +56,18 @@ def small(model: Any) -> dict[str, Any]:
 
 def agree(name: str, options: dict[str, Any]) -> None:
     """Dense path and timm's forward, on the same weights and images; and a pooled, shared one as stand-alone model."""
+    torch.manual_seed(0)
     net = SuperNet.from_timm(name, SearchSpace(2, (16, 4), ("max2d",), 2), **options).eval()
     with torch.no_grad():
         for parameter in net.parameters():  # no zero is left where timm begins with one
             parameter.add_(
-                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
         unmodified = timm.create_model(name, **options).eval()
         unmodified.load_state_dict(net.state_dict())
         images = torch.randn(2, net.in_chans, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
         expected = unmodified(images)
-        assert (expected[0] - expected[1]).abs().max() > 1e-4, name  # the images matter
+        assert (expected[0] - expected[1]).abs().max() > 1e-2, name  # the images matter
         torch.testing.assert_close(net(images, [net.space[0]])[0], expected, rtol=1e-4, atol=1e-4)
         cheapest = net.space[net.space.size - 1]
         pooled = net(images, [cheapest])[0]
