@@ -19,6 +19,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
@@ -103,8 +104,8 @@ def keep(root: Path, table: Path) -> None:
 
 def alone(task: Callable[..., Any], *arguments: Any) -> Any:
     """The answer of a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(task, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
 
 
 def main() -> None:
