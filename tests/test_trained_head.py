@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+import timm
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
+from poolshare.search.config import checked_config
+from poolshare.search.job.prepare import prepare
 from poolshare.search.job.trained_head import head_notes
 from poolshare.search.scoring import class_report
 
@@ -61,3 +65,18 @@ def test_one_class_for_all_images_is_no_better_than_its_baseline():
     labels = np.array([0] * 300 + [1] * 6)
     found = class_report(labels, np.zeros(306, dtype=int), ["many", "few"])
     assert (found["baseline"], found["balanced_top1"]) == (pytest.approx(100 * 300 / 306), 50)
+
+
+@pytest.mark.parametrize("classes", [10, 7])
+def test_a_head_that_was_trained_before_may_have_seen_the_images_and_that_is_said(classes, tmp_path):
+    options = {"depth": 3, "embed_dim": 16, "num_heads": 2}
+    weights = tmp_path / "fine-tuned.safetensors"
+    save_file(timm.create_model("digits_vit", num_classes=classes, **options).state_dict(), weights)
+    job = prepare(
+        checked_config(data="digits", model_args=options, device="cpu", weights=str(weights), levels=(64, 16))
+    )
+    said = [note for note in job.notes if "was trained before: if it has seen any of these images" in note]
+    assert len(said) == (classes == 10)  # a head of other classes is a new one, which has seen nothing
+    if said:
+        assert weights.name in said[0]
+        assert "check with `poolshare evaluate` on test images" in said[0]
