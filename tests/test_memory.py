@@ -8,6 +8,7 @@ from conftest import DIGITS, call
 from poolshare.search import SearchResult, search
 from poolshare.search.config import checked_config
 from poolshare.search.job import memory
+from poolshare.search.job.forecast import sandwich_of
 from poolshare.search.job.memory import check_memory, measure_memory
 from poolshare.search.job.prepare import prepare
 from poolshare.space import TrainingError
@@ -24,29 +25,35 @@ def job_of(**options):
     return prepare(checked_config(**SMALL | options))
 
 
+def memory_of(job):
+    return measure_memory(job, sandwich_of(job))
+
+
 def test_memory_is_that_of_what_autograd_keeps():
     job = job_of()
-    found = measure_memory(job)
+    found = memory_of(job)
     weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
     assert (found.fixed, found.images) == (4 * weights, 64)
     assert found.step == found.fixed + math.ceil(64 * found.image)
-    assert memory._saved(job, 6) - memory._saved(job, 2) == pytest.approx(4 * found.image)
+    assert memory._saved(job, sandwich_of(job), 6) - memory._saved(job, sandwich_of(job), 2) == pytest.approx(
+        4 * found.image
+    )
     # A block keeps at least its input, its normed input, queries, keys, values and the MLP's hidden, of 65 tokens.
     assert found.image > 3 * 65 * (5 + 2 * 4) * 16 * 4
     assert all(parameter.grad is None for parameter in job.supernet.parameters())
 
 
 def test_recipes_change_it():
-    plain = measure_memory(job_of())
-    parts = measure_memory(job_of(recipe={"accumulate": 4}))
+    plain = memory_of(job_of())
+    parts = memory_of(job_of(recipe={"accumulate": 4}))
     assert (parts.images, parts.image) == (16, plain.image)
-    assert measure_memory(job_of(recipe={"ema": 0.9})).fixed == plain.fixed * 5 / 4
-    assert measure_memory(job_of(recipe={"checkpoint": True})).image < 0.5 * plain.image
+    assert memory_of(job_of(recipe={"ema": 0.9})).fixed == plain.fixed * 5 / 4
+    assert memory_of(job_of(recipe={"checkpoint": True})).image < 0.5 * plain.image
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_fits(monkeypatch):
     job = job_of()
-    found = measure_memory(job)
+    found = memory_of(job)
     monkeypatch.setattr(memory, "free_bytes", lambda device: found.step)
     check_memory(job, found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: found.fixed + int(20 * found.image))
@@ -55,7 +62,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_fits(monkeypatch):
     ):
         check_memory(job, found)
     parts = job_of(recipe={"accumulate": 4})
-    check_memory(parts, measure_memory(parts))
+    check_memory(parts, memory_of(parts))
     monkeypatch.setattr(memory, "free_bytes", lambda device: found.fixed // 2)
     with pytest.raises(TrainingError, match="take a smaller model, or try --recipe checkpoint=true"):
         check_memory(job, found)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from poolshare.space import Band, CostTable
     from poolshare.supernet import SuperNet
 
-    from ..config import SearchConfig
-
 
 def space(
     model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "vit_tiny_patch16_224",
@@ -73,10 +71,9 @@ def space(
         "training": not no_training, "latency_batch": latency_batch, "latency_dtype": latency_dtype, "device": device,
     }  # fmt: skip
     config = checked_config(data="", **with_card(read_options(given)))
-    options, budget = (
-        model_options(config) | ({} if num_classes is None else {"num_classes": num_classes}),
-        config.budget,
-    )
+    options, budget = model_options(config), config.budget
+    if num_classes is not None:
+        options |= {"num_classes": num_classes}
     # Costs ask for no weights, so none are fetched.
     net = SuperNet.from_timm(config.model, partial(space_of, config), sharing=config.sharing, **options)
     macs = measure_macs(net)

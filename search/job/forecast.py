@@ -21,13 +21,16 @@ from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..progress import time_text
 from ..scoring import count_correct
 from ..untrained.search import expected_cost
-from .memory import check_memory, measure_memory
+from .memory import Memory, check_memory, measure_memory
 from .prepare import Job
 
 
 def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool = False) -> None:
-    """Say what will be done and about how long it takes. trained: epochs that are done. tuned: so is the dense model."""
+    """Say what is to be known, what will be done and about how long it takes. trained: epochs that are done. tuned: so is the
+    dense model."""
     say = partial(console.print, markup=False, soft_wrap=True)
+    for note in job.notes:
+        say(note)
     space, macs, recipe = job.supernet.space, job.macs, job.recipe
     cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
     say(f"{job.config.title}: {space.size:,} architectures")
@@ -42,7 +45,7 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
     if job.config.budget:
         allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
         say(allowed)
-    step, per_mac = pace
+    step, per_mac, memory = pace
     train, search = (len(job.data.split(name)) for name in ("train", "search"))
     if job.config.tune_epochs and not tuned:
         tuning = 3 * dense * per_mac * train * job.config.tune_epochs  # a step takes about three forwards
@@ -53,12 +56,11 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
     elif recipe.epochs:
         say(f"the supernet has been trained for its {recipe.epochs} epochs")
-    if epochs > 0:
+    if memory:
         weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
-        kept = weights * (
-            14 if job.config.tune_epochs else 7
-        )  # of each training its weights, and two states of three times that
-        say(f"{measure_memory(job).text}; the run folder takes about {kept / 1e9:.2g} GB")
+        # of each training its weights, and two states of three times that
+        kept = weights * (14 if job.config.tune_epochs else 7)
+        say(f"{memory.text}; the run folder takes about {kept / 1e9:.2g} GB")
     _announce_scoring(job, per_mac, say)
     if job.config.guided:
         path = path_epochs(job.config, job.allowed, train, search)
@@ -112,6 +114,7 @@ class Pace(NamedTuple):
 
     step: float  # seconds of one training step, of all processes together
     per_mac: float  # seconds of one MAC in scoring
+    memory: Memory | None  # of a training step; None: there is none to be done
 
 
 def calibrate(job: Job, training: bool = True) -> Pace:
@@ -120,8 +123,7 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     training: whether any is to be done. Changes no weight. Raises TrainingError where a step of it does not fit into the
     GPU's memory.
     """
-    guided = bool(job.config.guided)
-    sandwich = Sandwich(job.supernet.space, job.macs, job.config.seed, within=job.recipe.within, guided=guided)
+    sandwich = sandwich_of(job)
     device = next(job.supernet.parameters()).device
     images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size())))
     share = len(images)  # of this process
@@ -129,14 +131,15 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     if device.type == "cpu":  # a GPU takes a whole batch in little more time than a part of it
         images, labels = images[:32], labels[:32]
     images, labels = images.to(device), labels.to(device)
-    times = []
+    times, memory = [], None
     try:
         if training:
-            check_memory(job, measure_memory(job))
+            memory = measure_memory(job, sandwich)
+            check_memory(job, memory)
         for step in range(4 if training else 0):
             start = time.perf_counter()
             with attention_of(job.recipe, job.supernet, device), precision_of(job.recipe, device):
-                teacher = job.supernet if guided else None  # without architectures: the dense model
+                teacher = job.supernet if sandwich.guided else None  # without architectures: the dense model
                 loss = sandwich.loss(job.supernet.train(), images, labels, step, teacher=teacher)
                 loss.backward()
             wait_for(device)
@@ -154,4 +157,10 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     start = time.perf_counter()
     count_correct(job.supernet, population, [(images, labels)], metric=job.metric)
     per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
-    return Pace(statistics.mean(times[1:]) * share / len(images) if times else 0.0, per_mac)
+    return Pace(statistics.mean(times[1:]) * share / len(images) if times else 0.0, per_mac, memory)
+
+
+def sandwich_of(job: Job) -> Sandwich:
+    """What each step of the supernet's training draws from; counting its bands may take seconds."""
+    config, within = job.config, job.recipe.within
+    return Sandwich(job.supernet.space, job.macs, config.seed, within=within, guided=bool(config.guided))

@@ -117,8 +117,6 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, 
     # A step that the memory of this machine cannot hold is refused before anything is written.
     pace = calibrate(job, training=trained < job.recipe.epochs)
     if dry_run:
-        for note in job.notes:
-            console.print(note, markup=False, soft_wrap=True)
         announce(job, pace, trained, console, tuned=RunFolder(out, job.config).dense.exists())
         return RunFolder(out, job.config)
     with RunFolder.claim(out, job.config) as folder:
@@ -128,8 +126,6 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, 
         folder.write_config(job.data.fingerprint, kind, job.data.files, job.data.classes, job.notes)
         if job.latency:
             folder.write_latency(job.latency)
-        for note in job.notes:
-            console.print(note, markup=False, soft_wrap=True)
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         with distributed.joined(next(job.supernet.parameters()).device):
             job, trying = _train(job, folder, console)

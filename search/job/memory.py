@@ -35,16 +35,16 @@ class Memory(NamedTuple):
         return f"a training step of {self.images:,} images at once holds about {self.step / 1e9:.2g} GB"
 
 
-def measure_memory(job: Job) -> Memory:
-    """By what autograd saves in a sandwich step, for two and for four images."""
+def measure_memory(job: Job, sandwich: Sandwich) -> Memory:
+    """By what autograd saves in a step of the sandwich that trains the job, for two and for four images."""
     weights = sum(tensor.nbytes for tensor in job.supernet.parameters())
     copies = 4 if job.recipe.ema is None else 5  # weights, gradients, two moments of AdamW; the moving average
-    two, four = (_saved(job, images) for images in (2, 4))
+    two, four = (_saved(job, sandwich, images) for images in (2, 4))
     share = min(job.recipe.batch_size, len(job.data.split("train"))) // distributed.launched_size()
     return Memory(copies * weights, (four - two) / 2, math.ceil(share / job.recipe.accumulate))
 
 
-def _saved(job: Job, count: int) -> int:
+def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
     """Bytes that autograd keeps for so many images, the weights themselves left out."""
     net, recipe = job.supernet, job.recipe
     device = next(net.parameters()).device
@@ -57,8 +57,6 @@ def _saved(job: Job, count: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    guided = bool(job.config.guided)
-    sandwich = Sandwich(net.space, job.macs, job.config.seed, within=recipe.within, guided=guided)
     images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
     training = net.training
@@ -66,7 +64,7 @@ def _saved(job: Job, count: int) -> int:
         for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
             stack.enter_context(context)
         stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-        sandwich.loss(net.train(), images, labels, 0, teacher=net if guided else None)
+        sandwich.loss(net.train(), images, labels, 0, teacher=net if sandwich.guided else None)
     net.train(training)
     return sum(kept.values())
 

@@ -115,8 +115,6 @@ def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
     say = partial(console.print, markup=False, soft_wrap=True)
     if dry_run:
         folder = RunFolder(out, job.config)
-        for note in job.notes:
-            say(note)
         _announce(job, Record(folder), say)
         return folder
     with RunFolder.claim(out, job.config) as folder:
@@ -130,8 +128,6 @@ def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
             folder.write_latency(job.latency)
         if not begun:
             save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": 0})
-        for note in job.notes:
-            say(note)
         start = time.monotonic()
         _announce(job, Record(folder), say)
         candidates, more = race(job, folder, console)
@@ -141,6 +137,8 @@ def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
 
 
 def _announce(job: Job, record: Record, say: Callable[[str], None]) -> None:
+    for note in job.notes:
+        say(note)
     dense = job.objective.total(job.dense)
     left = max(0.0, expected_cost(job.allowed, len(job.data.split("search"))) / dense - record.spent)
     say(
