@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from poolshare.space import Band, TrainingError, forecast, forecast_space
+from poolshare.space.quantities import human
 from poolshare.supernet.measure import wait_for
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.loop import attention_of, precision_of, steps_per_epoch
@@ -60,7 +61,7 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
         # of each training its weights, and two states of three times that
         kept = weights * (14 if job.config.tune_epochs else 7)
-        say(f"{memory.text}; the run folder takes about {kept / 1e9:.2g} GB")
+        say(f"{memory.text}; the run folder takes about {human(kept)}B")
     _announce_scoring(job, per_mac, say)
     if job.config.guided:
         path = path_epochs(job.config, job.allowed, train, search)

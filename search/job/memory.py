@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from poolshare.space import TrainingError
+from poolshare.space.quantities import human
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.loop import attention_of, memory_of, precision_of
 from poolshare.supernet.training.sandwich import Sandwich
@@ -32,7 +33,7 @@ class Memory(NamedTuple):
     @property
     def text(self) -> str:
         """For people."""
-        return f"a training step of {self.images:,} images at once holds about {self.step / 1e9:.2g} GB"
+        return f"a training step of {self.images:,} images at once holds about {human(self.step)}B"
 
 
 def measure_memory(job: Job, sandwich: Sandwich) -> Memory:
@@ -79,7 +80,7 @@ def check_memory(job: Job, memory: Memory) -> None:
     parts = math.ceil(memory.images * job.recipe.accumulate / max(1, room))
     remedy = f"give --recipe accumulate={parts}, or a smaller --batch-size" if room > 0 else "take a smaller model"
     raise TrainingError(
-        f"{memory.text}, and {device} has {free / 1e9:.2g} GB free: {remedy}, or try --recipe checkpoint=true"
+        f"{memory.text}, and {device} has {human(free)}B free: {remedy}, or try --recipe checkpoint=true"
     )
 
 
