@@ -1,4 +1,4 @@
-"""Made-up runs that the tests of table, plot, figure and page share; not for results."""
+"""Made-up runs and exports that tests share; not for results."""
 
 from itertools import islice
 
@@ -9,6 +9,9 @@ from poolshare.search.report.report import Report
 from poolshare.space import SearchSpace
 
 SPACE = SearchSpace(depth=8, levels=(64, 16, 4), operators=("max2d", "kmedoids"), max_run=3)
+# Of an exported model; what else is known of it says the test.
+FACTS = {"data": "photos", "data_dir": None, "data_fingerprint": "x", "seed": 0, "batch_size": 64, "pretrained": False}
+FACTS |= {"macs": 1, "dense_macs": 2, "parameters": 3, "weights": "a test"}
 ATTACK = "</script><script>alert(1)</script>"
 
 

@@ -14,6 +14,7 @@ import timm
 import torch
 from conftest import randomise
 from PIL import Image
+from reports import FACTS
 from timm.data import create_transform, resolve_data_config
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2
@@ -40,13 +41,9 @@ def make_model(architecture="16 4@max2d*2", seed=0):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    facts = {
-        "macs": 1, "dense_macs": 2, "parameters": 3, "data": "photos", "data_dir": None, "data_fingerprint": "x",
-        "seed": 0, "batch_size": 64, "pretrained": False, "weights": "a test",
-    }  # fmt: skip
     out = tmp_path_factory.mktemp("exports") / "model"
     model = make_model()
-    save_export(out, model, CLASSES, DATA, facts)
+    save_export(out, model, CLASSES, DATA, FACTS)
     return out, model
 
 

@@ -11,7 +11,7 @@ import torch
 from browser import LAPTOP, PHONE, Opened
 from conftest import randomise
 from PIL import Image
-from reports import candidates, make_report
+from reports import FACTS, candidates, make_report
 from safetensors.torch import save_file
 
 from poolshare.search import SearchResult, draw_regions
@@ -146,14 +146,10 @@ DATA = {"input_size": (3, 128, 128), "mean": (0.5,) * 3, "std": (0.5,) * 3, "int
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """An exported model, and its weights as a file of the dense one."""
-    facts = {
-        "macs": 1, "dense_macs": 2, "parameters": 3, "data": "photos", "data_dir": None, "data_fingerprint": "x",
-        "seed": 0, "batch_size": 64, "pretrained": False, "weights": "a test",
-    }  # fmt: skip
     root = tmp_path_factory.mktemp("regions")
     net = net_of(("tome", "topk"))
     model = Subnet.from_supernet(net, Architecture.parse("64 32@tome 16@topk 16"))
-    save_export(root / "model", model, tuple("abcd"), DATA, facts)
+    save_export(root / "model", model, tuple("abcd"), DATA, FACTS)
     save_file(net.state_dict(), root / "weights.safetensors")
     return root / "model"
 

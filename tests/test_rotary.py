@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import randomise
+from reports import FACTS
 from safetensors.torch import save_file
 from timm.models import beit
 
@@ -19,8 +20,6 @@ from poolshare.supernet.operators.rotary import rotation
 from poolshare.supernet.tokens import Tokens, grid_places
 from poolshare.supernet.weights import load_base_weights
 
-FACTS = {"data": "digits", "data_dir": None, "data_fingerprint": "", "seed": 0, "batch_size": 1, "pretrained": False}
-FACTS |= {"weights": "a test"}
 OPERATORS = ("max2d", "tome_prop", "topk")
 EVA = (
     "eva02_small_patch14_224",  # fused qkv without a key bias, packed SwiGLU, cat
@@ -90,7 +89,7 @@ def test_every_kind_keeps_all_equalities(name, tmp_path):
             assert parameters.total(architecture) == sum(p.numel() for p in model.parameters())
         maps = model.forward_intermediates(images, intermediates_only=True)
         assert [tuple(found.shape[2:]) for found in maps] == [(4, 4)] * 4
-        facts = {"macs": macs.total(architecture), "dense_macs": 10**7, "parameters": 1} | FACTS
+        facts = FACTS | {"macs": macs.total(architecture), "dense_macs": 10**7, "parameters": 1}
         data = {"input_size": (3, *net.patch_embed.img_size), "interpolation": "bicubic", "crop_pct": 1.0}
         save_export(tmp_path / "out", model, tuple("abcde"), data | {"mean": (0.5,) * 3, "std": (0.5,) * 3}, facts)
         again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
