@@ -74,7 +74,8 @@ class Listing:
 
     paths: images, the folder's own before those of its folders, each in natural order. A link to an image that is not
     there is one of them, of -1 bytes: it is reported with those that cannot be decoded.
-    homes: the folders that images lie in, in this order. counts: how many in each. sizes: bytes of each image. times: of its last change, in nanoseconds. deeper: folders below the depth asked for.
+    homes: the folders that images lie in, in this order. counts: how many in each. sizes: bytes of each image. times: of its
+    last change, in nanoseconds. deeper: folders below the depth asked for.
     passed_over: files that are not images by their names.
     """
 
