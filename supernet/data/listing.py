@@ -101,13 +101,13 @@ class Listing:
     def enter(self, relative: str, above: frozenset[tuple[int, int]], depth: int | None) -> None:
         """Add what lies in the folder `relative`. above: the folders it lies in, so that links in a ring end."""
         here = os.path.join(self.root, relative)
-        below, images = [], list[str]()
+        below, images = [], list[tuple[str, int, int]]()  # name, size, time
         for entry in _entries(here):
             name = entry.name
             image = is_image(name)
             if image and name[0] != "." and _is(entry.is_file):  # as most are, so of these no more is asked
                 found = entry.stat()
-                self._add(images, name, found.st_size, found.st_ctime_ns)
+                images.append((name, found.st_size, found.st_ctime_ns))
                 continue
             path = os.path.join(relative, name)
             if name[0] == ".":
@@ -116,7 +116,7 @@ class Listing:
                 below.append((path, entry.path))
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 if image:
-                    self._add(images, name, -1, 0)
+                    images.append((name, -1, 0))
                 elif depth and not os.path.splitext(entry.name)[1]:  # where folders stand: a class would be lost
                     target = os.readlink(entry.path)
                     raise DataError(f"{entry.path!r} is a link to {target!r}, which is not there: mend or remove it")
@@ -125,9 +125,12 @@ class Listing:
             else:
                 self.passed_over.append(path)
         if images:
+            names, sizes, times = zip(*images, strict=True)
             self.homes.append(relative)
             self.counts.append(len(images))
-            self._names.append(Names.of(images).beginning(os.path.join(relative, "")))
+            self._names.append(Names.of(names).beginning(os.path.join(relative, "")))
+            self.sizes.extend(sizes)
+            self.times.extend(times)
         for path, absolute in below:
             if depth == 0:
                 self.deeper.append(path)
@@ -136,11 +139,6 @@ class Listing:
             place = status.st_dev, status.st_ino
             if place not in above:
                 self.enter(path, above | {place}, None if depth is None else depth - 1)
-
-    def _add(self, images: list[str], name: str, size: int, time: int) -> None:
-        images.append(name)
-        self.sizes.append(size)
-        self.times.append(time)
 
 
 def list_folder(root: str | Path, depth: int | None = None) -> Listing:
