@@ -82,7 +82,7 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
     config, recipe = job.config, tuning_recipe(job.config)
     if recipe.epochs:
         total = recipe.epochs * steps_per_epoch(job.data, recipe)
-        logs = watching(config.log, folder and folder.path, "tuning")
+        logs = watching(config.log, folder.path if folder else None, "tuning")
         with logs as watch, progress_bar(console, "tuning the dense model", total, "steps") as advance:
             train_model(
                 model,

@@ -206,7 +206,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 if scored.exists():  # with weights that now change
                     scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
         bar = progress_bar(console, "training the supernet", total, "steps")
-        logs = watching(job.config.log, folder and folder.path, "training")
+        logs = watching(job.config.log, folder.path if folder else None, "training")
         with computing_with(threads), logs as watch, bar as advance:
             train_supernet(
                 job.supernet,

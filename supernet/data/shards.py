@@ -213,8 +213,9 @@ def read_shard(path: Path, field: str | None = None) -> tuple[Shard, int]:
         raise DataError(
             f"shard {str(path)!r} cannot be read ({reason}): shards are whole tar files, not compressed"
         ) from None
-    columns = (kept[name] for name in ("offsets", "sizes", "labels"))
-    return Shard(str(path), Names(kept["names"].tobytes()), *columns, status.st_ctime_ns), int(kept["without"])
+    names, offsets, sizes, labels = (kept[name] for name in ("names", "offsets", "sizes", "labels"))
+    shard = Shard(str(path), Names(names.tobytes()), offsets, sizes, labels, status.st_ctime_ns)
+    return shard, int(kept["without"])
 
 
 def _table(path: Path, field: str | None) -> dict[str, np.ndarray]:
