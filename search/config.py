@@ -78,7 +78,12 @@ class SearchConfig(BaseModel):
         ...,
         "A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: vit_tiny_patch16_224.",
     )
-    task: str = option("classification", "What the model is trained and judged for: classification.", metavar="NAME")
+    task: str = option(
+        "classification",
+        "What the model is trained and judged for: classification, multilabel (--data with a labels.csv), or embedding (the "
+        "dense model's features, without labels).",
+        metavar="NAME",
+    )
     training: bool = True  # False: search the model as it is, see `search.untrained`
     unlabelled: bool = option(False, "With --no-training: take all pictures below --data, and no labels.")
     pretrained: bool = option(False, "Begin with timm's pretrained weights.")

@@ -7,9 +7,11 @@ from typing import Any
 from poolshare.space import ConfigError
 
 from .classification import CLASSIFICATION
+from .embedding import EMBEDDING
+from .multilabel import MULTILABEL
 from .task import Task, check_task
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION,)}
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABEL, EMBEDDING)}
 
 
 def task_named(task: Any) -> Task:
