@@ -150,7 +150,7 @@ def load_base_weights(
 
     As in timm, the position embedding is resampled to another grid, patches to another size, and the patch embedding to
     other channels. Returns what was adapted, as notes. name: of the model, for messages. fresh_head: keep the head that
-    the model was made with, instead of the checkpoint's.
+    the model was made with, or none, instead of the checkpoint's.
 
     Raises ModelError listing what is missing, unknown or of another shape; the model is then as it was.
     """
@@ -158,7 +158,8 @@ def load_base_weights(
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("poolings.")}
     adapted, notes = _adapt(model, found)
     if fresh_head:
-        heads = (f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
+        heads = {f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")}
+        adapted = {key: value for key, value in adapted.items() if key not in heads}
         adapted |= {key: wanted[key] for key in heads if key in wanted}
     has, needs = ({key: tuple(value.shape) for key, value in one.items()} for one in (adapted, wanted))
     _compare(found.name, name, has, needs)

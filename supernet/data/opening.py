@@ -10,13 +10,14 @@ import numpy as np
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import DataError
 
-from .folders import class_notes, find_layout, held_out, open_folder, read_folder, read_pictures
+from .folders import CLASS_FOLDERS, PICTURES, Reader, class_notes, find_layout, held_out, open_folder, read_pictures
 from .listing import some
 from .named import open_digits, open_hub, open_torch
 from .pictures import Progress
 from .shards import open_shards, read_tests
 from .sources import Found, Place, Split, whole
 from .splits import Checking, Data
+from .tables import LABEL_TABLES
 from .transforms import (
     DEFAULT_AUGMENTATION,
     Augmentation,
@@ -27,6 +28,7 @@ from .transforms import (
     random_numbers,
 )
 
+READERS = {"class": CLASS_FOLDERS, "classes": LABEL_TABLES, "dense": PICTURES}  # of folders, by what their images need
 _SEARCH, _TEST = range(2)  # one stream of random numbers for each cut; `splits` has others of the same seed
 
 
@@ -70,18 +72,23 @@ def open_data(
         )
     prepare = _transform(place, images, augmentation)
     found = open_source(place)
+    labelled = place.targets != "dense"
+    classes = found.classes if labelled else ()
     splits, notes, full = {}, found.notes, found.train
     whole_count = len(full)
-    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
+    if found.open_test is None and not training and _too_rare(full, classes):
         notes += (
             f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
         )
     elif found.open_test is None:
-        count = round(test_fraction * len(full))
-        splits["test"], full = full.cut(count, found.classes, random_numbers(seed, _TEST), f"{name}, test")
+        count, how = (
+            round(test_fraction * len(full)),
+            "class by class" if full.labels.ndim == 1 and classes else "at random",
+        )
+        splits["test"], full = full.cut(count, classes, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
-            f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
+            f"set aside as test, {how}, with seed {seed}; another seed sets aside others.",
         )
     rng = random_numbers(seed, _SEARCH)
     if found.search is not None:
@@ -91,17 +98,24 @@ def open_data(
             notes += (
                 f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",
             )
-            search = search.drawn(search_images, found.classes, rng)
+            search = search.drawn(search_images, classes, rng)
     elif training:
         count = round(search_fraction * len(full))
         if search_images is not None and count > search_images:
             notes += (f"architectures are scored on {search_images:,} training images: see --search-images",)
             count = search_images
-        search, train = full.cut(count, found.classes, rng, f"{name}, search")
+        search, train = full.cut(count, classes, rng, f"{name}, search")
     else:
         search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
-    data = Data(name, found.classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare)
+    if full.labels.ndim > 1:
+        unseen = ~search.labels.any(axis=0) & full.labels.any(axis=0)
+        absent = [repr(classes[index]) for index in np.flatnonzero(unseen).tolist()]
+        if absent:
+            notes += (
+                f"warning: no search-validation image has the label {some(absent)}: its share of the score is 0.",
+            )
+    data = Data(name, classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare, labelled)
     data.check(check, progress, when)
     return data
 
@@ -116,7 +130,7 @@ def open_pictures(
     root = place.path
     if not root.is_dir():
         raise DataError(f"no folder of pictures at {str(root)!r}: images without labels are given as a folder")
-    source, notes = read_pictures(root, place.scale_16bit)
+    _, source, notes = read_pictures(root, None, place.scale_16bit)
     notes += (f"the {len(source)} images of {str(root)!r} are scored without labels, by the dense model's answers.",)
     prepare = _transform(place, images, Augmentation.none())
     splits = dict.fromkeys(("train", "search", "train_full"), whole(source))
@@ -144,9 +158,10 @@ def open_tests(
         folder = place.path
         source, notes = read_tests(place, classes)
     else:
-        folder = _test_folder(place.path)
-        _, source, notes = read_folder(folder, classes, place.scale_16bit)
-        notes += class_notes(folder, classes)
+        reader = READERS[place.targets]
+        folder = _test_folder(place.path, reader)
+        _, source, notes = reader.read(folder, classes, place.scale_16bit)
+        notes += class_notes(folder, classes, reader)
     notes += (f"all {len(source)} images of {str(folder)!r} are test images.",)
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
@@ -154,12 +169,12 @@ def open_tests(
     return data
 
 
-def _test_folder(root: Path) -> Path:
+def _test_folder(root: Path, reader: Reader) -> Path:
     """The part of a folder of images that is there to test on, or all of it."""
-    layout = find_layout(root)
+    layout = find_layout(root, reader)
     if layout.test is None and layout.train != root:
         raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
-    return layout.test or next(iter(held_out(root)), root)
+    return layout.test or next(iter(held_out(root, reader)), root)
 
 
 def open_source(place: Place) -> Found:
@@ -174,17 +189,29 @@ def open_source(place: Place) -> Found:
             f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
-    openers = {
-        DataKind.DIGITS: open_digits,
-        DataKind.FOLDER: open_folder,
-        DataKind.SHARDS: open_shards,
-        DataKind.HUB: open_hub,
-        DataKind.TORCH: open_torch,
-    }
-    found = openers[kind](place)
-    if len(found.classes) < 2:
+    if kind is DataKind.FOLDER:
+        found = open_folder(place, READERS[place.targets])
+    elif place.targets == "classes":
+        raise DataError(
+            f"{name} has one class per image, and this task needs any number of them: give a folder with labels.csv, or data "
+            "in Python"
+        )
+    else:
+        openers = {
+            DataKind.DIGITS: open_digits,
+            DataKind.SHARDS: open_shards,
+            DataKind.HUB: open_hub,
+            DataKind.TORCH: open_torch,
+        }
+        found = openers[kind](place)
+    if place.targets == "class" and len(found.classes) < 2:
         raise DataError(f"{name} has fewer than 2 classes ({some(found.classes)}): there is nothing to learn")
     return found
+
+
+def _too_rare(split: Split, classes: Sequence[str]) -> bool:
+    """Whether some class has too few images for a test image to be set aside."""
+    return split.labels.ndim == 1 and bool((np.bincount(split.labels, minlength=len(classes)) < 2).any())
 
 
 def _transform(place: Place, images: ImageFormat, augmentation: Augmentation) -> Prepare:

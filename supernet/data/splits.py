@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
@@ -31,7 +31,7 @@ _ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed
 
 
 class Batches(Protocol):
-    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,)), the same at every iteration."""
+    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,) or uint8 (B, classes)), always the same."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -56,6 +56,7 @@ class Data:
     _open_test: Callable[[], Split] | None = field(repr=False)
     _prepare: Prepare = field(repr=False)
     labelled: bool = True
+    answering: nn.Module | None = field(default=None, repr=False)  # whose outputs are the targets in evaluation
     _tensors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def split(self, name: str) -> Split:
@@ -101,10 +102,18 @@ class Data:
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
         table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
         sources = {id(split.source): split.source for split in self._splits.values()}
-        moved = {key: replace(source, labels=table[source.labels]) for key, source in sources.items()}
+
+        def moved_to(source: Source) -> Source:
+            if source.labels.ndim == 1:
+                return replace(source, labels=table[source.labels] if self.labelled else source.labels)
+            labels = np.zeros((len(source), len(classes)), source.labels.dtype)
+            labels[:, table] = source.labels
+            return replace(source, labels=labels)
+
+        moved = {key: moved_to(source) for key, source in sources.items()}
 
         def translated(split: Split) -> Split:
-            source = moved.get(id(split.source)) or replace(split.source, labels=table[split.source.labels])
+            source = moved.get(id(split.source)) or moved_to(split.source)
             return Split(source, split.indices)
 
         return replace(
@@ -118,6 +127,13 @@ class Data:
         """The same, but of one split these images alone, (n,) positions in it, in this order."""
         part = self.split(split)
         return replace(self, _splits=self._splits | {split: Split(part.source, part.indices[positions])})
+
+    def answered_by(self, model: nn.Module) -> "Data":
+        """The same, but in evaluation the targets are a model's outputs; in training they are as they were."""
+        return replace(self, labelled=True, answering=model.eval())
+
+    def _answered(self, batches: Batches) -> Batches:
+        return batches if self.answering is None else _Answered(batches, self.answering)
 
     @property
     def fingerprint(self) -> str:
@@ -213,8 +229,8 @@ class Data:
             raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
         if split not in self._tensors:
             if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
-                return self._batches(split, batch_size, workers, start, stop)
-            images, labels = zip(*self._batches(split, batch_size, workers), strict=True)
+                return self._answered(self._batches(split, batch_size, workers, start, stop))
+            images, labels = zip(*self._answered(self._batches(split, batch_size, workers)), strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
         images, labels = (kept[start:stop].split(batch_size) for kept in self._tensors[split])
         return list(zip(images, labels, strict=True))
@@ -239,6 +255,23 @@ class Data:
                 yield [(index, None) for index in indices[at : at + batch_size].tolist()]
 
         return _Loader(_Items(part.source, self._prepare, self.seed), _Rows(rows, len(starts)), workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answered:
+    """Batches whose targets are a model's outputs, on the CPU."""
+
+    batches: Batches
+    model: nn.Module
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next(self.model.parameters()).device
+        for images, _ in self.batches:
+            yield images, self.model(images.to(device)).cpu()
 
 
 _Row = tuple[int, int | None]  # an image, and the epoch that augments it; None: as evaluation sees it
@@ -270,10 +303,11 @@ class _Items(Dataset):
     prepare: Prepare
     seed: int
 
-    def __getitem__(self, row: _Row) -> tuple[Tensor, int]:
+    def __getitem__(self, row: _Row) -> tuple[Tensor, Any]:
         index, epoch = row
         draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
-        return self.prepare(self.source.read(index), draw), int(self.source.labels[index])
+        label = self.source.labels[index]
+        return self.prepare(self.source.read(index), draw), int(label) if label.ndim == 0 else torch.from_numpy(label)
 
 
 @dataclass(frozen=True, eq=False)
