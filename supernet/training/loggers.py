@@ -63,7 +63,8 @@ def _wandb(folder: Path, phase: str) -> Iterator[Watch]:
     mine = hashlib.sha256(f"{folder.resolve()} {phase}".encode()).hexdigest()[:16]  # the same when it goes on
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        run = wandb.init(project="poolshare", name=title, id=mine, resume="allow", dir=folder)
+        settings = wandb.Settings(console="off")  # what is printed is the user's
+        run = wandb.init(project="poolshare", name=title, id=mine, resume="allow", dir=folder, settings=settings)
     except wandb.Error as error:
         raise ConfigError(f"--log wandb: {error}; `wandb login`, or set WANDB_MODE=offline") from None
     with run:
