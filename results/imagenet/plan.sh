@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 : "${EPOCHS:=300}" "${BATCH:=1024}" "${LR:=1e-3}" "${TRIALS:=1000}" "${BUDGET:=60%}" "${FINALISTS:=8}" "${FINALIST_EPOCHS:=10}"
 : "${TRUST:=12}" "${TRUST_EPOCHS:=10}" "${RETRAIN_EPOCHS:=100}" "${POOLSHARE:=python -m poolshare.search.cli}"
 
-together() { torchrun --standalone --nproc-per-node "$PROCESSES" -m poolshare.search.cli "$@"; }
+together() { python -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" -m poolshare.search.cli "$@"; }
 if [ "$PROCESSES" = 1 ]; then together() { $POOLSHARE "$@"; }; fi
 
 search=(search --data "$DATA" --model vit_small_patch16_224 --budget "$BUDGET" --operators max2d,avg2d --epochs "$EPOCHS"
