@@ -17,7 +17,7 @@ if [ "$PROCESSES" = 1 ]; then together() { $POOLSHARE "$@"; }; fi
 
 search=(search --data "$DATA" --model vit_small_patch16_224 --budget "$BUDGET" --operators max2d,avg2d --epochs "$EPOCHS"
   --batch-size "$BATCH" --lr "$LR" --amp bf16 --recipe "$(cat "$here/supernet.recipe")" --sampler evolution --trials "$TRIALS"
-  --workers "$WORKERS" --log tensorboard $MORE --out "$OUT/run")
+  --workers "$WORKERS" --tracker tensorboard $MORE --out "$OUT/run")
 
 if [ "${1:-}" = dry-run ]; then $POOLSHARE "${search[@]}" --dry-run; exit; fi
 together "${search[@]}"
@@ -27,6 +27,6 @@ $POOLSHARE finalists "$OUT/run" --budget "$BUDGET" --count "$FINALISTS" --epochs
 [ -e "$OUT/best" ] || $POOLSHARE export "$OUT/run" --pick finalist --out "$OUT/best"
 for model in dense best; do
   [ -e "$OUT/$model-retrained" ] || together retrain "$OUT/$model" --epochs "$RETRAIN_EPOCHS" --batch-size "$BATCH" --lr "$LR" \
-    --amp bf16 --recipe "$(cat "$here/retrain.recipe")" --workers "$WORKERS" --log tensorboard
+    --amp bf16 --recipe "$(cat "$here/retrain.recipe")" --workers "$WORKERS" --tracker tensorboard
   $POOLSHARE evaluate "$OUT/$model-retrained" --workers "$WORKERS"
 done

@@ -13,10 +13,11 @@ import pytest
 from conftest import call
 from opened import open_data
 
+from poolshare.search.config import SearchConfig
 from poolshare.space import ConfigError
 from poolshare.supernet.training import curve
 from poolshare.supernet.training.curve import Row, read_curve
-from poolshare.supernet.training.loggers import LOGGERS, check_loggers, watching
+from poolshare.supernet.training.trackers import TRACKERS, check_trackers, watching
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
 
@@ -79,8 +80,8 @@ READERS: dict[str, Any] = {"tensorboard": of_tensorboard, "wandb": of_wandb, "ml
 @pytest.mark.parametrize(
     "name", ["tensorboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow"))]
 )
-def test_a_logger_has_every_row_of_a_training_that_was_stopped(name, tmp_path, monkeypatch):
-    assert {*READERS} == {*LOGGERS}
+def test_a_tracker_has_every_row_of_a_training_that_was_stopped(name, tmp_path, monkeypatch):
+    assert {*READERS} == {*TRACKERS}
     pytest.importorskip(name, reason=f"pip install '.[{name}]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(curve, "ROWS", 12)
@@ -109,6 +110,15 @@ def test_a_logger_has_every_row_of_a_training_that_was_stopped(name, tmp_path, m
         assert all(math.isclose(told[step], value, rel_tol=1e-4) for step, value in expected.items()), column
 
 
+def test_torchrun_takes_no_option_of_a_verb_for_its_own():
+    """It reads all words that could begin one of its options, those after the program too: `--log` could be `--log-dir`."""
+    from torch.distributed.run import get_args_parser
+
+    for name in SearchConfig.model_fields:
+        words = ["-m", "poolshare.search.cli", "search", f"--{name.replace('_', '-')}", "1"]
+        assert get_args_parser().parse_args(words).training_script_args == words[2:]
+
+
 def test_nobody_is_told_where_nobody_is_asked_for_and_a_helping_process_tells_nobody(tmp_path):
     for names, folder in (((), tmp_path), (("tensorboard",), None)):
         with watching(names, folder, "training") as watch:
@@ -119,15 +129,15 @@ def test_nobody_is_told_where_nobody_is_asked_for_and_a_helping_process_tells_no
 def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"--log mlflow needs a package that is not installed: pip install '\.\[mlflow\]'"
+        ConfigError, match=r"--tracker mlflow needs a package that is not installed: pip install '\.\[mlflow\]'"
     ):
-        check_loggers(["mlflow"])
-    status, _, error = call("search", "--data", "digits", "--log", "wandb", "--out", tmp_path / "run")
+        check_trackers(["mlflow"])
+    status, _, error = call("search", "--data", "digits", "--tracker", "wandb", "--out", tmp_path / "run")
     assert (status, "pip install '.[wandb]'" in error, (tmp_path / "run").exists()) == (2, True, False)
-    status, _, error = call("search", "--data", "digits", "--log", "elsewhere", "--out", tmp_path / "run")
+    status, _, error = call("search", "--data", "digits", "--tracker", "elsewhere", "--out", tmp_path / "run")
     assert (status, "tensorboard" in error) == (2, True)
-    with pytest.raises(ConfigError, match="--log elsewhere is not known: take tensorboard, wandb, mlflow"):
-        check_loggers(["elsewhere"])
+    with pytest.raises(ConfigError, match="--tracker elsewhere is not known: take tensorboard, wandb, mlflow"):
+        check_trackers(["elsewhere"])
 
 
 def test_a_search_and_a_retraining_show_there_what_they_do(tmp_path):
@@ -143,10 +153,10 @@ def test_a_search_and_a_retraining_show_there_what_they_do(tmp_path):
         "--device",
         "cpu",
     )
-    log, run, export = ("--log", "tensorboard"), tmp_path / "run", tmp_path / "export"
-    assert call("search", "--data", "digits", *small, *log, "--out", run, "-q")[0] == 0
+    told, run, export = ("--tracker", "tensorboard"), tmp_path / "run", tmp_path / "export"
+    assert call("search", "--data", "digits", *small, *told, "--out", run, "-q")[0] == 0
     assert [*of_tensorboard(run, "training")["loss"]] == [row.step for row in read_curve(run / "training.csv")]
     assert call("export", run, "--architecture", "dense", "--out", export)[0] == 0
-    assert call("retrain", export, "--epochs", "1", "--batch-size", "256", *log, "-q")[0] == 0
-    told = of_tensorboard(tmp_path / "export-retrained-logs", "retraining")
-    assert [*told["loss"]] == [row.step for row in read_curve(tmp_path / "export-retrained" / "training.csv")]
+    assert call("retrain", export, "--epochs", "1", "--batch-size", "256", *told, "-q")[0] == 0
+    shown = of_tensorboard(tmp_path / "export-retrained-logs", "retraining")
+    assert [*shown["loss"]] == [row.step for row in read_curve(tmp_path / "export-retrained" / "training.csv")]
