@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from conftest import call
 from opened import open_data
 
@@ -17,11 +18,10 @@ from poolshare.search.config import SearchConfig
 from poolshare.space import ConfigError
 from poolshare.supernet.training import curve
 from poolshare.supernet.training.curve import Row, read_curve
-from poolshare.supernet.training.trackers import TRACKERS, check_trackers, watching
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.trackers import TRACKERS, check_trackers, watching
 
-timm = pytest.importorskip("timm")
 Told = dict[str, dict[int, float]]  # name → step → value
 
 

@@ -26,8 +26,8 @@ from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentatio
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors
-from poolshare.supernet.training.trackers import check_trackers, watching
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
+from poolshare.supernet.training.trackers import check_trackers, watching
 
 from ..analysis.guard import against_dense
 from ..analysis.pareto import binomial_interval

@@ -20,8 +20,8 @@ from poolshare.space import OPERATORS, Architecture, RunError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
-from poolshare.supernet.training.trackers import watching
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
+from poolshare.supernet.training.trackers import watching
 
 from ..counts import Counts
 from ..losses import score_counts

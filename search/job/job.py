@@ -24,9 +24,9 @@ from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_state_facts, save_tensors
-from poolshare.supernet.training.trackers import check_trackers, watching
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_supernet
 from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.trackers import check_trackers, watching
 
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
