@@ -7,4 +7,4 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$2"
 OUT=$2 DATA=$1 PROCESSES=2 WORKERS=1 EPOCHS=2 BATCH=64 LR=1e-3 TRIALS=40 FINALISTS=2 FINALIST_EPOCHS=1 TRUST=4 TRUST_EPOCHS=1 \
-  RETRAIN_EPOCHS=2 MORE="--img-size 64 --levels 16,9,4 --threads 1 --device cpu" "$here/plan.sh"
+  RETRAIN_EPOCHS=2 AMP=none MORE="--img-size 64 --levels 16,9,4 --threads 1 --device cpu" "$here/plan.sh"
