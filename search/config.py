@@ -53,7 +53,7 @@ IMAGES = 1000  # scored on, at most, where nothing is trained: more add little a
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
-MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", "check_images", "log", *SEARCHING, *PLACES)
+MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", "check_images", "tracker", *SEARCHING, *PLACES)
 LOCAL = "local-dir:"  # begins a folder in timm's words
 ADDRESSES = ("hf-hub:", "hf_hub:", LOCAL)  # begin weights that are no plain path
 
@@ -184,7 +184,7 @@ class SearchConfig(BaseModel):
     scale_16bit: bool = option(False, "Take 16-bit grey images, 65,535 as white; else they are refused.")
     workers: int = option(0, "Processes that load images.", ge=0)
     amp: Literal["none", "bf16"] = option("none", "Automatic mixed precision in training.")
-    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(
         (), "tensorboard, wandb or mlflow show the training too, from files in RUN; repeatable.", metavar="NAME"
     )
     recipe: dict[str, Any] = option(

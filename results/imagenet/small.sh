@@ -6,5 +6,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$2"
-OUT=$2 DATA=$1 PROCESSES=2 WORKERS=1 EPOCHS=2 BATCH=128 LR=1e-3 TRIALS=60 FINALISTS=3 FINALIST_EPOCHS=1 TRUST=6 TRUST_EPOCHS=1 \
-  RETRAIN_EPOCHS=2 MORE="--img-size 64 --levels 16,9,4 --threads 1 --device cpu" "$here/plan.sh"
+OUT=$2 DATA=$1 PROCESSES=2 WORKERS=1 EPOCHS=2 BATCH=64 LR=1e-3 TRIALS=40 FINALISTS=2 FINALIST_EPOCHS=1 TRUST=4 TRUST_EPOCHS=1 \
+  RETRAIN_EPOCHS=2 AMP=none MORE="--img-size 64 --levels 16,9,4 --threads 1 --device cpu" "$here/plan.sh"

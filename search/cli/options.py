@@ -73,9 +73,9 @@ LatencyDtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, option("latency
 Threads = Annotated[int | None, option("threads")]
 Workers = Annotated[int, option("workers")]
 Amp = Annotated[Literal["none", "bf16"], option("amp")]
-Log = Annotated[
+Tracker = Annotated[
     list[str] | None,
-    option("log", help="tensorboard, wandb or mlflow show the training too, from the folder DIR-logs; repeatable."),
+    option("tracker", help="tensorboard, wandb or mlflow show the training too, from the folder DIR-logs; repeatable."),
 ]
 Seed = Annotated[int, option("seed")]
 OtherData = Annotated[str | None, option("data", "--data", help="Default: what the model was searched on.")]

@@ -20,13 +20,13 @@ from .options import (
     Device,
     Download,
     Json,
-    Log,
     OtherData,
     Quiet,
     RecipeChanges,
     SearchBatch,
     Seed,
     Threads,
+    Tracker,
     Workers,
     print_json,
     recipe_of,
@@ -102,7 +102,7 @@ def retrain(
     download: Download = False,
     workers: Workers = 0,
     amp: Amp = "none",
-    log: Log = None,
+    tracker: Tracker = None,
     seed: Seed = 0,
     device: Device = None,
     threads: Threads = None,
@@ -120,7 +120,7 @@ def retrain(
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
     facts = run_retrain(
         exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, restart=restart,
-        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads, log=log or (),
+        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads, tracker=tracker or (),
         console=progress_console(quiet),
     )  # fmt: skip
     if launched_rank():

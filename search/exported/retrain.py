@@ -26,8 +26,8 @@ from poolshare.supernet.tasks import TASKS, Task, task_named
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors
-from poolshare.supernet.training.loggers import check_loggers, watching
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
+from poolshare.supernet.training.trackers import check_trackers, watching
 
 from ..analysis.guard import against_dense
 from ..analysis.intervals import score_interval
@@ -60,7 +60,7 @@ def retrain(
     workers: int = 0,
     device: str | None = None,
     threads: int | None = None,
-    log: Sequence[str] = (),
+    tracker: Sequence[str] = (),
     console: Console | None = None,
     task: Task | None = None,
 ) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def retrain(
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
     the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
-    log: "tensorboard", "wandb" or "mlflow", which show the training from a folder beside `out`, of its name and "-logs".
+    tracker: "tensorboard", "wandb" or "mlflow", which show the training from a folder beside `out`, of its name and "-logs".
     task: one that was given in Python to the search.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
@@ -79,7 +79,7 @@ def retrain(
     """
     check_whole(0, workers=workers, seed=seed)
     check_whole(1, threads=threads)
-    check_loggers(log)
+    check_trackers(tracker)
     out, console = Path(out).resolve(), console or Console(quiet=True)
     if distributed.rank() == 0:
         _remove_finished(out)
@@ -132,7 +132,7 @@ def retrain(
                 console.print(chosen.note, markup=False, soft_wrap=True)
             stack.enter_context(computing_with(chosen.number))
             logs = out.with_name(f"{out.name}-logs") if first else None
-            watch = stack.enter_context(watching(log, logs, "retraining"))
+            watch = stack.enter_context(watching(tracker, logs, "retraining"))
             advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
                 model,

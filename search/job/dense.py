@@ -20,8 +20,8 @@ from poolshare.space import OPERATORS, Architecture, RunError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
-from poolshare.supernet.training.loggers import watching
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
+from poolshare.supernet.training.trackers import watching
 
 from ..counts import Counts
 from ..progress import advance_loss, progress_bar
@@ -76,7 +76,7 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
     config, recipe = job.config, tuning_recipe(job.config)
     if recipe.epochs:
         total = recipe.epochs * steps_per_epoch(job.data, recipe)
-        logs = watching(config.log, folder.path if folder else None, "tuning")
+        logs = watching(config.tracker, folder.path if folder else None, "tuning")
         with logs as watch, progress_bar(console, "tuning the dense model", total, "steps") as advance:
             train_model(
                 model,

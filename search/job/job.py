@@ -24,9 +24,9 @@ from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_state_facts, save_tensors
-from poolshare.supernet.training.loggers import check_loggers, watching
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_supernet
 from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.trackers import check_trackers, watching
 
 from ..analysis.intervals import difference_interval, score_interval
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
@@ -73,7 +73,7 @@ def run_job(
     one does all the rest.
     """
     console = console or Console(quiet=True, markup=False)
-    check_loggers(config.log)
+    check_trackers(config.tracker)
     config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
     folder = RunFolder(Path(out), config)
     begun = is_trained(folder) or load_state_facts(folder.training) is not None or begun_tuning(folder)
@@ -208,7 +208,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 if scored.exists():  # with weights that now change
                     scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
         bar = progress_bar(console, "training the supernet", total, "steps")
-        logs = watching(job.config.log, folder.path if folder else None, "training")
+        logs = watching(job.config.tracker, folder.path if folder else None, "training")
         with computing_with(threads), logs as watch, bar as advance:
             train_supernet(
                 job.supernet,

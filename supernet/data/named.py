@@ -104,7 +104,7 @@ def _hub_part(place: Place, part: str) -> tuple[Any, Split]:
         columns = {"input_key": place.image_key, "target_key": place.label_key}
         name = f"hfds/{split_name(place.name)[1]}"
         reader = create_dataset(name, root=_root(place), split=part, **columns).reader
-        labels = _indices(list(reader.dataset[place.label_key]), place)
+        labels = _indices(reader.dataset.data.column(place.label_key).to_pylist(), place)
         sizes, times = _stored(reader)
     rows = Rows(place.name, part, reader)
     read = Images(Files(rows), place.name, place.scale_16bit)

@@ -94,6 +94,8 @@ def open_shards(place: Place) -> Found:
         search, passed_over = _source(place, parts["validation"])
         notes += (*passed_over, f"{place.name}: architectures are scored on its {len(search)} validation images.")
         return scored_on(classes, train, known(whole(search), classes, place).source, open_test, notes)
+    if tests and "test" not in parts:
+        notes += (f"the validation shards in {str(place.path)!r} hold the test images: there are none of test.",)
     return Found(classes, whole(train), open_test, None, notes)
 
 
@@ -134,8 +136,6 @@ def find_parts(root: Path) -> tuple[dict[str, Part], tuple[str, ...]]:
         notes = (
             f"{len(unnamed)} shard(s) in {str(root)!r} are not read ({some([path.name for path in unnamed], 3)}).",
         )
-    if "test" not in found and "validation" in found and "train" in found:
-        notes += (f"the validation shards in {str(root)!r} hold the test images: there are none of test.",)
     return {name: Part(shards) for name, shards in found.items()}, notes
 
 
@@ -180,7 +180,7 @@ def _source(place: Place, part: Part) -> tuple[Source, tuple[str, ...]]:
     """The images of shards, one shard after the other, and notes."""
     found = [read_shard(path, part.field) for path in part.shards]
     shards, without = [shard for shard, _ in found], sum(number for _, number in found)
-    names = Names.joined(shard.names.beginning(f"{os.path.basename(shard.path)}/") for shard in shards)
+    names = Names.joined(one.names.beginning(f"{os.path.relpath(one.path, place.path)}/") for one in shards)
     if not names:
         raise DataError(f"no images ({' '.join(_IMAGES)}) in {some([str(path) for path in part.shards], 3)}: add some")
     notes = (f"{without} sample(s) in the shards of {str(place.path)!r} have no image and are passed over.",) * bool(

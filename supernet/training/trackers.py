@@ -17,23 +17,23 @@ from poolshare.space import ConfigError
 from .curve import Row, Watch
 
 
-def check_loggers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError for one that is not known, or whose package is missing."""
     for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(f"--log {name} is not known: take {', '.join(LOGGERS)}")
+        if name not in TRACKERS:
+            raise ConfigError(f"--tracker {name} is not known: take {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--log {name} needs a package that is not installed: pip install '.[{name}]'")
+            raise ConfigError(f"--tracker {name} needs a package that is not installed: pip install '.[{name}]'")
 
 
 @contextmanager
 def watching(names: Sequence[str], folder: Path | None, phase: str) -> Iterator[Watch | None]:
-    """Yields what tells some loggers of a row; their files go into `folder`, under the name of the phase.
+    """Yields what tells some trackers of a row; their files go into `folder`, under the name of the phase.
 
     folder: None in a process that only helps the first one: nobody is told.
     """
     with ExitStack() as stack:
-        told = [stack.enter_context(LOGGERS[name](folder, phase)) for name in names] if folder else []
+        told = [stack.enter_context(TRACKERS[name](folder, phase)) for name in names] if folder else []
 
         def watch(row: Row) -> None:
             for tell in told:
@@ -63,9 +63,10 @@ def _wandb(folder: Path, phase: str) -> Iterator[Watch]:
     mine = hashlib.sha256(f"{folder.resolve()} {phase}".encode()).hexdigest()[:16]  # the same when it goes on
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        run = wandb.init(project="poolshare", name=title, id=mine, resume="allow", dir=folder)
+        settings = wandb.Settings(console="off")  # what is printed is the user's
+        run = wandb.init(project="poolshare", name=title, id=mine, resume="allow", dir=folder, settings=settings)
     except wandb.Error as error:
-        raise ConfigError(f"--log wandb: {error}; `wandb login`, or set WANDB_MODE=offline") from None
+        raise ConfigError(f"--tracker wandb: {error}; `wandb login`, or set WANDB_MODE=offline") from None
     with run:
         yield lambda row: run.log(_values(row), step=row.step)
 
@@ -98,7 +99,7 @@ def _values(row: Row) -> dict[str, float]:
     return {name: value for name, value in row._asdict().items() if name != "step"}
 
 
-LOGGERS: dict[str, Callable[[Path, str], AbstractContextManager[Watch]]] = {
+TRACKERS: dict[str, Callable[[Path, str], AbstractContextManager[Watch]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

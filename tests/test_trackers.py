@@ -3,22 +3,25 @@
 Weights & Biases and MLflow start services of their own and are big to install: their tests are slow ones.
 """
 
+import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from conftest import call
 from opened import open_data
 
+from poolshare.search.config import SearchConfig
 from poolshare.space import ConfigError
 from poolshare.supernet.training import curve
 from poolshare.supernet.training.curve import Row, read_curve
-from poolshare.supernet.training.loggers import LOGGERS, check_loggers, watching
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
+from poolshare.supernet.training.trackers import TRACKERS, check_trackers, watching
 
-timm = pytest.importorskip("timm")
 Told = dict[str, dict[int, float]]  # name → step → value
 
 
@@ -28,17 +31,27 @@ def of_tensorboard(folder: Path, phase: str) -> Told:
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
-def of_wandb(folder: Path, phase: str) -> Told:
-    import json
+def records(content: bytes) -> Iterator[bytes]:
+    """What is in a file of Weights & Biases, which is a log of LevelDB's: blocks of 32 KiB, records that may go over their ends."""
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        if (room := 2**15 - at % 2**15) < 7:
+            at += room
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
 
+
+def of_wandb(folder: Path, phase: str) -> Told:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found: Told = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (content := store.scan_data()) is not None:
+        for content in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(content)
             if record.WhichOneof("record_type") != "history":
@@ -67,8 +80,8 @@ READERS: dict[str, Any] = {"tensorboard": of_tensorboard, "wandb": of_wandb, "ml
 @pytest.mark.parametrize(
     "name", ["tensorboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow"))]
 )
-def test_a_logger_has_every_row_of_a_training_that_was_stopped(name, tmp_path, monkeypatch):
-    assert {*READERS} == {*LOGGERS}
+def test_a_tracker_has_every_row_of_a_training_that_was_stopped(name, tmp_path, monkeypatch):
+    assert {*READERS} == {*TRACKERS}
     pytest.importorskip(name, reason=f"pip install '.[{name}]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(curve, "ROWS", 12)
@@ -97,6 +110,15 @@ def test_a_logger_has_every_row_of_a_training_that_was_stopped(name, tmp_path, m
         assert all(math.isclose(told[step], value, rel_tol=1e-4) for step, value in expected.items()), column
 
 
+def test_torchrun_takes_no_option_of_a_verb_for_its_own():
+    """It reads all words that could begin one of its options, those after the program too: `--log` could be `--log-dir`."""
+    from torch.distributed.run import get_args_parser
+
+    for name in SearchConfig.model_fields:
+        words = ["-m", "poolshare.search.cli", "search", f"--{name.replace('_', '-')}", "1"]
+        assert get_args_parser().parse_args(words).training_script_args == words[2:]
+
+
 def test_nobody_is_told_where_nobody_is_asked_for_and_a_helping_process_tells_nobody(tmp_path):
     for names, folder in (((), tmp_path), (("tensorboard",), None)):
         with watching(names, folder, "training") as watch:
@@ -107,15 +129,15 @@ def test_nobody_is_told_where_nobody_is_asked_for_and_a_helping_process_tells_no
 def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"--log mlflow needs a package that is not installed: pip install '\.\[mlflow\]'"
+        ConfigError, match=r"--tracker mlflow needs a package that is not installed: pip install '\.\[mlflow\]'"
     ):
-        check_loggers(["mlflow"])
-    status, _, error = call("search", "--data", "digits", "--log", "wandb", "--out", tmp_path / "run")
+        check_trackers(["mlflow"])
+    status, _, error = call("search", "--data", "digits", "--tracker", "wandb", "--out", tmp_path / "run")
     assert (status, "pip install '.[wandb]'" in error, (tmp_path / "run").exists()) == (2, True, False)
-    status, _, error = call("search", "--data", "digits", "--log", "elsewhere", "--out", tmp_path / "run")
+    status, _, error = call("search", "--data", "digits", "--tracker", "elsewhere", "--out", tmp_path / "run")
     assert (status, "tensorboard" in error) == (2, True)
-    with pytest.raises(ConfigError, match="--log elsewhere is not known: take tensorboard, wandb, mlflow"):
-        check_loggers(["elsewhere"])
+    with pytest.raises(ConfigError, match="--tracker elsewhere is not known: take tensorboard, wandb, mlflow"):
+        check_trackers(["elsewhere"])
 
 
 def test_a_search_and_a_retraining_show_there_what_they_do(tmp_path):
@@ -131,10 +153,10 @@ def test_a_search_and_a_retraining_show_there_what_they_do(tmp_path):
         "--device",
         "cpu",
     )
-    log, run, export = ("--log", "tensorboard"), tmp_path / "run", tmp_path / "export"
-    assert call("search", "--data", "digits", *small, *log, "--out", run, "-q")[0] == 0
+    told, run, export = ("--tracker", "tensorboard"), tmp_path / "run", tmp_path / "export"
+    assert call("search", "--data", "digits", *small, *told, "--out", run, "-q")[0] == 0
     assert [*of_tensorboard(run, "training")["loss"]] == [row.step for row in read_curve(run / "training.csv")]
     assert call("export", run, "--architecture", "dense", "--out", export)[0] == 0
-    assert call("retrain", export, "--epochs", "1", "--batch-size", "256", *log, "-q")[0] == 0
-    told = of_tensorboard(tmp_path / "export-retrained-logs", "retraining")
-    assert [*told["loss"]] == [row.step for row in read_curve(tmp_path / "export-retrained" / "training.csv")]
+    assert call("retrain", export, "--epochs", "1", "--batch-size", "256", *told, "-q")[0] == 0
+    shown = of_tensorboard(tmp_path / "export-retrained-logs", "retraining")
+    assert [*shown["loss"]] == [row.step for row in read_curve(tmp_path / "export-retrained" / "training.csv")]
