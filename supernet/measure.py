@@ -22,6 +22,7 @@ from poolshare.space import CostTable, ModelError
 
 from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
+from .heads.maps import normed_map, tapped
 from .model import SuperNet, added
 from .operators.pooling import Pooling, pooling_name
 from .operators.relative import shared_bias
@@ -30,13 +31,26 @@ from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
-    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
+    (
+        "add",
+        "add_",
+        "sub",
+        "rsub",
+        "mul",
+        "mul_",
+        "div",
+        "neg",
+        "sum",
+        "mean",
+        "linalg_vector_norm",
+        "square",
+    ),  # per element
     ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),  # functions of elements
     ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
     ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
     ("elu_", "celu_", "selu_", "leaky_relu_"),
     ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
-    ("eq", "le", "clamp_min", "sort"),  # comparisons
+    ("eq", "le", "clamp_min", "sort", "bitwise_or", "__or__"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
     (
         "pad",
@@ -230,7 +244,13 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
     source = _Part(embed, _size(supernet) - rest, supernet)
-    classify = _Part(supernet.classify, head_size, supernet)
+    taps = tapped(supernet)
+
+    def answer(*features: torch.Tensor) -> torch.Tensor:
+        """Of a head for every pixel, which takes the features of all patches after each of its blocks, or the classifier."""
+        return supernet.head([normed_map(supernet, one) for one in features]) if taps else supernet.classify(*features)
+
+    classify = _Part(answer, head_size, supernet)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
         match kind:
@@ -241,7 +261,8 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
             case ("shared", level):
                 return shared, (tokens(level), *left(level))
             case ("sink", level):
-                return classify, (tokens(level),)
+                patches = supernet.patch_embed.num_patches  # whatever the level, maps are of the full grid
+                return classify, (zeros(patches, supernet.embed_dim),) * len(taps) if taps else (tokens(level),)
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
                 return _pooling(module, supernet.carry), (tokens(before), *attended(before))

@@ -21,6 +21,7 @@ from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
 from poolshare.supernet import Subnet, SuperNet, count_macs
+from poolshare.supernet.heads.maps import tapped
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
@@ -217,7 +218,9 @@ def save_export(
             **{key: _plain(value) for key, value in data_config.items()},
             "num_classes": model.num_classes,
             "fixed_input_size": True,
-            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},  # type: ignore[index]
+            "first_conv": model.pretrained_cfg["first_conv"],  # type: ignore[index]
+            # what timm makes anew for another number of classes
+            "classifier": "head.classify" if tapped(model) else model.pretrained_cfg["classifier"],  # type: ignore[index]
         },
     }
     try:

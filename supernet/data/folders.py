@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +92,22 @@ def open_folder(place: Place) -> Found:
     if layout.search is None:
         return Found(classes, whole(parts), open_test, None, notes)
     _, extra, more = read_folder(layout.search, classes, scale_16bit)
-    both, count = _both(parts, extra, layout.search.name), len(parts)
+    together, count = both(parts, extra, layout.search.name), len(parts)
     notes += class_notes(layout.search, classes) + more
     notes += (
         f"architectures are scored on the {len(extra)} images of {str(layout.search)!r}, and trained on all "
         f"{count} of {str(layout.train)!r}.",
     )
-    train, search = Split(both, np.arange(count)), Split(both, np.arange(count, len(both)))
+    train, search = Split(together, np.arange(count)), Split(together, np.arange(count, len(together)))
     return Found(classes, train, open_test, search, notes)
 
 
-def _both(first: Source, second: Source, prefix: str) -> Source:
+def both(first: Source, second: Source, prefix: str) -> Source:
     """The images of two folders as those of one; `prefix` comes before the second one's names."""
     columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (first, second)]
     labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
     names = [*(first.names or ()), *(f"{prefix}/{name}" for name in second.names or ())]
-    read: Any = replace(first.read, items=first.read.items + second.read.items)  # type: ignore[attr-defined,type-var]
+    read = first.read.joined(second.read)  # type: ignore[attr-defined]
     return Source(read, labels, names, sizes, digests, times)
 
 

@@ -11,9 +11,10 @@ from poolshare.space.errors import DataError
 
 from .folders import class_notes, find_layout, held_out, open_folder, read_folder, read_pictures
 from .listing import some
+from .masks import open_masks, open_test_masks
 from .named import open_digits, open_timm
 from .pictures import Progress
-from .sources import Found, Place, Split, whole
+from .sources import Found, Place, Source, Split, whole
 from .splits import Checking, Data
 from .transforms import (
     DEFAULT_AUGMENTATION,
@@ -21,6 +22,7 @@ from .transforms import (
     ImageFormat,
     Prepare,
     digits_transform,
+    mask_transform,
     picture_transform,
     random_numbers,
 )
@@ -41,6 +43,7 @@ def open_data(
     when: Checking = "once",
     progress: Progress | None = None,
     training: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> Data:
     """Open a data set and cut it into train, search and test; no test image is used until asked for.
 
@@ -52,6 +55,7 @@ def open_data(
         `Data.check`. progress: called as `progress(done, total)` meanwhile.
     training: False: nothing will be trained, so all images but those of test are scored on; where a class has one image,
         none are set aside as test either.
+    classes: of masks, where a model knows them already.
 
     Raises DataError for data that are missing or of no use here, BrokenDataError for files that cannot be read.
     """
@@ -67,16 +71,17 @@ def open_data(
             "take a seed of at least 0, and fractions between 0 and 1"
         )
     prepare = _transform(place, images, augmentation)
-    found = open_source(place)
+    found = open_source(place, classes)
+    strata = found.classes if place.ignore_index is None else ("image",)  # masks have no class to keep the shares of
     splits, notes, full = {}, found.notes, found.train
     whole_count = len(full)
-    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(found.classes)) < 2).any():
+    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(strata)) < 2).any():
         notes += (
             f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
         )
     elif found.open_test is None:
         count = round(test_fraction * len(full))
-        splits["test"], full = full.cut(count, found.classes, random_numbers(seed, _TEST), f"{name}, test")
+        splits["test"], full = full.cut(count, strata, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
             f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
@@ -89,13 +94,13 @@ def open_data(
             notes += (
                 f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",
             )
-            search = search.drawn(search_images, found.classes, rng)
+            search = search.drawn(search_images, strata, rng)
     elif training:
         count = round(search_fraction * len(full))
         if search_images is not None and count > search_images:
             notes += (f"architectures are scored on {search_images:,} training images: see --search-images",)
             count = search_images
-        search, train = full.cut(count, found.classes, rng, f"{name}, search")
+        search, train = full.cut(count, strata, rng, f"{name}, search")
     else:
         search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
@@ -139,19 +144,34 @@ def open_tests(
     once, as a check. Raises DataError and BrokenDataError as `open_data`.
     """
     root = place.path
+    if place.ignore_index is not None:
+        source, notes = open_test_masks(place, classes)
+        return _tests(place, classes, images, source, notes, when, progress)
     layout = find_layout(root)
     if layout.test is None and layout.train != root:
         raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
     folder = layout.test or next(iter(held_out(root)), root)
     _, source, notes = read_folder(folder, classes, place.scale_16bit)
     notes += (*class_notes(folder, classes), f"all {len(source)} images of {str(folder)!r} are test images.")
+    return _tests(place, classes, images, source, notes, when, progress)
+
+
+def _tests(
+    place: Place,
+    classes: Sequence[str],
+    images: ImageFormat,
+    source: Source,
+    notes: tuple[str, ...],
+    when: Checking,
+    progress: Progress | None,
+) -> Data:
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
     data.check(("test",), progress, when)
     return data
 
 
-def open_source(place: Place) -> Found:
+def open_source(place: Place, classes: Sequence[str] | None = None) -> Found:
     """Find a data set, decoding nothing. Raises DataError where it is missing or of no use here."""
     name, kind = place.name, place.kind
     if place.search_data is not None and kind is not DataKind.FOLDER:
@@ -163,14 +183,25 @@ def open_source(place: Place) -> Found:
             f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
+    if place.ignore_index is not None:
+        if kind is not DataKind.FOLDER:
+            raise DataError(
+                f"{name}: masks are read from a folder: give ROOT with ROOT/train/images/ and ROOT/train/masks/"
+            )
+        return _several(open_masks(place, classes), name)
     openers = {DataKind.DIGITS: open_digits, DataKind.FOLDER: open_folder}
-    found = openers.get(kind, open_timm)(place)
+    return _several(openers.get(kind, open_timm)(place), name)
+
+
+def _several(found: Found, name: str) -> Found:
     if len(found.classes) < 2:
         raise DataError(f"{name} has fewer than 2 classes ({some(found.classes)}): there is nothing to learn")
     return found
 
 
 def _transform(place: Place, images: ImageFormat, augmentation: Augmentation) -> Prepare:
+    if place.ignore_index is not None:
+        return mask_transform(images, augmentation)
     if place.kind is DataKind.DIGITS:
         return digits_transform(images, augmentation.shift)
     return picture_transform(images, augmentation)

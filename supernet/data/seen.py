@@ -30,7 +30,7 @@ class Seen:
     """
 
     def __init__(self, root: str, read: Images) -> None:
-        how = "\0".join((os.path.realpath(root), str(read.scale_16bit), os.environ.get(PIXELS_VARIABLE, "")))
+        how = "\0".join((os.path.realpath(root), *map(str, read.how), os.environ.get(PIXELS_VARIABLE, "")))
         place = os.environ.get(CACHE_VARIABLE) or user_cache_path("poolshare")
         self.path = Path(place, "images", f"{hashlib.sha256(os.fsencode(how)).hexdigest()[:32]}.npz")
 

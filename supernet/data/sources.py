@@ -29,6 +29,7 @@ class Place:
         ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
     search_data: a folder of class folders whose images are scored on; nothing is set aside for that then.
     scale_16bit: take 16-bit grey images, 65,535 as white.
+    ignore_index: images come with masks, see `masks`, and this value of a pixel counts for nothing; None: with classes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Place:
     label_key: str = "label"
     search_data: StrPath | None = None
     scale_16bit: bool = False
+    ignore_index: int | None = None
 
     @property
     def kind(self) -> DataKind:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .listing import some
-from .pictures import Files, Images, Progress, advance, check_images
+from .pictures import Files, Images, Pairs, Progress, advance, check_images
 from .seen import keep, recall
 from .sources import Source, Split
 from .transforms import Prepare, random_numbers
@@ -31,7 +31,10 @@ _ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed
 
 
 class Batches(Protocol):
-    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,)), the same at every iteration."""
+    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,)), the same at every iteration.
+
+    Of images with masks the labels are (B, H, W), the class of each pixel, or IGNORED.
+    """
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -66,6 +69,11 @@ class Data:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
 
+    @property
+    def of_pixels(self) -> bool:
+        """Whether every pixel has a class of its own."""
+        return isinstance(self.split("train_full" if "train_full" in self._splits else "test").source.read, Pairs)
+
     def check(self, parts: Sequence[str], progress: Progress | None = None, when: Checking = "once") -> None:
         """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of.
 
@@ -95,17 +103,22 @@ class Data:
             done += len(indices)
         if broken:
             what = f"{len(broken)} of {total} images in {self.name!r} cannot be read"
-            raise BrokenDataError(f"{what}: {some(broken)}; replace or remove them")
+            raise BrokenDataError(f"{what}: {some(broken)}; {source.read.remedy}")  # type: ignore[attr-defined]
 
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
         table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
         sources = {id(split.source): split.source for split in self._splits.values()}
-        moved = {key: replace(source, labels=table[source.labels]) for key, source in sources.items()}
+
+        def moved(source: Source) -> Source:
+            if isinstance(source.read, Pairs):
+                return replace(source, read=source.read.relabelled(indices))
+            return replace(source, labels=table[source.labels])
+
+        known = {key: moved(source) for key, source in sources.items()}
 
         def translated(split: Split) -> Split:
-            source = moved.get(id(split.source)) or replace(split.source, labels=table[split.source.labels])
-            return Split(source, split.indices)
+            return Split(known.get(id(split.source)) or moved(split.source), split.indices)
 
         return replace(
             self,
@@ -212,7 +225,8 @@ class Data:
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
         if split not in self._tensors:
-            if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
+            channels = self.in_chans + 2 * self.of_pixels  # a mask takes 8 bytes per pixel
+            if 4 * len(self.split(split)) * channels * math.prod(self.img_size) > CACHE_BYTES:
                 return self._batches(split, batch_size, workers, start, stop)
             images, labels = zip(*self._batches(split, batch_size, workers), strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
@@ -270,10 +284,11 @@ class _Items(Dataset):
     prepare: Prepare
     seed: int
 
-    def __getitem__(self, row: _Row) -> tuple[Tensor, int]:
+    def __getitem__(self, row: _Row) -> tuple[Tensor, int | Tensor]:
         index, epoch = row
         draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
-        return self.prepare(self.source.read(index), draw), int(self.source.labels[index])
+        prepared = self.prepare(self.source.read(index), draw)
+        return prepared if isinstance(prepared, tuple) else (prepared, int(self.source.labels[index]))
 
 
 @dataclass(frozen=True, eq=False)
