@@ -17,6 +17,7 @@ from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Data
+from poolshare.supernet.tasks import Task, task_named
 
 from .analysis.finalists import train_finalists
 from .analysis.trust import Plan, measure_trust
@@ -28,7 +29,6 @@ from .job.folder import RunFolder
 from .job.job import run_job
 from .job.prepare import open_given, with_card
 from .report.report import Pick, Report, load_report
-from .scoring import Metric, metric_name, top1
 from .untrained.job import run_untrained
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
@@ -51,7 +51,7 @@ def search(
     out: str | Path,
     name: str = "data",
     classes: Sequence[str] | int | None = None,
-    metric: Metric = top1,
+    task: Task | str = "classification",
     storage: str | None = None,
     quiet: bool = False,
     dry_run: bool = False,
@@ -64,9 +64,8 @@ def search(
         transforms are the user's; architectures are scored on the validation images.
     out: the run folder; the same call continues it. name: of own data, kept in the record beside a hash of all
         images and labels. classes: names of own data's classes in index order, or their number.
-    metric: (logits (B, classes), labels (B,)) → (B,) bool, which answers count as right. It judges each image by itself,
-        so scores are whole numbers of images whatever the batches; columns called top1 hold their share in percent.
-        Its name is recorded. Default: the most probable class is the label.
+    task: what the model is trained and judged for: a name, see `--task`, or an instance of one's own subclass of
+        `poolshare.search.Task`, whose name is recorded.
     storage: of the study, as `--storage`. quiet: no forecast and no progress on standard error. dry_run: give the forecast
         alone; nothing is written, and the result has no run yet.
     options: what `poolshare search` takes, with underscores: model, pretrained, weights, class_map, model_args (a dict),
@@ -80,6 +79,7 @@ def search(
     Raises a PoolshareError, a ValueError that says what to do, before anything is written.
     """
     _check_names(options)
+    chosen = task_named(task)
     console = progress_console(quiet)
     own: Data | None = None
     options |= {
@@ -92,13 +92,13 @@ def search(
         _check_own(name, options)
         seed, workers = options.get("seed", 0), options.get("workers", 0)
         check_whole(0, seed=seed, workers=workers)  # needed before the configuration is checked as a whole
-        own = open_given(data, name, classes, seed, workers, console)
+        own = open_given(data, name, classes, seed, workers, console, chosen.targets)
         options |= _decided_by(own, options)
     if own is None and (classes is not None or name != "data"):
         raise ConfigError(f"name and classes belong to data given in Python, and data is {data!r}: leave them out")
-    config = checked_config(**options, metric=metric_name(metric))
+    config = checked_config(**options, task=chosen.name)
     run = run_job if config.training else run_untrained
-    return SearchResult(run(config, out, console, storage, own, metric, dry_run).path, own, metric)
+    return SearchResult(run(config, out, console, storage, own, chosen, dry_run).path, own, chosen)
 
 
 def work(
@@ -106,18 +106,18 @@ def work(
     data: str | Path | Parts | None = None,
     *,
     classes: Sequence[str] | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Score architectures beside the `search` of the run folder `run`, in a process of its own, as `poolshare worker`.
 
-    data, classes, metric: those given in Python to that search, if any. options: storage, data_dir, workers, device, threads.
+    data, classes, task: those given in Python to that search, if any. options: storage, data_dir, workers, device, threads.
     Waits for the supernet, and returns when all is scored: how many architectures were scored here, and in all.
 
     Raises a PoolshareError, a ValueError that says what to do, for instance for other images than those of the search.
     """
-    given: dict[str, Any] = {"classes": classes, "metric": metric, "console": progress_console(quiet)}
+    given: dict[str, Any] = {"classes": classes, "task": task, "console": progress_console(quiet)}
     return worker.work(run, data=data, **given, **options)
 
 
@@ -126,12 +126,12 @@ class SearchResult:
     """What a search left in its run folder; `SearchResult("runs/photos")` is one of any finished run.
 
     Architectures are taken as text, as `Architecture`, or as a `Pick`; "dense" is the one without savings.
-    data, metric: those given in Python, which `search` leaves here, its decoded images included.
+    data, task: those given in Python, which `search` leaves here, its decoded images included.
     """
 
     folder: str | Path
     data: Data | None = field(default=None, repr=False, compare=False)
-    metric: Metric = field(default=top1, repr=False, compare=False)
+    task: Task | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -148,7 +148,7 @@ class SearchResult:
 
     @property
     def candidates(self) -> pd.DataFrame:
-        """One row per scored architecture: architecture, top1 (percent), correct, total, macs, parameters, …"""
+        """One row per scored architecture: architecture, its score (top1), correct, total, macs, parameters, …"""
         return self.report.candidates
 
     @property
@@ -170,14 +170,14 @@ class SearchResult:
 
         options: epochs, budget, batch_size, lr, amp, data, data_dir, workers, device, threads; see `train_finalists`.
         Returns a row for each that was trained so, the best first; `pick("finalist")` then takes the winner, of finalists
-        that were trained in several ways that of the largest group. Continues where it was interrupted. On data or by a
-        metric given in Python it needs the result that `search` returned: repeat that call.
+        that were trained in several ways that of the largest group. Continues where it was interrupted. On data or for a
+        task given in Python it needs the result that `search` returned: repeat that call.
         """
         self._check_batch(options)
         console = progress_console(quiet)
         try:
             given = {"data": self.data} | options
-            return train_finalists(self.run, count, console=console, metric=self.metric, **given)
+            return train_finalists(self.run, count, console=console, task=self.task, **given)
         finally:
             self.__dict__.pop("report", None)  # it knows of none, or of fewer
 
@@ -202,11 +202,11 @@ class SearchResult:
         twice: how many of them a second time, for the ceiling; None: half. recipe: epochs, batch_size, lr, amp; left out: the
         supernet's. data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
         Returns what trust.json holds, see `measure_trust`; `report.trust` has it from then on.
-        Continues where it was interrupted. On data or by a metric given in Python as `finalists`.
+        Continues where it was interrupted. On data or for a task given in Python as `finalists`.
         """
         self._check_batch(recipe)
         plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
-        given: dict[str, Any] = {"console": progress_console(quiet), "data": data or self.data, "metric": self.metric}
+        given: dict[str, Any] = {"console": progress_console(quiet), "data": data or self.data, "task": self.task}
         given |= {"data_dir": data_dir, "weights": weights}
         try:
             return measure_trust(
@@ -245,7 +245,7 @@ class SearchResult:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    known = set(SearchConfig.model_fields) - {"data", "metric", "preprocessing", "guided", "drawn_within"}
+    known = set(SearchConfig.model_fields) - {"data", "task", "preprocessing", "guided", "drawn_within"}
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)

@@ -78,6 +78,7 @@ class SearchConfig(BaseModel):
         ...,
         "A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: vit_tiny_patch16_224.",
     )
+    task: str = option("classification", "What the model is trained and judged for: classification.", metavar="NAME")
     training: bool = True  # False: search the model as it is, see `search.untrained`
     unlabelled: bool = option(False, "With --no-training: take all pictures below --data, and no labels.")
     pretrained: bool = option(False, "Begin with timm's pretrained weights.")
@@ -117,10 +118,10 @@ class SearchConfig(BaseModel):
     sampler: Literal["auto", "exhaustive", "evolution", "random", "nsga2", "tpe"] = option(
         "auto", "auto scores the whole space where affordable, and races where no supernet is trained."
     )
-    score: Literal["top1", "loss", "divergence"] = option(
+    score: Literal["metric", "loss", "divergence"] = option(
         ...,
-        "What architectures are compared by: right answers, cross-entropy, or divergence from the dense model's answers. "
-        "Default: top1; with --no-training divergence.",
+        "What architectures are compared by: the task's score (top-1), its loss, or divergence from the dense model's "
+        "answers. Default: metric; with --no-training divergence.",
     )
     objective: Literal["macs", "latency"] = option(
         "macs", "Weighed against accuracy; latency is measured on --device. Default: macs; latency for 12ms."
@@ -174,7 +175,6 @@ class SearchConfig(BaseModel):
         "When image files are decoded as a check: once, and again where a file has changed; now, all of them; never.",
     )
     scale_16bit: bool = option(False, "Take 16-bit grey images, 65,535 as white; else they are refused.")
-    metric: str = "top1"  # name of the function that says which answers are right
     workers: int = option(0, "Processes that load images.", ge=0)
     amp: Literal["none", "bf16"] = option("none", "Automatic mixed precision in training.")
     recipe: dict[str, Any] = option(
@@ -206,7 +206,7 @@ class SearchConfig(BaseModel):
             "lr": 3e-4 if warm else 2e-3,
             "trials": 1000,
             "tune_epochs": 0,
-            "score": "top1",
+            "score": "metric",
             "search_images": 10_000,
         }
         if given.get("training") is False:

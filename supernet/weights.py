@@ -150,7 +150,7 @@ def load_base_weights(
 
     As in timm, the position embedding is resampled to another grid, patches to another size, and the patch embedding to
     other channels. Returns what was adapted, as notes. name: of the model, for messages. fresh_head: keep the head that
-    the model was made with, instead of the checkpoint's.
+    the model was made with, or none, instead of the checkpoint's.
 
     Raises ModelError listing what is missing, unknown or of another shape; the model is then as it was.
     """

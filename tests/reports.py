@@ -11,7 +11,12 @@ from poolshare.space import SearchSpace
 SPACE = SearchSpace(depth=8, levels=(64, 16, 4), operators=("max2d", "kmedoids"), max_run=3)
 # Of an exported model; what else is known of it says the test.
 FACTS = {"data": "photos", "data_dir": None, "data_fingerprint": "x", "seed": 0, "batch_size": 64, "pretrained": False}
+FACTS |= {"task": "classification", "targets": "class", "metric": "top-1"}
 FACTS |= {"macs": 1, "dense_macs": 2, "parameters": 3, "weights": "a test"}
+# Of the summary of a run that classifies into two classes.
+TASK = {"name": "classification", "metric": "top-1", "column": "top1", "targets": "class", "unit": "nats"}
+TASK |= {"loss": "cross-entropy with the labels", "divergence": "divergence from the dense network's answers"}
+WORDS = {"task": TASK, "score": "metric", "outputs": 2}
 ATTACK = "</script><script>alert(1)</script>"
 
 

@@ -24,14 +24,14 @@ def many(count: int = 400, **changes):
     rows["top1"] = 100 * rows["correct"] / 540
     rows["parameters"] = generator.integers(300_000, 400_000, count)
     rows["latency_ms"] = np.round(2 + 8 * share + generator.uniform(0, 1, count), 3)
-    point = {"architecture": "64", "macs": 1, "supernet_top1": 90.0, "retrained_top1": [91.0, 92.0]}
+    point = {"architecture": "64", "macs": 1, "supernet_score": 90.0, "retrained_scores": [91.0, 92.0]}
     estimate = {"value": 0.61, "low": 0.4, "high": 0.78}
     trust = {
         "tau": estimate,
         "ceiling": {"value": 0.7, "low": None, "high": None},
         "within": {"tau": {"value": None, "low": None, "high": None}, "ceiling": estimate},
         "bands": [{"low_macs": 10e6, "high_macs": 20e6, "n": 6, "tau": estimate, "ceiling": {"value": None}}],
-        "points": [point, {**point, "supernet_top1": 95.0, "retrained_top1": [93.0]}],
+        "points": [point, {**point, "supernet_score": 95.0, "retrained_scores": [93.0]}],
     }
     dense = {**make_report().dense, "top1": 95.0, "latency_ms": 11.0}
     fields = {"dense": dense, "limits": {"macs": 30e6}, "included": [rows["architecture"][WORST]], "trust": trust}
@@ -111,7 +111,7 @@ def test_any_point_selects_and_shows_its_numbers(browser, file, report, viewport
         assert numbers["Parameters"].startswith(human(shown["parameters"]))
         assert numbers["Latency"].startswith(LATENCY.format(shown["latency_ms"]))
         better = int((report.candidates["correct"] > shown["correct"]).sum())
-        assert numbers["Accuracy rank"].startswith(f"{better + 1} of 400 ")
+        assert numbers["Top-1 rank"].startswith(f"{better + 1} of 400 ")
         rank = SPACE.rank(Architecture.parse(shown.name))
         assert numbers["Number in the space"].startswith(f"{rank:,} of {SPACE.size:,}")
     assert opened.problems == []

@@ -221,9 +221,9 @@ def test_retrain_and_evaluate_agree_and_overwrite_nothing(run, verb, tmp_path):
     assert facts["test_total"] == 540
     status, out, _ = verb("evaluate", tmp_path / "export-retrained", "--json", "-q")
     result = json.loads(out)
-    assert (result["correct"], result["total"]) == (facts["test_correct"], 540)
+    assert (result["details"]["correct"], result["total"]) == (facts["test_details"]["correct"], 540)
     assert result["macs"] == facts["macs"] <= 0.6 * facts["dense_macs"]
-    assert result["interval"][0] < result["top1"] < result["interval"][1]
+    assert result["interval"][0] < result["score"] < result["interval"][1]
     before = (tmp_path / "export-retrained" / "model.safetensors").read_bytes()
     for words in (("retrain", export), ("export", folder, "--out", tmp_path / "export-retrained")):
         status, _, err = verb(*words)

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import poolshare.search
-from poolshare.search import SearchResult, search, work
+from poolshare.search import Classification, SearchResult, search, work
 from poolshare.search.exported.export import load_export
 from poolshare.search.exported.predict import predict
 from poolshare.search.exported.retrain import evaluate, retrain
@@ -90,11 +90,22 @@ def top3(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits.topk(3).indices == labels[:, None]).any(dim=1)
 
 
+class Top3(Classification):
+    name = "top3"
+    metric = "top-3"
+
+    def contributions(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return top3(outputs, targets)
+
+
+TOP3 = Top3()
+
+
 def test_scores_are_what_the_models_answer_by_the_users_metric(parts, digits, tmp_path):
-    found = search(parts(), out=tmp_path / "run", name="mine", metric=top3, budget="80%", **SMALL)
+    found = search(parts(), out=tmp_path / "run", name="mine", task=TOP3, budget="80%", **SMALL)
     assert found.folder == tmp_path / "run"
     config = found.run.config
-    assert (config.data, config.metric, config.img_size, config.in_chans) == ("python/mine", "top3", 8, 1)
+    assert (config.data, config.task, config.img_size, config.in_chans) == ("python/mine", "top3", 8, 1)
     assert found.run.read_summary()["classes"] == list(Noisy.classes)
     assert len(found.candidates) == 8
     images, labels = (part[200:300] for part in digits)
@@ -104,7 +115,7 @@ def test_scores_are_what_the_models_answer_by_the_users_metric(parts, digits, tm
         assert (row.correct, row.total) == (int(top3(logits, labels).sum()), 100)
     dense = found.report.dense
     with torch.inference_mode():
-        assert dense["top1"] == int(top3(found.model("dense")(images), labels).sum())  # of 100 images
+        assert dense["top3"] == int(top3(found.model("dense")(images), labels).sum())  # of 100 images
     assert (found.frontier["macs"] <= 0.8 * dense["macs"]).all()
     choice = found.pick()
     assert (choice.how, choice.architecture) == ("budget", found.frontier["architecture"].iloc[-1])
@@ -115,13 +126,13 @@ def test_scores_are_what_the_models_answer_by_the_users_metric(parts, digits, tm
     with pytest.raises(ArchitectureError):
         found.model("64*2 36@max2d")
 
-    again = search(parts(), out=tmp_path / "run", name="mine", metric=top3, budget="80%", **SMALL | {"trials": 10})
+    again = search(parts(), out=tmp_path / "run", name="mine", task=TOP3, budget="80%", **SMALL | {"trials": 10})
     assert list(again.candidates["architecture"][:8]) == list(found.candidates["architecture"])
     assert SearchResult(str(tmp_path / "run")).candidates.equals(again.candidates)
 
 
 def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(parts, digits, tmp_path):
-    options = SMALL | {"out": tmp_path / "run", "name": "mine", "metric": top3}
+    options = SMALL | {"out": tmp_path / "run", "name": "mine", "task": TOP3}
     found = search(parts(), **options)
     with pytest.raises(RunError, match="no finalist within the budget was trained yet"):
         found.pick("finalist")
@@ -138,7 +149,7 @@ def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(
         model = found.model(row.architecture)
         train_model(model, data, recipe, seed=config.seed)
         with torch.inference_mode():
-            assert row.correct == int(top3(model(images), labels).sum())
+            assert row.score == int(top3(model(images), labels).sum())  # of 100 images
 
     opened = SearchResult(tmp_path / "run")  # knows neither
     assert opened == found
@@ -148,7 +159,7 @@ def test_finalists_are_trained_on_the_users_data_and_judged_by_the_users_metric(
 
 
 def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, tmp_path):
-    found = search(parts(), out=tmp_path / "run", name="mine", metric=top3, **SMALL)
+    found = search(parts(), out=tmp_path / "run", name="mine", task=TOP3, **SMALL)
     assert found.report.trust is None
     measured = found.trust(4, twice=2, bands=2, epochs=1, quiet=True)
     assert (measured["n"], measured["twice"], measured["images"], measured["recipe"]["epochs"]) == (4, 2, 100, 1)
@@ -160,7 +171,7 @@ def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, 
     for row in rows.itertuples():
         with torch.inference_mode():
             right = top3(found.model(row.architecture)(images), labels)
-        assert row.supernet_correct == int(right.sum())
+        assert row.supernet_score == int(right.sum())
     row = rows[rows["repeat"] == 1].iloc[-1]
     seed = random.Random("alone 0 1 1").getrandbits(31)
     torch.manual_seed(seed)
@@ -169,7 +180,7 @@ def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, 
     recipe = supernet_recipe(found.run.config).model_copy(update={"epochs": 1})
     train_model(model, found.data, recipe, seed=seed)
     with torch.inference_mode():
-        assert row["correct"] == int(top3(model(images), labels).sum())
+        assert row["score"] == int(top3(model(images), labels).sum())
 
     with pytest.raises(PoolshareError, match="given in Python"):
         SearchResult(tmp_path / "run").trust(4, twice=2, bands=2, epochs=1, quiet=True)
@@ -177,38 +188,38 @@ def test_trust_is_measured_on_the_users_data_by_the_users_metric(parts, digits, 
 
 def test_a_worker_on_the_users_data_scores_what_the_search_left(parts, tmp_path):
     options = SMALL | {"name": "mine", "trials": 40}
-    alone = search(parts(), out=tmp_path / "alone", metric=top3, **options)
+    alone = search(parts(), out=tmp_path / "alone", task=TOP3, **options)
 
-    def failing(logits, labels):
-        if len(labels) == 100:  # not the few that a metric is tried on at first
-            raise MemoryError("no more")
-        return top3(logits, labels)
+    class Failing(Top3):
+        def contributions(self, outputs, targets):
+            if len(targets) == 100:  # not the few that a task is tried on at first
+                raise MemoryError("no more")
+            return top3(outputs, targets)
 
-    failing.__name__ = "top3"
     run = tmp_path / "run"
     with pytest.raises(MemoryError):
-        search(parts(), out=run, metric=failing, **options)
+        search(parts(), out=run, task=Failing(), **options)
     assert (run / "supernet.safetensors").exists()
     count = len(alone.candidates)  # the whole space
-    assert work(run, parts(), metric=top3, quiet=True) == {"run": str(run), "scored": count, "candidates": count}
-    found = search(parts(), out=run, metric=top3, **options)
+    assert work(run, parts(), task=TOP3, quiet=True) == {"run": str(run), "scored": count, "candidates": count}
+    found = search(parts(), out=run, task=TOP3, **options)
     assert found.candidates.equals(alone.candidates)
 
 
 def test_a_worker_is_refused_other_data_or_another_metric_than_the_searchs(parts, digits, tmp_path):
     run = tmp_path / "run"
-    search(parts(), out=run, metric=top3, **SMALL | {"epochs": 0})
+    search(parts(), out=run, task=TOP3, **SMALL | {"epochs": 0})
     (train, validation), (images, labels) = parts(), digits
     swapped = TensorDataset(images[201:301], labels[201:301])
     small = [TensorDataset(part[:, :, 2:, 2:], labels[: len(part)]) for part in (images[:200], images[:100])]
     for data, options, says in [
-        ((train, swapped), {"metric": top3}, "not those"),
+        ((train, swapped), {"task": TOP3}, "not those"),
         ((train, validation), {}, "scored by top3"),
-        ((train, validation), {"metric": top3, "classes": list("abcdefghij")}, "not those"),
-        (small, {"metric": top3}, "1×6×6 here, and 1×8×8 in the search"),
-        (None, {"metric": top3}, "`poolshare.search.work`"),
-        ("digits", {"metric": top3}, "not those"),
-        ((train, validation), {"metric": partial(top3)}, "define it with `def`"),
+        ((train, validation), {"task": TOP3, "classes": list("abcdefghij")}, "not those"),
+        (small, {"task": TOP3}, "1×6×6 here, and 1×8×8 in the search"),
+        (None, {"task": TOP3}, "`poolshare.search.work`"),
+        ("digits", {"task": TOP3}, "not those"),
+        ((train, validation), {"task": partial(top3)}, "is not a task"),
     ]:
         with pytest.raises(PoolshareError, match=re.escape(says)):
             work(run, data, quiet=True, **options)
@@ -309,20 +320,23 @@ def test_a_latency_budget_can_be_looked_at_while_its_search_goes_on(tmp_path):
     options = {key: value for key, value in SMALL.items() if key != "batch_size"} | {"epochs": 0}
     options |= {"model_args": {"depth": 5, "embed_dim": 16, "num_heads": 2}, "budget": "1000ms"}
 
-    def top5(logits, labels):
-        top5.calls += 1
-        if top5.calls > top5.allowed:
-            raise MemoryError("no more")
-        return (logits.topk(5).indices == labels[:, None]).any(dim=1)
+    class Top5(Classification):
+        name, calls, allowed = "top5", 0, float("inf")
 
-    top5.calls, top5.allowed = 0, float("inf")
-    found = search("digits", out=tmp_path / "run", metric=top5, **options)
+        def contributions(self, outputs, targets):
+            self.calls += 1
+            if self.calls > self.allowed:
+                raise MemoryError("no more")
+            return (outputs.topk(5).indices == targets[:, None]).any(dim=1)
+
+    top5 = Top5()
+    found = search("digits", out=tmp_path / "run", task=top5, **options)
     assert len(found.candidates) == 8
     assert "latency_ms" in found.candidates
     for calls in (20, 60, 120):  # in later and later generations
         top5.calls, top5.allowed = 0, calls
         with pytest.raises(MemoryError):
-            search("digits", out=tmp_path / "run", metric=top5, **options | {"trials": 100})
+            search("digits", out=tmp_path / "run", task=top5, **options | {"trials": 100})
         opened = SearchResult(tmp_path / "run")
         assert opened.candidates["latency_ms"].notna().all()
         assert opened.pick("budget").how == "budget"
@@ -347,8 +361,8 @@ def test_other_images_another_name_or_another_metric_are_not_taken_for_the_same_
         search((train, swapped), **options)
     with pytest.raises(RunError, match=r"python/data.* there, 'python/other"):
         search((train, validation), name="other", **options)
-    with pytest.raises(RunError, match="metric: 'top1' there, 'top3' now"):
-        search((train, validation), metric=top3, **options)
+    with pytest.raises(RunError, match="task: 'classification' there, 'top3' now"):
+        search((train, validation), task=TOP3, **options)
     for words in (["worker", tmp_path / "run"], ["trust", tmp_path / "run"]):
         status, _, err = verb(*words, "-q")
         assert (status, "given in Python" in err) == (2, True), err
@@ -356,9 +370,9 @@ def test_other_images_another_name_or_another_metric_are_not_taken_for_the_same_
 
 def test_a_named_data_set_takes_a_metric_too_and_other_verbs_ask_for_it(verb, tmp_path):
     options = {key: value for key, value in SMALL.items() if key != "batch_size"} | {"epochs": 0, "trials": 4}
-    found = search("digits", out=tmp_path / "run", metric=top3, **options)
-    assert (found.run.config.metric, found.candidates["total"].iloc[0]) == ("top3", 377)
-    assert "scored by top3" in found.report.title
+    found = search("digits", out=tmp_path / "run", task=TOP3, **options)
+    assert (found.run.config.task, found.candidates["total"].iloc[0]) == ("top3", 377)
+    assert found.report.title.endswith(", top3")
     status, _, err = verb("trust", tmp_path / "run", "-q")
     assert (status, "top3" in err) == (2, True), err
 
@@ -419,12 +433,29 @@ def test_data_that_cannot_be_used_are_refused_before_anything_is_written(data, s
     assert list(tmp_path.iterdir()) == []
 
 
-def by_the_batch(logits, labels):
-    return logits[:, 0] >= logits[:, 0].mean()
+class SameName(Classification):
+    pass
 
 
-def a_share(logits, labels):
-    return (logits.argmax(-1) == labels).float().mean()
+class ByTheBatch(Classification):
+    name = "by_the_batch"
+
+    def contributions(self, outputs, targets):
+        return outputs[:, 0] >= outputs[:, 0].mean()
+
+
+class AShare(Classification):
+    name = "a_share"
+
+    def contributions(self, outputs, targets):
+        return (outputs.argmax(-1) == targets).float().mean()
+
+
+class Minus(Classification):
+    name = "minus"
+
+    def number(self, sums, images):
+        return -1 - sums[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -444,10 +475,13 @@ def a_share(logits, labels):
         ({"classes": "ab"}, "give a list of names"),
         ({"name": ""}, "is not a name"),
         ({"classes": ["only"]}, "name 2 classes or more"),
-        ({"metric": lambda logits, labels: logits.argmax(-1) == labels}, "define it with `def`"),
-        ({"metric": partial(top3)}, "define it with `def`"),
-        ({"metric": by_the_batch}, "by others in its batch"),
-        ({"metric": a_share}, "return a bool tensor"),
+        ({"task": top3}, "is not a task"),
+        ({"task": "segments"}, "task 'segments' is unknown: there are classification"),
+        ({"task": Top3}, "task Top3 is not a task: give its name, or an instance"),
+        ({"task": SameName()}, "is called classification, as one of poolshare's"),
+        ({"task": ByTheBatch()}, "by others in its batch"),
+        ({"task": AShare()}, "return a bool tensor"),
+        ({"task": Minus()}, "number gave -"),
         ({"seed": -1}, "seed=-1"),
         ({"budget": "1%"}, "this space reaches from"),
     ],
@@ -604,8 +638,8 @@ def test_a_users_own_model_is_searched_without_training_with_its_names_and_its_i
     with torch.inference_mode():
         answers = [names[index] for index in model(images).argmax(dim=-1)]
     truth = [data.classes[label] for label in labels]
-    assert tested["correct"] == sum(map(str.__eq__, answers, truth))
-    assert [one["class"] for one in tested["per_class"]] == ["six", "nought", "three"]  # in the head's order
+    assert tested["details"]["correct"] == sum(map(str.__eq__, answers, truth))
+    assert [one["class"] for one in tested["details"]["per_class"]] == ["six", "nought", "three"]  # in the head's order
     assert search(str(tmp_path / "photos"), **options | {"trials": 3}).report.notes == found.report.notes
 
     status, out, err = verb("space", "--model", f"local-dir:{tmp_path / 'own'}", "--levels", "64,16", "--json")
@@ -650,14 +684,17 @@ def test_the_example_of_the_readme_works_as_written(digits, tmp_path, monkeypatc
     images, labels = next(iter(validation))
     row = found.candidates.set_index("architecture").loc[names["choice"].architecture]
     with torch.inference_mode():
-        assert int(names["top2"](names["model"](images), labels).sum()) == row["correct"]
+        assert int(names["Top2"]().contributions(names["model"](images), labels).sum()) == row["correct"]
     assert (tmp_path / "exports" / "mine" / "model.safetensors").exists()
 
 
 def test_importing_the_package_loads_no_torch():
     program = "import sys, poolshare.search; print('torch' in sys.modules, poolshare.search.__all__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "False ['SearchResult', 'draw_regions', 'search', 'work']\n"
+    assert (
+        done.stdout
+        == "False ['Classification', 'SearchResult', 'Task', 'draw_regions', 'evaluate', 'predict', 'retrain', 'search', 'work']\n"
+    )
     with pytest.raises(AttributeError, match="no attribute 'find'"):
         _ = poolshare.search.find
 

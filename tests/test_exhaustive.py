@@ -11,7 +11,7 @@ import pytest
 from poolshare.search.counts import Counts
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import WALK, WALKS, piece_cost, score_everything, subtrees
-from poolshare.search.study.loop import Task
+from poolshare.search.study.loop import Problem
 from poolshare.search.study.open import open_store
 from poolshare.space import CostTable, RunError, SearchSpace, forecast, forecast_space
 
@@ -34,14 +34,14 @@ class Score:
         self.asked += architectures
         progress(0.5)
         progress(1.0)
-        return [Counts(300 + MACS.total(architecture) // 2, IMAGES) for architecture in architectures]
+        return [Counts((300 + MACS.total(architecture) // 2,), IMAGES) for architecture in architectures]
 
 
 def score(folder, by, advance=no_progress, record=None):
     """Score the space over a journal in the folder."""
     folder.mkdir(exist_ok=True)
-    task = Task(SPACE, MACS, MACS, SPACE.within(MACS), by, record=record or {})
-    return score_everything(task, open_store(folder / "journal", None, "whole"), advance)
+    problem = Problem(SPACE, MACS, MACS, SPACE.within(MACS), by, record=record or {})
+    return score_everything(problem, open_store(folder / "journal", None, "whole"), advance)
 
 
 @pytest.fixture
@@ -115,11 +115,11 @@ def test_finished_pieces_survive_a_stop(tmp_path, small_walks):
 
 
 def test_what_was_scored_before_is_not_scored_again(tmp_path):
-    record = {a: Counts(300 + MACS.total(a) // 2, IMAGES) for a in SPACE}
+    record = {a: Counts((300 + MACS.total(a) // 2,), IMAGES) for a in SPACE}
     nothing = Score()
     frame = score(tmp_path, nothing, record=record)
     assert nothing.asked == []
-    assert list(frame["correct"]) == [counts.correct for counts in record.values()]
+    assert list(frame["correct"]) == [counts.sums[0] for counts in record.values()]
 
 
 def in_a_process(folder, log):
@@ -151,7 +151,7 @@ def test_workers_score_every_architecture_once_and_both_have_their_share(tmp_pat
 
 @pytest.mark.parametrize(
     "facts",
-    [{"first": 1}, {"architectures": 2**31}, {"counts": [1]}, {"counts": None}, {"images": IMAGES + 1}, {"images": 0},
+    [{"first": 1}, {"architectures": 2**31}, {"counts": [1]}, {"counts": None}, {"counts": [[1, IMAGES + 1]]}, {"counts": [[1, 0]]},
      {"counts": "all"}, {"first": "0"}],
 )  # fmt: skip
 def test_a_study_of_another_space_or_a_damaged_one_is_refused(facts, tmp_path):

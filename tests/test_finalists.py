@@ -36,7 +36,7 @@ def test_one_of_each_token_schedule_takes_part_the_most_accurate_first():
 
 def test_equals_are_ranked_by_the_supernet_and_then_by_cost():
     rows = [("a", 9, 5, 7), ("b", 8, 6, 7), ("c", 7, 6, 7), ("d", 6, 1, 8)]
-    frame = pd.DataFrame(rows, columns=["architecture", "macs", "supernet_correct", "correct"])
+    frame = pd.DataFrame(rows, columns=["architecture", "macs", "supernet_score", "score"])
     assert list(ranked(frame)["architecture"]) == ["d", "c", "b", "a"]
 
 
@@ -46,8 +46,8 @@ def test_only_those_that_were_trained_alike_are_compared(run):
     assert other["lr"].tolist() == [2e-4] * 2
     assert (usual["lr"] == 1e-3).all()
     assert set(usual["architecture"]) == set(other["architecture"])
-    assert dict(zip(usual["architecture"], usual["correct"], strict=True)) != dict(
-        zip(other["architecture"], other["correct"], strict=True)
+    assert dict(zip(usual["architecture"], usual["score"], strict=True)) != dict(
+        zip(other["architecture"], other["score"], strict=True)
     )
     rows = run.read_finalists()
     assert len(rows) == 4
@@ -69,11 +69,11 @@ def test_finalists_are_trained_within_the_budget_kept_and_continued(run):
     expected = choose(allowed, 3, "macs").set_index("architecture")
     assert set(found["architecture"]) == set(expected.index)
     for row in found.itertuples():
-        assert (row.macs, row.supernet_correct, row.total) == tuple(
-            expected.loc[row.architecture, ["macs", "correct", "total"]]
+        assert (row.macs, row.supernet_score, row.total) == tuple(
+            expected.loc[row.architecture, ["macs", "top1", "total"]]
         )
-    assert found["correct"].tolist() == sorted(found["correct"], reverse=True)
-    assert found["correct"].mean() > found["supernet_correct"].mean()  # an epoch alone, after one of the supernet
+    assert found["score"].tolist() == sorted(found["score"], reverse=True)
+    assert found["score"].mean() > found["supernet_score"].mean()  # an epoch alone, after one of the supernet
 
     # Cut off after the first training: the others are trained again, to the same numbers; a fourth joins them.
     kept = run.read_finalists()
@@ -82,7 +82,7 @@ def test_finalists_are_trained_within_the_budget_kept_and_continued(run):
     assert len(again) == 4
     both = again.merge(found, on="architecture", suffixes=("", "_before"))
     assert len(both) == 3
-    assert (both["correct"] == both["correct_before"]).all()
+    assert (both["score"] == both["score_before"]).all()
 
 
 def test_the_best_of_the_most_that_trained_equally_long_is_picked_and_exported(run, tmp_path, verb):
@@ -98,7 +98,7 @@ def test_the_best_of_the_most_that_trained_equally_long_is_picked_and_exported(r
     assert len(longer) == 2
     pick = load_report(run).pick("finalist")
     assert pick.architecture == longer["architecture"][0]
-    assert f"{100 * longer['correct'][0] / longer['total'][0]:.2f} % after 2 epochs alone" in pick.why
+    assert f"{longer['score'][0]:.2f} % after 2 epochs alone" in pick.why
     assert load_report(run).picks()[0] == pick
     assert "--budget 70% --pick finalist" in verb("pareto", run.path)[1]
     assert pick.why.split(":")[1] in (run.path / "report.html").read_text()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from reports import WORDS
 
 from poolshare.search.analysis.pareto import frontier
 from poolshare.search.cli.options import integers, settings_of, words
@@ -15,7 +16,7 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import read_json, write_json
 from poolshare.search.progress import no_progress
 from poolshare.search.study.journal import Journal, JournalStore
-from poolshare.search.study.loop import Task, run_study
+from poolshare.search.study.loop import Problem, run_study
 from poolshare.space import Architecture, CostTable, PoolshareError, RunError, SearchSpace, parse_budget
 
 SPACE = SearchSpace(depth=4, levels=(64, 16), operators=("max2d",), max_run=2)
@@ -110,7 +111,7 @@ def run(tmp_path_factory):
         folder.write_config("the images")
         search(folder)
     dense = {"architecture": str(SPACE[0]), "top1": 90.0, "macs": MACS.total(SPACE[0]), "parameters": 1}
-    facts = {"classes": ["0"], "certified": False, "space": SPACE.to_json(), "space_size": SPACE.size}
+    facts = WORDS | {"classes": ["0"], "certified": False, "space": SPACE.to_json(), "space_size": SPACE.size}
     write_json(folder.summary, {"format": 1, "dense": dense, "seconds": {"training": 1.0}, "versions": {}, **facts})
     return folder
 
@@ -119,10 +120,10 @@ def search(folder):
     """Score, by a fixed rule, what the study lacks; the candidates."""
 
     def score(architectures, progress):
-        return [Counts(500 + MACS.total(architecture) % 97, 1000) for architecture in architectures]
+        return [Counts((500 + MACS.total(architecture) % 97,), 1000) for architecture in architectures]
 
-    task = Task(SPACE, MACS, MACS, SPACE.within(MACS), score)
-    return run_study(task, folder, "evolution", TRIALS, 0, "study", no_progress)
+    problem = Problem(SPACE, MACS, MACS, SPACE.within(MACS), score)
+    return run_study(problem, folder, "evolution", TRIALS, 0, "study", no_progress)
 
 
 @given(st.data())

@@ -202,7 +202,7 @@ def test_a_retraining_on_other_data_keeps_a_path_that_holds_from_anywhere(place,
     assert (facts["data"], facts["data_dir"]) == (str(place / "others"), None)
     monkeypatch.chdir(place.parent)
     status, out, err = verb("evaluate", place / "export-retrained", "--json", "-q")
-    assert (status, json.loads(out)["correct"]) == (0, facts["test_correct"]), err
+    assert (status, json.loads(out)["details"]["correct"]) == (0, facts["test_details"]["correct"]), err
     # However it is spelled, it is what the model was trained on, and noticed where its images are others.
     (place / "others" / "cat" / "0.png").rename(place / "others" / "dog" / "more.png")
     with pytest.raises(DataError, match="are not those the model was searched on"):

@@ -8,7 +8,7 @@ from conftest import randomise
 from scipy import stats
 
 from poolshare.search.counts import MICRONATS
-from poolshare.search.losses import ImageLosses, image_losses, paired
+from poolshare.search.scoring import ImageScores, image_scores, paired
 from poolshare.space import Architecture, ConfigError, ModelError, SearchSpace
 from poolshare.supernet import SuperNet
 
@@ -34,52 +34,52 @@ def in_batches(size, images, labels):
 
 def test_cross_entropy_and_answers_are_torchs(supernet):
     images, labels = pictures()
-    found = image_losses(supernet, ARCHITECTURES, in_batches(4, images, labels), loss="cross-entropy")
+    found = image_scores(supernet, ARCHITECTURES, in_batches(4, images, labels), loss="loss")
     for row, architecture in enumerate(ARCHITECTURES):
         logits = supernet(images, [architecture])[0].detach()
         wanted = F.cross_entropy(logits.double(), labels, reduction="none").numpy() * MICRONATS
         assert np.abs(found.loss[row] - wanted).max() <= 5  # logits of batches of other sizes differ in their last bits
-        assert (found.right[row] == (logits.argmax(1) == labels).numpy()).all()
+        assert (found.contributions[row] == (logits.argmax(1) == labels).numpy()).all()
 
 
 def test_divergence_is_that_of_the_dense_models_answers_and_needs_no_labels(supernet):
     images, labels = pictures()
-    found = image_losses(supernet, ARCHITECTURES, in_batches(4, images, torch.full_like(labels, -1)), labelled=False)
+    found = image_scores(supernet, ARCHITECTURES, in_batches(4, images, torch.full_like(labels, -1)), labelled=False)
     dense = supernet(images, [SPACE[0]])[0].detach().double().softmax(1)
     for row, architecture in enumerate(ARCHITECTURES):
         logits = supernet(images, [architecture])[0].detach()
         answers = logits.double().softmax(1)
         wanted = (dense * (dense / answers).log()).sum(1).numpy() * MICRONATS
         assert np.abs(found.loss[row] - wanted).max() <= 5
-        assert (found.right[row] == (logits.argmax(1) == dense.argmax(1)).numpy()).all()
+        assert (found.contributions[row] == (logits.argmax(1) == dense.argmax(1)).numpy()).all()
     place = TEXTS.index("16 16 16 16")
     assert not found.loss[place].any()
-    assert found.right[place].all()
+    assert found.contributions[place].all()
 
 
 def test_with_labels_a_divergence_still_counts_right_answers_by_them(supernet):
     images, labels = pictures()
-    found = image_losses(supernet, ARCHITECTURES[:1], in_batches(4, images, labels))
+    found = image_scores(supernet, ARCHITECTURES[:1], in_batches(4, images, labels))
     logits = supernet(images, ARCHITECTURES[:1])[0]
-    assert (found.right[0] == (logits.argmax(1) == labels).numpy()).all()
+    assert (found.contributions[0] == (logits.argmax(1) == labels).numpy()).all()
 
 
 def test_sums_are_whole_and_the_same_in_any_order_of_batches(supernet):
     images, labels = pictures()
     batches = in_batches(4, images, labels)
-    forwards, backwards = (image_losses(supernet, ARCHITECTURES, part) for part in (batches, batches[::-1]))
+    forwards, backwards = (image_scores(supernet, ARCHITECTURES, part) for part in (batches, batches[::-1]))
     assert forwards.loss.dtype == np.int64
     assert (forwards.loss.sum(1) == backwards.loss.sum(1)).all()
-    first, rest = (image_losses(supernet, ARCHITECTURES, part) for part in (batches[:1], batches[1:]))
+    first, rest = (image_scores(supernet, ARCHITECTURES, part) for part in (batches[:1], batches[1:]))
     joined = first.followed_by(rest)
     assert (joined.loss == forwards.loss).all()
-    assert (joined.right == forwards.right).all()
+    assert (joined.contributions == forwards.contributions).all()
     assert joined.images == 11
 
 
 def test_progress_is_the_share_of_batches(supernet):
     shares = []
-    image_losses(supernet, ARCHITECTURES, in_batches(4, *pictures()), progress=shares.append)
+    image_scores(supernet, ARCHITECTURES, in_batches(4, *pictures()), progress=shares.append)
     assert shares == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
 
 
@@ -96,20 +96,20 @@ def test_the_interval_is_student_t_of_the_pairs():
 
 def test_bad_requests_say_what_is_wrong(supernet):
     batches = in_batches(4, *pictures())
-    with pytest.raises(ConfigError, match="loss 'l2' is unknown; known are divergence, cross-entropy"):
-        image_losses(supernet, ARCHITECTURES, batches, loss="l2")
-    with pytest.raises(ConfigError, match="a cross-entropy needs labels, and these images have none"):
-        image_losses(supernet, ARCHITECTURES, batches, loss="cross-entropy", labelled=False)
+    with pytest.raises(ConfigError, match="loss 'l2' is unknown; known are divergence, loss"):
+        image_scores(supernet, ARCHITECTURES, batches, loss="l2")
+    with pytest.raises(ConfigError, match="a loss needs labels, and these images have none"):
+        image_scores(supernet, ARCHITECTURES, batches, loss="loss", labelled=False)
     with pytest.raises(ConfigError, match="there are no images to score on"):
-        image_losses(supernet, ARCHITECTURES, [])
+        image_scores(supernet, ARCHITECTURES, [])
     images, labels = pictures(2)
     images[1] = torch.nan
     with pytest.raises(ModelError, match="'16 16 16 16' has outputs that are not numbers"):
-        image_losses(supernet, ARCHITECTURES, [(images, labels)])
+        image_scores(supernet, ARCHITECTURES, [(images, labels)])
 
 
 def test_losses_of_further_images_follow():
-    one = ImageLosses(np.array([[1, 2]]), np.array([[True, False]]))
-    two = ImageLosses(np.array([[3]]), np.array([[True]]))
+    one = ImageScores(np.array([[1, 2]]), np.array([[True, False]]))
+    two = ImageScores(np.array([[3]]), np.array([[True]]))
     assert one.followed_by(two).loss.tolist() == [[1, 2, 3]]
-    assert one.followed_by(two).right.tolist() == [[True, False, True]]
+    assert one.followed_by(two).contributions.tolist() == [[True, False, True]]

@@ -47,7 +47,7 @@ def root(written, tmp_path):
 
 
 def opened(root, **options):
-    return open_data(Place(str(root), ignore_index=options.pop("ignore_index", 255)), FORMAT, **options)
+    return open_data(Place(str(root), targets="pixels"), FORMAT, **options)
 
 
 def test_a_folder_of_images_and_masks_is_read_as_it_lies(written):
@@ -133,7 +133,7 @@ def test_names_stand_in_a_file_and_decide_how_many_classes_there_are(root):
     with pytest.raises(BrokenDataError, match=r"it holds 2, which is neither one of the 2 classes 0 to 1 nor ignored"):
         opened(root)
     (root / "classes.txt").write_text("sky\nsky\n")
-    with pytest.raises(DataError, match="names a class twice"):
+    with pytest.raises(DataError, match="2 classes, 1 of them different"):
         opened(root)
 
 
@@ -149,8 +149,8 @@ def test_palettes_and_wide_masks_hold_indices(root):
 
 
 def test_a_changed_mask_is_other_data_and_is_looked_at_again(root):
-    before = opened(root)
-    path = root / "train" / "masks" / "0.png"
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    before, path = opened(root), root / "train" / "masks" / "0.png"
     values = np.asarray(Image.open(path)).copy()
     values[0, -1] = 1 - values[0, -1] % 2
     Image.fromarray(values).save(path)
@@ -160,7 +160,7 @@ def test_a_changed_mask_is_other_data_and_is_looked_at_again(root):
     values[0, -1] = 77
     Image.fromarray(values).save(path)
     with pytest.raises(BrokenDataError, match="holds 77"):
-        opened(root, classes=("a", "b", "c"))
+        opened(root)
 
 
 def test_masks_follow_the_classes_of_a_model(written):
@@ -173,10 +173,10 @@ def test_masks_follow_the_classes_of_a_model(written):
 
 
 def test_a_folder_of_other_images_is_tested_whole(written):
-    place = Place(str(written / "val"), ignore_index=255)
+    place = Place(str(written / "val"), targets="pixels")
     data = open_tests(place, ("a", "b", "c"), FORMAT)
     assert len(data.split("test")) == 3
-    assert len(open_tests(Place(str(written), ignore_index=255), ("a", "b", "c"), FORMAT).split("test")) == 2
+    assert len(open_tests(Place(str(written), targets="pixels"), ("a", "b", "c"), FORMAT).split("test")) == 2
     with pytest.raises(BrokenDataError, match="2 classes 0 to 1"):
         open_tests(place, ("a", "b"), FORMAT)
 
@@ -249,9 +249,9 @@ def test_other_faults_of_folders_are_said(root):
     os.remove(root / "train" / "images" / "3.jpg")
     with pytest.raises(DataError, match=r"has no folder masks: segmentation reads"):
         opened(root)
-    with pytest.raises(DataError, match="masks are read from a folder"):
-        open_data(Place("digits", ignore_index=255), FORMAT)
+    with pytest.raises(DataError, match="digits has no masks"):
+        open_data(Place("digits", targets="pixels"), FORMAT)
     with pytest.raises(DataError, match="would move the image and not its mask"):
         opened(root, augmentation=Augmentation(auto_augment="rand-m9-mstd0.5"))
     with pytest.raises(DataError, match="no interpolation 'random'"):
-        open_data(Place(str(root), ignore_index=255), ImageFormat(24, 3, (0.5,), (0.5,), "random"))
+        open_data(Place(str(root), targets="pixels"), ImageFormat(24, 3, (0.5,), (0.5,), "random"))

@@ -104,7 +104,7 @@ def test_hypervolume_is_the_count_of_dominated_unit_cells(points, worst_top1, wo
 
 @pytest.mark.parametrize("reference", [(100, 10), (50, 0), (float("nan"), 10)])
 def test_hypervolume_refuses_a_reference_without_a_rectangle(reference):
-    with pytest.raises(RunError, match="below 100 percent"):
+    with pytest.raises(RunError, match="a score below 100"):
         hypervolume(frame((90, 1)), reference)
 
 

@@ -175,8 +175,8 @@ def test_the_dense_model_is_tuned_as_it_would_be_alone(made, tmp_path):
     tuned = read_tuned(found.run)
     with torch.inference_mode():
         right = sum(int((model(x).argmax(-1) == labels).sum()) for x, labels in data.eval_loader("search", 8))
-    assert (tuned.epochs, tuned.correct, tuned.total) == (2, right, len(data.split("search")))
-    assert found.report.dense["top1"] == tuned.top1
+    assert (tuned.epochs, tuned.counts.sums, tuned.counts.total) == (2, (right,), len(data.split("search")))
+    assert found.report.dense["top1"] == tuned.score
 
 
 def test_the_run_says_what_each_phase_took_and_gained(found):
@@ -207,7 +207,7 @@ def test_an_export_has_the_better_weights(found, made, tmp_path):
         better = by_dense > scored
         assert better_with_dense(found.run, Architecture.parse(text)) == (by_dense if better else None)
         facts = found.export(text, tmp_path / f"export-{by_dense}")
-        assert facts["search_top1"] == pytest.approx(100 * by_dense / tuned.total)
+        assert facts["search_score"] == by_dense
         assert facts["weights"].startswith("the dense model" if better else "the supernet")
         file = made / "run" / ("dense.safetensors" if better else "supernet.safetensors")
         model = load_export(tmp_path / f"export-{by_dense}").model.eval()
@@ -215,7 +215,7 @@ def test_an_export_has_the_better_weights(found, made, tmp_path):
         assert torch.equal(model(images), found.model(text)(images))
     write_json(path, summary)
     dense = found.export("dense", tmp_path / "dense")
-    assert dense["search_top1"] == tuned.top1
+    assert dense["search_score"] == tuned.score
     assert dense["weights"].startswith("the dense model, tuned for 2 epochs")
 
 
@@ -231,10 +231,10 @@ def test_retraining_is_taught_by_the_runs_dense_model(found, tmp_path):
     assert any(not torch.equal(taught[name], other[name]) for name in taught)
     assert "with the dense model as teacher" in facts["weights"]
     assert "teacher" not in alone["weights"]
-    reached = evaluate(tmp_path / "dense", device="cpu")["top1"]
-    assert facts["dense"]["test_top1"] == explicit["dense"]["test_top1"] == reached
+    reached = evaluate(tmp_path / "dense", device="cpu")["score"]
+    assert facts["dense"]["test_score"] == explicit["dense"]["test_score"] == reached
     assert f"reaches {reached:.2f} % on the same images" in facts["against_dense"]
-    assert evaluate(tmp_path / "taught", device="cpu")["dense_top1"] == reached
+    assert evaluate(tmp_path / "taught", device="cpu")["dense_score"] == reached
 
     (found.run.dense).rename(found.run.path / "elsewhere")
     try:
@@ -243,7 +243,7 @@ def test_retraining_is_taught_by_the_runs_dense_model(found, tmp_path):
         ):
             retrain(tmp_path / "export", tmp_path / "gone", **options)
         assert not (tmp_path / "gone").exists()
-        assert evaluate(tmp_path / "taught", device="cpu")["dense_top1"] is None
+        assert evaluate(tmp_path / "taught", device="cpu")["dense_score"] is None
     finally:
         (found.run.path / "elsewhere").rename(found.run.dense)
 
@@ -320,12 +320,12 @@ def test_a_loss_is_warned_of_where_it_is_large_and_no_accident():
     for _ in range(200):
         total = rng.randint(20, 2000)
         correct, dense = rng.randint(0, total), rng.uniform(0, 100)
-        text = against_dense(correct, total, dense, 0.6)
         top1, high = 100 * correct / total, binomial_interval(correct, total)[1]
+        text = against_dense(top1, high, dense, 0.6)
         assert text.startswith("warning:") == (dense - top1 > 2 and high < dense)
         assert f"{dense:.2f} %" in text
         assert (f"{dense - top1:.2f} points more" in text) == (dense > top1)
-    assert "40% fewer MACs" in against_dense(500, 1000, 90.0, 0.6)
+    assert "40% fewer MACs" in against_dense(50.0, 53.0, 90.0, 0.6)
 
 
 def test_few_images_train_no_supernet_and_the_tuned_dense_model_is_searched_as_it_is(made, raced, tmp_path):
@@ -337,24 +337,24 @@ def test_few_images_train_no_supernet_and_the_tuned_dense_model_is_searched_as_i
     assert not raced.run.journal.exists()
     dense, supernet = (load_file(path) for path in (raced.run.dense, raced.run.supernet))
     assert all(torch.equal(dense[name], value) for name, value in supernet.items())
-    assert raced.report.dense["top1"] == read_tuned(raced.run).top1
+    assert raced.report.dense["top1"] == read_tuned(raced.run).score
     assert raced.frontier["macs"].max() <= 0.7 * raced.report.dense["macs"]
     assert "the dense model of the same training reaches" in raced.report.verdict
     facts = raced.export(raced.pick(), tmp_path / "export")
     assert facts["weights"].startswith("the dense model, tuned for 2 epochs")
-    assert facts["dense"]["search_top1"] == raced.report.dense["top1"]
+    assert facts["dense"]["search_score"] == raced.report.dense["top1"]
     with pytest.raises(RunError, match="has no supernet"):
         work(raced.folder, quiet=True)
 
 
 def test_a_race_is_continued_and_asked_for_another_budget_without_scoring_anything_twice(made, raced, monkeypatch):
-    scored, real = [], record.image_losses
+    scored, real = [], record.image_scores
 
     def counted(supernet, architectures, *args, **options):
         scored.extend(map(str, architectures))
         return real(supernet, architectures, *args, **options)
 
-    monkeypatch.setattr(record, "image_losses", counted)
+    monkeypatch.setattr(record, "image_scores", counted)
     before, weights = raced.run.candidates.read_bytes(), raced.run.dense.read_bytes()
     for budget, new in (("70%", False), ("85%", True), ("70%", False)):
         scored.clear()

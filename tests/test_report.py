@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from reports import SPACE, candidates, make_report
+from reports import SPACE, WORDS, candidates, make_report
 
 from poolshare.search import SearchResult
 from poolshare.search import api as entry
@@ -35,7 +35,7 @@ def finished_run(path: Path, rows: pd.DataFrame | None = None, **summary) -> Run
     facts = {
         "format": FORMAT, "dense": dict(made.dense), "budget_macs": None, "classes": ["0", "1"], "certified": False,
         "space": SPACE.to_json(), "space_size": SPACE.size, "seconds": {"training": 60.0, "scoring": 5.0},
-        "versions": {"python": "3"},
+        "versions": {"python": "3"}, **WORDS,
     }  # fmt: skip
     write_json(folder.summary, facts | summary)
     return RunFolder.open(path)
@@ -118,7 +118,7 @@ def test_picks_are_named_with_their_reason():
         far.pick("half-point")
     with pytest.raises(ConfigError, match="needs a budget"):
         make_report().pick("budget")
-    with pytest.raises(ConfigError, match="needs the dense network's top-1"):
+    with pytest.raises(ConfigError, match="needs the dense network's score"):
         pick(rows, "half-point")
 
 
@@ -147,7 +147,7 @@ def test_every_verb_gives_the_same_answer_to_which_is_picked(how, budget, verb, 
         return
     assert shown["pick"] == chosen._asdict()
     by_latency = frontier(allowed, "latency_ms")
-    expected = pick(by_latency, "accuracy" if how == "budget" else how, cost="latency_ms", dense_top1=86.0)
+    expected = pick(by_latency, "accuracy" if how == "budget" else how, cost="latency_ms", dense=86.0)
     assert chosen.architecture == expected["architecture"]
     assert [row["architecture"] for row in shown["frontier"]] == list(by_latency["architecture"])
 

@@ -286,7 +286,7 @@ def test_sizes_and_shapes_of_a_stranger_are_refused_before_anything_is_allocated
     folders.append(forge(made / "export", tmp_path / "missing", weights=missing))
     for i, facts in enumerate(
         ({"macs": "many"}, {"macs": 0}, {"seed": -1}, {"classes": ["a"]}, {"classes": {}}, {"data": 3},
-         {"test_top1": 1e9}, {"batch_size": 1.5}, {"runs": []}, {"architecture": "64"}, {"format": 9})
+         {"test_score": 1e9}, {"batch_size": 1.5}, {"runs": []}, {"architecture": "64"}, {"format": 9})
     ):  # fmt: skip
         folders.append(forge(made / "export", tmp_path / f"facts{i}", **facts))
 

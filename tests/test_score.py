@@ -9,7 +9,7 @@ from optuna.storages.journal import JournalFileBackend
 from test_cli import SMALL
 
 from poolshare.search import SearchResult, search
-from poolshare.search.counts import MICRONATS, Counts
+from poolshare.search.counts import MICRONATS, TOP1, Counts
 from poolshare.search.job import job as job_module
 from poolshare.search.job.prepare import prepare
 
@@ -48,7 +48,7 @@ def test_the_frontier_is_by_loss_and_the_study_maximises_exp_of_it(found):
     for trial in study.get_trials():
         correct, total, loss = trial.user_attrs["counts"]
         assert loss / total / MICRONATS == losses[trial.user_attrs["architecture"]]
-        assert trial.values[0] == Counts(correct, total, loss).worth
+        assert trial.values[0] == Counts((correct,), total, loss).worth(TOP1)
 
 
 def test_the_same_call_scores_nothing_again_and_another_score_trains_nothing(found, verb, monkeypatch):
@@ -73,7 +73,7 @@ def test_the_same_call_scores_nothing_again_and_another_score_trains_nothing(fou
 def test_counts_that_no_search_writes_are_refused(value):
     with pytest.raises(ValueError, match="its counts are"):
         Counts.from_json(value, "loss")
-    assert Counts.from_json([5, 10, 3], "loss") == (5, 10, 3)
-    assert Counts.from_json([5, 10], "top1") == (5, 10, None)
+    assert Counts.from_json([5, 10, 3], "loss") == ((5,), 10, 3)
+    assert Counts.from_json([5, 10], "metric") == ((5,), 10, None)
     with pytest.raises(ValueError, match="its counts are"):
-        Counts.from_json([5, 10, 3], "top1")
+        Counts.from_json([5, 10, 3], "metric")

@@ -14,7 +14,7 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.propose import PROPOSERS, Scored, decode, distributions, encode
 from poolshare.search.study.journal import JournalStore
-from poolshare.search.study.loop import GENERATION, Task, run_study
+from poolshare.search.study.loop import GENERATION, Problem, run_study
 from poolshare.space import CostTable, SearchSpace
 
 SPACE = SearchSpace(depth=6, levels=(64, 36, 16), operators=("max2d", "avg2d"), max_run=2)
@@ -40,11 +40,11 @@ class Counter:
     def __call__(self, architectures, progress):
         self.asked += architectures
         progress(1.0)
-        return [Counts(accuracy(architecture), IMAGES) for architecture in architectures]
+        return [Counts((accuracy(architecture),), IMAGES) for architecture in architectures]
 
 
-def make_task(score, budget=None):
-    return Task(SPACE, MACS, MACS, SPACE.within(MACS, None, budget), score)
+def make_problem(score, budget=None):
+    return Problem(SPACE, MACS, MACS, SPACE.within(MACS, None, budget), score)
 
 
 def make_folder(path):
@@ -94,9 +94,9 @@ def test_an_exhausted_space_gives_no_proposals(name, everything):
 @pytest.mark.parametrize("sampler", ["evolution", "random", "nsga2", "tpe"])
 def test_every_sampler_finds_something_within_the_tightest_budget(sampler, tmp_path):
     limit = min(map(MACS.total, SPACE))
-    task = make_task(Counter(), limit)
-    assert task.allowed.size < 10
-    frame = run_study(task, make_folder(tmp_path / "run"), sampler, 5, 0, "study", no_progress)
+    problem = make_problem(Counter(), limit)
+    assert problem.allowed.size < 10
+    frame = run_study(problem, make_folder(tmp_path / "run"), sampler, 5, 0, "study", no_progress)
     assert frame["macs"].min() == limit
 
 
@@ -104,7 +104,7 @@ def test_every_sampler_finds_something_within_the_tightest_budget(sampler, tmp_p
 def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sampler, tmp_path):
     score = Counter()
     folder = make_folder(tmp_path / "run")
-    frame = run_study(make_task(score, 450), folder, sampler, 120, 0, "study", no_progress)
+    frame = run_study(make_problem(score, 450), folder, sampler, 120, 0, "study", no_progress)
     assert len(score.asked) == len(set(score.asked)) == len(frame)
     pd.testing.assert_frame_equal(frame, folder.read_candidates())
     for row in frame.itertuples():
@@ -121,7 +121,7 @@ def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sample
 
 @pytest.mark.parametrize("sampler", ["evolution", "random"])
 def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampler, tmp_path):
-    undisturbed = run_study(make_task(Counter()), make_folder(tmp_path / "a"), sampler, 130, 7, "s", no_progress)
+    undisturbed = run_study(make_problem(Counter()), make_folder(tmp_path / "a"), sampler, 130, 7, "s", no_progress)
 
     class Stopped(Exception):
         pass
@@ -137,22 +137,22 @@ def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampl
             return result
 
         with pytest.raises(Stopped):
-            run_study(make_task(stop), folder, sampler, 130, 7, "s", no_progress)
+            run_study(make_problem(stop), folder, sampler, 130, 7, "s", no_progress)
         with open(folder.journal, "ab") as journal:  # a killed writer leaves half a line
             journal.write(b'{"op_code": 5, "worker')
-        first = run_study(make_task(Counter()), folder, sampler, GENERATION, 7, "s", no_progress)
+        first = run_study(make_problem(Counter()), folder, sampler, GENERATION, 7, "s", no_progress)
         assert len(first) == GENERATION
-    continued = run_study(make_task(Counter()), folder, sampler, 130, 7, "s", no_progress)
+    continued = run_study(make_problem(Counter()), folder, sampler, 130, 7, "s", no_progress)
     pd.testing.assert_frame_equal(continued, undisturbed)
 
 
 def test_evolution_comes_closer_to_the_true_frontier_than_random_draws(tmp_path, everything):
-    table = pd.DataFrame({"architecture": str(c.architecture), "top1": c.top1, "macs": c.cost} for c in everything)
+    table = pd.DataFrame({"architecture": str(c.architecture), "top1": c.score, "macs": c.cost} for c in everything)
     true = set(frontier(table)["architecture"])
 
     def found(sampler, seed):
         folder = make_folder(tmp_path / f"{sampler}{seed}")
-        frame = run_study(make_task(Counter()), folder, sampler, 150, seed, "s", no_progress)
+        frame = run_study(make_problem(Counter()), folder, sampler, 150, seed, "s", no_progress)
         return len(true & set(frame["architecture"]))
 
     assert sum(found("evolution", seed) for seed in range(3)) > sum(found("random", seed) for seed in range(3))

@@ -85,7 +85,7 @@ def test_a_score_that_was_counted_again_and_flipped_changes_nothing():
     truth = rng.permutation(12) + 900
     rows = frame(truth, truth, truth[::-1], bands)
     flipped = rows.copy()
-    flipped.loc[rows["repeat"] == 1, "supernet_correct"] += rng.integers(2, size=12)
+    flipped.loc[rows["repeat"] == 1, "supernet_score"] += rng.integers(2, size=12)
     assert summarise(rows)["tau"]["value"] == 1
     assert summarise(flipped) == summarise(rows)
 
@@ -118,9 +118,9 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
     assert (table["total"] == 377).all()
     scored = run.read_candidates().set_index("architecture")
     for row in table.itertuples():
-        assert scored.loc[row.architecture, ["correct", "macs"]].tolist() == [row.supernet_correct, row.macs]
+        assert scored.loc[row.architecture, ["top1", "macs"]].tolist() == [row.supernet_score, row.macs]
     assert found == read_json(run.path / "trust.json")
-    assert [len(point["retrained_top1"]) for point in found["points"]].count(2) == 2
+    assert [len(point["retrained_scores"]) for point in found["points"]].count(2) == 2
 
     # Cut off after the second training: the rest is trained again, to the same numbers.
     write_csv(run.trust_rows, read_csv(run.trust_rows)[:2], checked=True)
@@ -130,13 +130,13 @@ def test_trust_trains_scores_reports_and_continues(run, monkeypatch, capsys):
 
     # An architecture keeps the score it was ranked by, though here (or on a GPU) one image more would be right.
     table = read_csv(run.trust_rows)
-    kept = table[:4].assign(supernet_correct=table["supernet_correct"][:4] + 1)
+    kept = table[:4].assign(supernet_score=table["supernet_score"][:4] + 1)
     write_csv(run.trust_rows, kept, checked=True)
     again = measure_trust(run, plan, recipe_changes={"epochs": 1}, device="cpu")
     assert again["tau"] == found["tau"]
     written = pd.read_csv(run.trust_rows)
-    assert written.groupby("architecture")["supernet_correct"].nunique().max() == 1
-    assert written["supernet_correct"].tolist() == (table["supernet_correct"] + 1).tolist()
+    assert written.groupby("architecture")["supernet_score"].nunique().max() == 1
+    assert written["supernet_score"].tolist() == (table["supernet_score"] + 1).tolist()
     write_csv(run.trust_rows, table, checked=True)
 
     with pytest.raises(RunError, match="another recipe; repeat the earlier call"):
@@ -199,9 +199,9 @@ def test_trust_belongs_to_the_weights_it_was_measured_with(tmp_path, monkeypatch
     run_job(SearchConfig(**SMALL, epochs=2), tmp_path / "run")
     assert load_report(folder).trust is None
     two = measure_trust(folder, plan, recipe_changes={"epochs": 0}, device="cpu")
-    scored = folder.read_candidates().set_index("architecture")["correct"]
+    scored = folder.read_candidates().set_index("architecture")["top1"]
     assert [scored[row.architecture] for row in pd.read_csv(folder.trust_rows).itertuples()] == [
-        row.supernet_correct for row in pd.read_csv(folder.trust_rows).itertuples()
+        row.supernet_score for row in pd.read_csv(folder.trust_rows).itertuples()
     ]
     assert two["points"] != one["points"]
     assert read_json(tmp_path / "run" / "trust-1-epochs.json") == one

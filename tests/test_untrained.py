@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from poolshare.search.counts import MICRONATS
-from poolshare.search.losses import ImageLosses
+from poolshare.search.scoring import ImageScores
 from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
 from poolshare.search.untrained.racing import Race
@@ -43,7 +43,7 @@ def score(architectures, start, stop):
         chance = np.random.default_rng(SPACE.rank(architecture)).normal(1, 0.2, IMAGES)
         rows.append(true_damage(architecture) * HARDNESS * chance)
     loss = (np.array(rows)[:, start:stop] * MICRONATS).round().astype(np.int64)
-    return ImageLosses(loss, loss < MICRONATS // 10)
+    return ImageScores(loss, loss < MICRONATS // 10)
 
 
 class Recorded:
@@ -136,7 +136,7 @@ COSTS_OF_TWO = CostTable("macs", 5, {100: 100, 50: 50}, {}, {("kmeans", 100, 50)
 
 def two_scores(architectures, start, stop):
     loss = np.array([[1000 * (100 - a.layers[-1].tokens)] * (stop - start) for a in architectures], np.int64)
-    return ImageLosses(loss, loss < 1)
+    return ImageScores(loss, loss < 1)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_damage_is_the_paired_difference_to_the_dense_model():
     def hard_images(architectures, start, stop):
         """A loss that even the dense model has, as a cross-entropy."""
         found = score(architectures, start, stop)
-        return ImageLosses(found.loss + (5 * HARDNESS * MICRONATS).astype(np.int64)[start:stop], found.right)
+        return ImageScores(found.loss + (5 * HARDNESS * MICRONATS).astype(np.int64)[start:stop], found.contributions)
 
     one = single_reductions(SPACE)[0]
     race, plain = (Race(SPACE[0], COSTS, IMAGES, by) for by in (hard_images, score))
@@ -262,7 +262,7 @@ def test_the_best_of_many_close_ones_survives_the_race():
             chance = np.random.default_rng(place).normal(1, 0.2, IMAGES)
             rows.append(0.1 * (1 + 0.02 * place) * HARDNESS * chance)
         loss = (np.array(rows)[:, start:stop] * MICRONATS).round().astype(np.int64)
-        return ImageLosses(loss, loss < 1)
+        return ImageScores(loss, loss < 1)
 
     race = Race(space[0], costs, IMAGES, close)
     left = members

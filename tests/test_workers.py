@@ -18,12 +18,13 @@ import pytest
 from conftest import Forked, call, one_of_each
 from optuna.trial import TrialState
 
+from poolshare.search import Classification
 from poolshare.search.job import worker
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.job import study_name
 from poolshare.search.job.prepare import load_weights, prepare
+from poolshare.search.job.problem import make_problem
 from poolshare.search.job.records import read_json, write_json
-from poolshare.search.job.task import make_task
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.samplers.propose import PROPOSERS
@@ -110,7 +111,7 @@ def place(request, alone, job, tmp_path, monkeypatch):
 
 def searcher(job, place, trials):
     folder, make_store = place
-    run_study(make_task(job), folder, "evolution", trials, 0, "", no_progress, make_store(), publish=False)
+    run_study(make_problem(job), folder, "evolution", trials, 0, "", no_progress, make_store(), publish=False)
 
 
 def trials_of(place):
@@ -166,7 +167,7 @@ def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(worker
 
 
 def whole_space(job, place):
-    return score_everything(make_task(job), place[1](), no_progress)
+    return score_everything(make_problem(job), place[1](), no_progress)
 
 
 @pytest.mark.parametrize("place", ["journal", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
@@ -182,10 +183,10 @@ def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, 
     ]
     space = job.supernet.space
     assert sorted(ranks) == list(range(space.size))
-    counts = make_task(job).score(list(space), lambda share: None)  # in one walk, without a study
+    counts = make_problem(job).score(list(space), lambda share: None)  # in one walk, without a study
     frame = whole_space(job, place)
     assert list(frame["architecture"]) == [str(architecture) for architecture in space]
-    assert [*zip(frame["correct"], frame["total"], strict=True)] == [(each.correct, each.total) for each in counts]
+    assert [*zip(frame["correct"], frame["total"], strict=True)] == [(each.sums[0], each.total) for each in counts]
     assert len(trials_of(place)) == len(found)  # nothing was scored again
     print(f"{killed} kills, {len(complete)} sub-trees, {len(found) - len(complete)} given back")
 
@@ -212,13 +213,13 @@ def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_proces
 def test_a_worker_waits_for_no_supernet_before_it_refuses_what_it_was_given(digits_run, monkeypatch):
     monkeypatch.setattr(worker, "_wait_for_supernet", lambda *arguments: pytest.fail("it waited"))
 
-    def others(logits, labels):
-        return logits.argmax(dim=-1) == labels
+    class Others(Classification):
+        name = "others"
 
     for options, says in (
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"data_dir": "x"}, "--data-dir x belongs to"),
-        ({"metric": others}, "this run is scored by top1"),
+        ({"task": Others()}, "the task of this run is classification, and others was given"),
     ):
         with pytest.raises(PoolshareError, match=says):
             worker.work(digits_run.folder, **options)

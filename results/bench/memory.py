@@ -18,10 +18,10 @@ import torch
 from poolshare.search.config import SearchConfig
 from poolshare.search.counts import Counts
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.losses import score_counts
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
-from poolshare.search.study.loop import Task
+from poolshare.search.scoring import score_counts
+from poolshare.search.study.loop import Problem
 from poolshare.search.study.open import open_store
 from poolshare.space import Architecture, SearchSpace
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
@@ -51,9 +51,9 @@ def main() -> None:
         looks.append({"architectures": scored, "peak_mb": peak()})
         return found
 
-    task = Task(SPACE, macs, parameters, SPACE.within(macs), score)
+    problem = Problem(SPACE, macs, parameters, SPACE.within(macs), score)
     with tempfile.TemporaryDirectory() as path, RunFolder.claim(f"{path}/run", SearchConfig(data="digits")) as folder:
-        frame = score_everything(task, open_store(folder.journal, None, "whole"), no_progress)
+        frame = score_everything(problem, open_store(folder.journal, None, "whole"), no_progress)
     looks.append({"architectures": len(frame), "peak_mb": peak()})
     print(*looks, sep="\n")
     Path(__file__).with_name("memory.json").write_text(json.dumps(looks, indent=1) + "\n", encoding="utf-8")

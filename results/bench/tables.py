@@ -4,7 +4,7 @@
     python results/bench/tables.py "fashion-bench, 256 images"     # one of them, beside those already there
 
 Each setting takes three complete sub-trees of the space, spread over its ranks, and scores one batch of random images with
-random weights (times do not depend on either), by `count_correct`, the function that searches use, on the thread's own clock.
+random weights (times do not depend on either), by `score_counts`, the function that searches use, on the thread's own clock.
 Walk and one-by-one take turns; a ratio is the quotient of medians. "measured": that of the times; "counted": that of the MACs.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from poolshare.search.job.records import versions
 from poolshare.search.samplers.exhaustive import subtrees
-from poolshare.search.scoring import count_correct
+from poolshare.search.scoring import score_counts
 from poolshare.space import SearchSpace, forecast
 from poolshare.supernet import SuperNet, measure_macs
 
@@ -60,10 +60,10 @@ def measure(name: str) -> dict[str, Any]:
         spent = [0.0, 0.0]
         for members in groups:
             start = time.thread_time()
-            together, _ = count_correct(net, members, [batch])
+            together = score_counts(net, members, [batch])
             spent[0] += time.thread_time() - start
             start = time.thread_time()
-            alone = [count_correct(net, [member], [batch])[0][0] for member in members]
+            alone = [score_counts(net, [member], [batch])[0] for member in members]
             spent[1] += time.thread_time() - start
             assert alone == together
         if round_:  # the first warms up

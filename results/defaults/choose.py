@@ -35,7 +35,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 from poolshare.search.counts import MICRONATS
 from poolshare.search.job.records import write_csv
-from poolshare.search.losses import ImageLosses, image_losses
+from poolshare.search.scoring import ImageScores, image_scores
 from poolshare.space import Architecture, Band, SearchSpace
 from poolshare.space.operators import grid_of
 from poolshare.space.presets import even_levels
@@ -133,9 +133,9 @@ class Experiment:
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def losses(self, architectures: Sequence[Architecture], batches: list, loss: str) -> ImageLosses:
+    def losses(self, architectures: Sequence[Architecture], batches: list, loss: str) -> ImageScores:
         with self.precision():
-            return image_losses(self.net, architectures, batches, loss=loss)
+            return image_scores(self.net, architectures, batches, loss=loss)
 
     def share(self, architecture: Architecture) -> float:
         """Of the dense model's MACs."""
@@ -143,7 +143,7 @@ class Experiment:
 
     def row(self, what: str, stage: str, architecture: Architecture) -> None:
         """Test an architecture with the weights as they are, and write the row."""
-        top1 = 100 * self.losses([architecture], self.test, "cross-entropy").right.mean()
+        top1 = 100 * self.losses([architecture], self.test, "loss").contributions.mean()
         facts = {"data": self.name, "seed": self.seed, "what": what, "stage": stage}
         facts |= {"macs": round(self.share(architecture), 3), "top1": round(top1, 2), "architecture": str(architecture)}
         new = pd.DataFrame([facts])
@@ -297,7 +297,7 @@ class Experiment:
             return [rng.choice(bands).sample(rng) for _ in range(4)]
 
         self.train(self.train80, SUPERNET_EPOCHS, self.guided(draws), key=7)
-        trained, found = self.weights(), self.search(space, 0.6, "cross-entropy")
+        trained, found = self.weights(), self.search(space, 0.6, "loss")
         finds = {f"supernet {space} 60%": found, f"training-free {space} 60%": free}
         for what, architecture in finds.items():
             self.row(what, "supernet's weights", architecture)

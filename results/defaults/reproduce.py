@@ -52,7 +52,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
     "digits": {"data": "digits"},
 }
-OF_ONE_MODEL = ("format", "runs", "classes", "versions", "architecture", "search_top1", "search_loss")
+OF_ONE_MODEL = ("format", "runs", "classes", "versions", "architecture", "search_score", "search_loss")
 
 
 def options_of(name: str, every: int, work: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Ways:
     def tuned(self) -> dict[str, Any]:
         """The dense model that the search makes first, as it is."""
         facts = evaluate(self.dense_export, **self.machine)
-        return self.row(facts["correct"], facts["total"], 1.0, self.spent("tuning"))
+        return self.row(facts["details"]["correct"], facts["total"], 1.0, self.spent("tuning"))
 
     def dense(self) -> dict[str, Any]:
         """The dense model, retrained as every export without a teacher is."""
@@ -178,7 +178,7 @@ class Ways:
         if trained:
             return self.retrained(out, spent, teacher=self.dense_export, epochs=8)
         facts = evaluate(out, **self.machine)
-        return self.row(facts["correct"], facts["total"], facts["macs"] / found.report.dense["macs"], spent)
+        return self.row(facts["details"]["correct"], facts["total"], facts["macs"] / found.report.dense["macs"], spent)
 
     # What they share
 
@@ -226,7 +226,9 @@ class Ways:
         changes = {"recipe_changes": {"epochs": epochs}} if epochs else {}
         facts = retrain(export, target, seed=self.seed, teacher=teacher, **changes, **self.machine)
         spent += time.monotonic() - start
-        return self.row(facts["test_correct"], facts["test_total"], facts["macs"] / facts["dense_macs"], spent)
+        return self.row(
+            facts["test_details"]["correct"], facts["test_total"], facts["macs"] / facts["dense_macs"], spent
+        )
 
     def row(self, correct: int, total: int, share: float, seconds: float) -> dict[str, Any]:
         tuned = read_tuned(SearchResult(self.folder / "run").run)

@@ -24,11 +24,12 @@ from rich.console import Console
 from scipy.stats import t as student_t
 
 from poolshare.search.exported.export import export_architecture
-from poolshare.search.exported.retrain import accuracy, retrain
+from poolshare.search.exported.retrain import retrain
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import prepare
 from poolshare.search.job.records import write_csv, write_json
 from poolshare.search.report.report import load_report
+from poolshare.search.scoring import answers
 from poolshare.space import Architecture
 from poolshare.supernet import SuperNet
 from poolshare.supernet.training.checkpoint import load_tensors
@@ -57,12 +58,12 @@ def dense_path(folder: RunFolder) -> dict[str, float]:
     """Test top-1 of the supernet's dense path, and of the same ViT trained alone on the same images as often."""
     job = prepare(folder.config)
     job.supernet.load_state_dict(load_tensors(folder.supernet)[0])
-    correct, images = accuracy(job.supernet, job.data)
+    (correct,), images, _ = answers(job.supernet, job.data.eval_loader("test", 256)).counts
     name, options = job.supernet.base
     alone = SuperNet.from_timm(name, job.supernet.space, **options)
 
     train_model(alone, job.data, job.recipe, seed=folder.config.seed)
-    correct_alone, _ = accuracy(alone, job.data)
+    (correct_alone,), _, _ = answers(alone, job.data.eval_loader("test", 256)).counts
     return {"supernet_dense_path": 100 * correct / images, "trained_alone": 100 * correct_alone / images}
 
 
@@ -92,8 +93,10 @@ def main() -> None:
                 if not target.exists():
                     retrain(exported, target, from_scratch=start == "scratch", seed=seed, console=console)
                 facts = json.loads((target / "architecture.json").read_text(encoding="utf-8"))
-                keys = ("architecture", "macs", "parameters", "test_top1", "test_correct", "test_total")
-                rows.append({"model": model, "start": start, "seed": seed} | {key: facts[key] for key in keys})
+                row = {"model": model, "start": start, "seed": seed}
+                row |= {key: facts[key] for key in ("architecture", "macs", "parameters")}
+                tested = {"test_top1": facts["test_score"], "test_correct": facts["test_details"]["correct"]}
+                rows.append(row | tested | {"test_total": facts["test_total"]})
                 write_csv(HERE / "retrained.csv", pd.DataFrame(rows))
     table = pd.DataFrame(rows)
     result = {

@@ -28,10 +28,10 @@ import torch
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from poolshare.search.exported.retrain import accuracy
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
+from poolshare.search.scoring import answers
 from poolshare.space import Architecture
 from poolshare.supernet import Subnet, count_macs
 from poolshare.supernet.data import ImageFormat, Place, open_data
@@ -224,7 +224,7 @@ def main() -> None:
                     model, data.full, recipe, seed=seed,
                     progress=partial(advance_loss, advance),
                 )  # fmt: skip
-            correct, images = accuracy(model, data)
+            (correct,), images, _ = answers(model, data.eval_loader("test", 256)).counts
             row = {"name": name, "seed": seed, "width": wide, "macs": macs, "of_dense": macs / dense_macs}
             row |= {"correct": correct, "total": images, "top1": 100 * correct / images}
             rows.append(row | {"architecture": str(architecture)})

@@ -26,9 +26,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from poolshare.search.analysis.pareto import binomial_interval
-from poolshare.search.exported.retrain import accuracy
 from poolshare.search.job.records import write_csv, write_json
 from poolshare.search.progress import advance_loss, progress_bar
+from poolshare.search.scoring import answers
 from poolshare.space import OPERATORS, Architecture
 from poolshare.supernet import count_macs
 from poolshare.supernet.data import ImageFormat, Place, open_data
@@ -128,7 +128,7 @@ def main() -> None:
     batches = {1: torch.randn(1, channels, height, width, device=device)}
     batches[64] = torch.randn(64, channels, height, width, device=device)
     dense_macs = count_macs(base, (image,))
-    correct, total = accuracy(base, data)
+    (correct,), total, _ = answers(base, data.eval_loader("test", 256)).counts
     facts = {
         "base": base_name,
         "options": base_options,
@@ -169,9 +169,9 @@ def main() -> None:
                     f"ms_batch{size}": measured["model"],
                     f"time_of_dense_batch{size}": measured["model"] / measured["dense"],
                 }
-            row["correct_as_is"], row["total"] = accuracy(model, data)
+            (row["correct_as_is"],), row["total"], _ = answers(model, data.eval_loader("test", 256)).counts
             train(model, tune_recipe, f"{operator}, {text}")
-            row["correct_tuned"], _ = accuracy(model, data)
+            (row["correct_tuned"],), _, _ = answers(model, data.eval_loader("test", 256)).counts
             for stage in ("as_is", "tuned"):
                 low, high = binomial_interval(row[f"correct_{stage}"], row["total"])
                 row |= {

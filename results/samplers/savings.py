@@ -52,10 +52,10 @@ def raced(
     earlier, saved, dropped = list(found[0]), 0.0, set()
     for generation in found[1:]:
         for scored in generation:
-            best = max((one.top1 for one in earlier if one.cost <= scored.cost), default=None)
+            best = max((one.score for one in earlier if one.cost <= scored.cost), default=None)
             if best is None:
                 continue
-            stage = _dropped_at(round((scored.top1 - best) / 100 * images), images, disagree, rng)
+            stage = _dropped_at(round((scored.score - best) / 100 * images), images, disagree, rng)
             if stage < 1:
                 saved += 1 - stage
                 dropped.add(scored.architecture)

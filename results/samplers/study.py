@@ -45,8 +45,8 @@ Run = Iterator[Architecture]  # what is proposed, in order; the next is asked fo
 
 def ours(table: Benchmark, score: Score, seed: int, name: str, size: int = GENERATION) -> Run:
     """A proposer of `propose`, in the generations of `study`."""
-    task, record, generation = table.task(), [], 0
-    while proposals := PROPOSERS[name](task.allowed, table.macs, record, f"{name} {seed} {generation}", size):
+    problem, record, generation = table.problem(), [], 0
+    while proposals := PROPOSERS[name](problem.allowed, table.macs, record, f"{name} {seed} {generation}", size):
         yield from proposals
         record += map(score, proposals)
         generation += 1
@@ -59,7 +59,7 @@ def by_optuna(table: Benchmark, score: Score, seed: int, make: Callable[[int], B
         trial = study.ask(distributions(table.space))
         architecture = decode(trial.params, table.space)
         yield architecture
-        study.tell(trial, [score(architecture).top1, score(architecture).cost])
+        study.tell(trial, [score(architecture).score, score(architecture).cost])
 
 
 def autoformer(
@@ -78,7 +78,7 @@ def autoformer(
     generation = 0
     while True:
         limit = cheapest + (dense - cheapest) * (generation % 5 + 1) // 5
-        best = sorted((s for a in seen if (s := score(a)).cost <= limit), key=lambda s: (-s.top1, str(s.architecture)))
+        best = sorted((s for a in seen if (s := score(a)).cost <= limit), key=lambda s: (-s.score, str(s.architecture)))
         pool = [encode(s.architecture, space) for s in best[:parents]]
         for index in range(population):
             for _ in range(100):

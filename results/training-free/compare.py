@@ -19,8 +19,8 @@ import torch
 from setting import Losses, Scorer, Setting, arguments, nats
 
 from poolshare.search.counts import MICRONATS
-from poolshare.search.losses import ImageLosses
 from poolshare.search.samplers.propose import PROPOSERS, Scored
+from poolshare.search.scoring import ImageScores
 from poolshare.search.study.loop import GENERATION
 from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, Band, forecast
@@ -28,14 +28,14 @@ from poolshare.space import Architecture, Band, forecast
 FINALISTS = 16  # of every way, tested on the other images
 
 # What a way makes of an architecture's losses: higher is better, in points of 100.
-WORTH: dict[str, Callable[[ImageLosses], float]] = {
+WORTH: dict[str, Callable[[ImageScores], float]] = {
     "loss": lambda losses: 100 * float(np.exp(-losses.loss.mean() / MICRONATS)),
-    "top1": lambda losses: 100 * float(losses.right.mean()),
+    "top1": lambda losses: 100 * float(losses.contributions.mean()),
 }
 
 
 def proposed(
-    allowed: Band, score: Callable[[Sequence[Architecture]], ImageLosses], by: str, worth: str, passes: float, seed: int
+    allowed: Band, score: Callable[[Sequence[Architecture]], ImageScores], by: str, worth: str, passes: float, seed: int
 ) -> tuple[list[Architecture], float]:
     """The frontier that a proposer finds for so many dense passes, at most FINALISTS of it, and what it spent."""
     costs, dense = allowed.costs, allowed.costs.total(allowed.space[0])
@@ -50,13 +50,13 @@ def proposed(
             proposals.pop()
         found = score(proposals)
         for place, architecture in enumerate(proposals):
-            one = ImageLosses(found.loss[place : place + 1], found.right[place : place + 1])
+            one = found.of(place)
             record.append(Scored(architecture, WORTH[worth](one), costs.total(architecture)))
         spent += forecast([allowed.space[0], *proposals], costs).cost / dense
         generation += 1
     frontier: list[Scored] = []
-    for scored in sorted(record, key=lambda s: (s.cost, -s.top1)):
-        if not frontier or scored.top1 > frontier[-1].top1:
+    for scored in sorted(record, key=lambda s: (s.cost, -s.score)):
+        if not frontier or scored.score > frontier[-1].score:
             frontier.append(scored)
     return [scored.architecture for scored in frontier[-FINALISTS:]], spent
 
@@ -84,7 +84,7 @@ def compare(scorer: Scorer, allowed: Band, split: int, options: argparse.Namespa
             "seconds": round(seconds),
             "area": round(area(costs, losses, allowed.high / 2, allowed.high), 4),
             "loss": round(float(losses[chosen]), 4),
-            "top1": round(100 * float(tested.right[chosen].mean()), 2),
+            "top1": round(100 * float(tested.contributions[chosen].mean()), 2),
             "architecture": str(finalists[chosen]),
         }
 

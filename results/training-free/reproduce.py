@@ -1,7 +1,7 @@
 """A model made cheaper without training: searched on some images, tested on others, beside uniform schedules.
 
     python results/training-free/reproduce.py imagenet IMAGES WEIGHTS --splits 0 1 2
-    python results/training-free/reproduce.py eurosat EUROSAT TUNED --splits 0 --loss cross-entropy
+    python results/training-free/reproduce.py eurosat EUROSAT TUNED --splits 0 --loss loss
 
 See setting.py for IMAGES and WEIGHTS. A uniform schedule merges or drops as many tokens before every block, at equal MACs.
 Writes <setting>-<split>.json; figure.py draws it. A stopped script goes on where it was: every loss is kept in --work.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from setting import DEPTH, WIDTH, Losses, Scorer, Setting, arguments, make_net, nats
 
-from poolshare.search.losses import ImageLosses
+from poolshare.search.scoring import ImageScores
 from poolshare.search.untrained.search import Effort, search_untrained
 from poolshare.space import Architecture, Layer, SearchSpace
 from poolshare.supernet import measure_macs
@@ -70,16 +70,16 @@ def uniforms(operator: str, shares: list[float], dense: int, setting: Setting) -
 
 
 def row(
-    name: str, architecture: Architecture, macs: int, share: float, losses: ImageLosses, dense: ImageLosses
+    name: str, architecture: Architecture, macs: int, share: float, losses: ImageScores, dense: ImageScores
 ) -> dict:
     """Accuracy and its paired difference to dense in points with 95 %, and the mean loss in nats."""
-    difference = 100 * (losses.right[0].astype(float) - dense.right[0])
+    difference = 100 * (losses.contributions[0].astype(float) - dense.contributions[0])
     return {
         "name": name,
         "architecture": str(architecture),
         "macs": macs,
         "share": round(share, 4),
-        "top1": round(100 * float(losses.right.mean()), 2),
+        "top1": round(100 * float(losses.contributions.mean()), 2),
         "difference": round(float(difference.mean()), 2),
         "margin": round(1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5, 2),
         "loss": round(float(nats(losses)[0]), 4),
@@ -87,12 +87,12 @@ def row(
 
 
 def tested(
-    name: str, architectures: list[Architecture], scorer: Scorer, test: np.ndarray, reference: ImageLosses
+    name: str, architectures: list[Architecture], scorer: Scorer, test: np.ndarray, reference: ImageScores
 ) -> list[dict]:
     """A row for each."""
     found, dense, rows = scorer(architectures, test), scorer.costs.total(scorer.net.space[0]), []
     for place, architecture in enumerate(architectures):
-        one = ImageLosses(found.loss[place : place + 1], found.right[place : place + 1])
+        one = found.of(place)
         macs = scorer.costs.total(architecture)
         used = next((layer.operator for layer in architecture.layers if layer.operator), "")
         rows.append(

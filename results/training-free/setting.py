@@ -20,7 +20,7 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from poolshare.search.counts import MICRONATS
-from poolshare.search.losses import ImageLosses, image_losses
+from poolshare.search.scoring import ImageScores, image_scores
 from poolshare.space import Architecture, SearchSpace
 from poolshare.space.presets import UNTRAINED, even_levels
 from poolshare.supernet import SuperNet, measure_macs
@@ -42,7 +42,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--operators", nargs="+", default=UNTRAINED)
     parser.add_argument("--budget", type=float, default=0.7)
-    parser.add_argument("--loss", default="divergence", choices=("divergence", "cross-entropy"))
+    parser.add_argument("--loss", default="divergence", choices=("divergence", "loss"))
     parser.add_argument("--searched", type=int, help="of the images to search with; default: all of them")
     parser.add_argument("--tested", type=int, help="of the images to test with; default: all of them")
     parser.add_argument("--device", default="cpu")
@@ -118,20 +118,20 @@ class Losses:
                 for name, loss, right in zip(kept["names"], kept["loss"], kept["right"], strict=True):
                     self.loss[str(name)], self.right[str(name)] = loss, right
 
-    def add(self, architectures: Sequence[Architecture], places: np.ndarray, found: ImageLosses) -> None:
+    def add(self, architectures: Sequence[Architecture], places: np.ndarray, found: ImageScores) -> None:
         """Remember and save what a walk found."""
         for row, name in enumerate(map(str, architectures)):
             self.loss.setdefault(name, np.full(len(self.setting.labels), -1, np.int64))[places] = found.loss[row]
-            self.right.setdefault(name, np.zeros(len(self.setting.labels), bool))[places] = found.right[row]
+            self.right.setdefault(name, np.zeros(len(self.setting.labels), bool))[places] = found.contributions[row]
         names = list(self.loss)
         part = self.path.with_suffix(".part.npz")
         np.savez(part, names=names, loss=[self.loss[n] for n in names], right=[self.right[n] for n in names])
         part.rename(self.path)
 
-    def of(self, architectures: Sequence[Architecture], places: np.ndarray) -> ImageLosses:
+    def of(self, architectures: Sequence[Architecture], places: np.ndarray) -> ImageScores:
         """What is known already."""
         names = list(map(str, architectures))
-        return ImageLosses(
+        return ImageScores(
             np.stack([self.loss[n][places] for n in names]), np.stack([self.right[n][places] for n in names])
         )
 
@@ -157,7 +157,7 @@ class Scorer:
         self.costs = measure_macs(self.net)
         self.net.to(self.options.device)
 
-    def __call__(self, architectures: Sequence[Architecture], places: np.ndarray) -> ImageLosses:
+    def __call__(self, architectures: Sequence[Architecture], places: np.ndarray) -> ImageScores:
         groups: dict[bytes, list[Architecture]] = {}
         for architecture in dict.fromkeys(architectures):
             lacking = self.losses.lacking(architecture, places)
@@ -167,10 +167,10 @@ class Scorer:
             lacking = np.frombuffer(key, places.dtype)
             parts = torch.from_numpy(lacking.copy()).split(self.options.batch)
             batches = [(self.setting.images[part], self.setting.labels[part]) for part in parts]
-            self.losses.add(group, lacking, image_losses(self.net, group, batches, loss=self.options.loss))
+            self.losses.add(group, lacking, image_scores(self.net, group, batches, loss=self.options.loss))
         return self.losses.of(architectures, places)
 
 
-def nats(losses: ImageLosses) -> np.ndarray:
+def nats(losses: ImageScores) -> np.ndarray:
     """Mean loss of each architecture."""
     return losses.loss.mean(1) / MICRONATS

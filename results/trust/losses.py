@@ -20,7 +20,7 @@ from reproduce import HERE, LEVERS, SETTINGS, gain, open_job, text, train
 
 from poolshare.search.analysis.ranking import summarise
 from poolshare.search.job.records import write_csv
-from poolshare.search.losses import score_counts
+from poolshare.search.scoring import score_counts
 from poolshare.space import Architecture
 
 SCORES = ("top-1", "loss", "divergence")
@@ -36,7 +36,7 @@ def rows_of(setting: str, lever: str, seed: int, options: argparse.Namespace) ->
     batches = job.data.eval_loader("search", 256)
     by = {score: score_counts(supernet, [*map(Architecture.parse, names)], batches, score) for score in SCORES[1:]}
     return [
-        {"lever": lever, "seed": seed, "architecture": name, "correct": by["loss"][place].correct}
+        {"lever": lever, "seed": seed, "architecture": name, "correct": by["loss"][place].sums[0]}
         | {score: counts[place].loss for score, counts in by.items()}
         for place, name in enumerate(names)
     ]
@@ -51,7 +51,8 @@ def table(setting: str) -> None:
         worth = {"top-1": found["correct"], "loss": -found["loss"], "divergence": -found["divergence"]}
         cells = [f"`{lever}`", str(seed)]
         for score, values in worth.items():
-            result = summarise(truths.assign(supernet_correct=truths["architecture"].map(values)))
+            scored = truths.rename(columns={"correct": "score"})
+            result = summarise(scored.assign(supernet_score=truths["architecture"].map(values)))
             cells += [text(result["tau"]), text(result["within"]["tau"])]
             if score != "top-1":
                 both = (wide["architecture"].map(one).to_numpy(float) for one in (worth["top-1"], values))

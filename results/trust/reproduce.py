@@ -32,7 +32,7 @@ from poolshare.search.analysis.trust import Plan, draw
 from poolshare.search.config import SearchConfig
 from poolshare.search.job.prepare import Job, make_supernet, model_options, prepare
 from poolshare.search.job.records import versions, write_csv, write_json
-from poolshare.search.scoring import count_correct, count_right
+from poolshare.search.scoring import answers, score_counts
 from poolshare.space import Architecture, Layer, forecast
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.model import PlainSuperNet
@@ -127,7 +127,7 @@ def train_alone(job: Job, architecture: Architecture, seed: int) -> int:
 
 def right(model: nn.Module, job: Job) -> int:
     """Of the scored images."""
-    return count_right(model, job.data.eval_loader("search", 256))[0]
+    return answers(model, job.data.eval_loader("search", 256)).counts.sums[0]
 
 
 def alone(job: Job, table: Path, twice: int) -> None:
@@ -304,7 +304,8 @@ def score(job: Job, names: list[str], name: str, seed: int, work: Path) -> dict[
     if lever.tuned:
         correct = [tune(job, supernet, one, lever.tuned, seed) for one in architectures]
     else:
-        correct, _ = count_correct(supernet, architectures, job.data.eval_loader("search", 256))
+        counts = score_counts(supernet, architectures, job.data.eval_loader("search", 256))
+        correct = [one.sums[0] for one in counts]
     return dict(zip(names, correct, strict=True))
 
 
@@ -341,7 +342,8 @@ def compare(setting: str) -> None:
         if lever == "plain":
             both.append(("calibrated", calibrated(wide, correct)))
         for name, values in both:
-            result = summarise(truths.assign(supernet_correct=truths["architecture"].map(values)))
+            scored = truths.rename(columns={"correct": "score"})
+            result = summarise(scored.assign(supernet_score=truths["architecture"].map(values)))
             score = wide["architecture"].map(values).to_numpy(float)
             row = {"lever": name, "seed": int(seed), "seconds": float(group["seconds"].iloc[0])}
             row["seconds"] = None if np.isnan(row["seconds"]) else row["seconds"]

@@ -24,7 +24,7 @@ import torch
 from poolshare.search.config import checked_config
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import Job, prepare
-from poolshare.search.job.task import make_task
+from poolshare.search.job.problem import make_problem
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.study.loop import run_study
@@ -36,11 +36,11 @@ TRIALS = 600
 
 def one(job: Job, kind: str, folder: RunFolder) -> None:
     """What one worker does."""
-    task = make_task(job)
+    problem = make_problem(job)
     if kind == "exhaustive":
-        score_everything(task, open_store(folder.journal, None, kind), no_progress)
+        score_everything(problem, open_store(folder.journal, None, kind), no_progress)
     else:
-        run_study(task, folder, kind, TRIALS, 0, kind, no_progress, publish=False)
+        run_study(problem, folder, kind, TRIALS, 0, kind, no_progress, publish=False)
 
 
 def measure(job: Job, kind: str, workers: int) -> tuple[float, float]:
@@ -63,7 +63,7 @@ def measure(job: Job, kind: str, workers: int) -> tuple[float, float]:
 def main(rounds: int) -> None:
     torch.set_num_threads(1)
     job = prepare(checked_config(data="digits", device="cpu", model_args={"depth": 9}))
-    make_task(job)  # decodes the images once, for all
+    make_problem(job)  # decodes the images once, for all
     rows = []
     for number in range(rounds):
         for kind in ("evolution", "exhaustive"):

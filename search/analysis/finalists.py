@@ -18,18 +18,21 @@ from poolshare.space.files import held
 from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet
 from poolshare.supernet.data.splits import Data
+from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
 from ..exported.export import better_with_dense, load_supernet
+from ..job.dense import answered
 from ..job.folder import FINALISTS, RunFolder
 from ..job.prepare import Job, checked_recipe, prepare, supernet_recipe
 from ..job.records import write_csv
 from ..progress import advance_step, progress_bar
 from ..report.report import load_report
 from ..report.write import write_report
-from ..scoring import SCORING_BATCH, Metric, count_right, top1
+from ..scoring import SCORING_BATCH, answers
+from .intervals import score_interval
 from .pareto import TRAINED, ranked, score_of
 
 
@@ -48,7 +51,7 @@ def train_finalists(
     console: Console | None = None,
     data: Data | str | None = None,
     data_dir: str | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
 ) -> pd.DataFrame:
     """Train the `count` best candidates within the budget further, each alone, and score them again.
 
@@ -58,7 +61,7 @@ def train_finalists(
     the supernet's training images with its augmentation, at the learning rate of `poolshare retrain`; both scores are of the
     search-validation images, so the test images stay unseen. budget: default: the search's.
     batch_size, lr, amp: default: as in the search. data, data_dir: where the search's images lie now, if elsewhere.
-    data, metric: those given in Python, see `prepare`.
+    data, task: those given in Python, see `prepare`.
 
     Returns all finalists within the budget that were trained alike, the best first: columns FINALISTS. Writes
     finalists.csv after each training and continues from it; the report then has the pick "finalist", the winner of the
@@ -82,8 +85,9 @@ def train_finalists(
             given = data if isinstance(data, Data) else None
             config = folder.config.without_weights.at(None if isinstance(data, Data) else data, data_dir)
             config = config.changed(device=device or config.device, workers=workers)
-            job = prepare(config, console, given, metric, folder.classes)
+            job = prepare(config, console, given, task, folder.classes)
             folder.check_images(job.data.fingerprint, job.data.files)
+            job = answered(job, folder)
             check_batches(job.data, recipe, 1)
             chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
             if chosen_threads.note:
@@ -131,11 +135,15 @@ def _train(
             architecture = Architecture.parse(text)
             model = _start(folder, architecture).to(device)
             show = partial(advance_step, advance, index * steps, note)
-            train_model(model, job.data, recipe, teacher=teacher, seed=seed, workers=workers, progress=show)
-            correct, total = count_right(model, batches, metric=job.metric)
-            before = better_with_dense(folder, architecture) or candidate["correct"]
-            new = {"architecture": text, "macs": candidate["macs"], "supernet_correct": before}
-            new |= {name: getattr(recipe, name) for name in TRAINED} | {"correct": correct, "total": total}
+            options = {"teacher": teacher, "task": job.task, "seed": seed, "workers": workers, "progress": show}
+            train_model(model, job.data, recipe, **options)
+            found = answers(model, batches, job.task)
+            low, high = score_interval(job.task, found.contributions)
+            before = better_with_dense(folder, architecture)
+            before = candidate[job.task.column] if before is None else before
+            new = {"architecture": text, "macs": candidate["macs"], "supernet_score": before}
+            new |= {name: getattr(recipe, name) for name in TRAINED}
+            new |= {"score": found.counts.score(job.task), "low": low, "high": high, "total": found.counts.total}
             rows = pd.concat([rows, pd.DataFrame([new])[list(FINALISTS)]], ignore_index=True)
             write_csv(folder.finalists, rows, checked=True)
     return rows

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from .pareto import binomial_interval
-
-MUCH = 2.0  # points of top-1: more than this, and more than chance explains, is a loss to warn of
+MUCH = 2.0  # points: more than this, and more than chance explains, is a loss to warn of
 
 
-def against_dense(correct: int, total: int, dense_top1: float, share: float) -> str:
-    """A sentence on right answers of so many images beside the dense model's top-1 in percent on the same images.
+def against_dense(score: float, high: float, dense: float, share: float) -> str:
+    """A sentence on a score, with the high end of its 95 % interval, beside the dense model's on the same images.
 
     share: of the dense model's cost, 0 to 1. It begins with "warning:" where the loss is above `MUCH` points and the
-    95 % interval lies below the dense model's top-1.
+    interval lies below the dense model's score.
     """
-    top1 = 100 * correct / total
-    gap = dense_top1 - top1
-    _, high = binomial_interval(correct, total)
-    beside = f"the dense model of the same training reaches {dense_top1:.2f} % on the same images"
+    gap = dense - score
+    beside = f"the dense model of the same training reaches {dense:.2f} % on the same images"
     less = f"for {1 - share:.0%} fewer MACs"
-    if gap > MUCH and high < dense_top1:
+    if gap > MUCH and high < dense:
         return (
             f"warning: {beside}, {gap:.2f} points more: that is much to lose {less}; ask for a larger --budget, retrain "
             "longer, or take a dense model of a smaller --img-size"

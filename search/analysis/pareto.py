@@ -1,10 +1,11 @@
 """The frontier of a set of scored candidates.
 
 A candidates frame has one row per scored architecture and these columns: `architecture` (canonical text),
-`top1` (percent on the search-validation images), `correct` and `total` (images), `macs` (per image),
-`parameters` and `generation`; `latency_ms` (per image) where it was measured; `loss` and `loss_margin` (nats, and the
+then its score on the search-validation images, at most 100 and called as the metric of the task (`top1`); `correct`, the
+right answers, or `sums`, what else images contribute, as text; `total` (images), `macs` (per image), `parameters` and
+`generation`; `latency_ms` (per image) where it was measured; `loss` and `loss_margin` (nats, and the
 half-width of its 95 % interval) where architectures were compared by a loss, which then decides, for it says more about
-few images than `top1` does. Rows stand in the order in which they were scored. Every function here is pure: frames go
+few images than a score does. Rows stand in the order in which they were scored. Every function here is pure: frames go
 in, new frames and numbers come out. `cost` names the column to be kept small.
 """
 
@@ -26,38 +27,42 @@ HALF_POINT = 0.5  # percent of the images
 def frontier(candidates: pd.DataFrame, cost: str = "macs", score: str | None = None) -> pd.DataFrame:
     """The rows that no other row beats (better `score`, less `cost`), by rising cost; of equal rows the first.
 
-    score: "top1" or "loss"; None: see `score_of`. No candidates have an empty frontier.
+    score: the column that is to be large, or "loss"; None: see `score_of`. No candidates have an empty frontier.
     """
     if candidates.empty:
         return candidates.reset_index(drop=True)
     score = score or score_of(candidates)
-    points, maximise = _points(candidates, cost, score), [score == "top1", False]
+    points, maximise = _points(candidates, cost, score), [score != "loss", False]
     best = moocore.is_nondominated(points, maximise=maximise, keep_weakly=False)  # the first of equal points alone
     return candidates[best].sort_values(cost, ignore_index=True)
 
 
 def score_of(candidates: pd.DataFrame) -> str:
-    """The column that architectures are compared by: "loss" where there is one, else "top1"."""
-    return "loss" if "loss" in candidates else "top1"
+    """The column that architectures are compared by: "loss" where there is one, else the score."""
+    return "loss" if "loss" in candidates else measured(candidates)
+
+
+def measured(candidates: pd.DataFrame) -> str:
+    """The column of the score: the one after the architecture."""
+    return str(candidates.columns[1])
 
 
 def hypervolume(candidates: pd.DataFrame, reference: tuple[float, float], cost: str = "macs") -> float:
     """The share, 0 to 1, of the rectangle between `reference` and the ideal that the candidates dominate.
 
-    The reference is a (top1 in percent, cost) pair, usually the worst of each on the true frontier; the ideal
+    The reference is a (score, cost) pair, usually the worst of each on the true frontier; the ideal
     is 100 percent at no cost. Candidates that are not better than the reference in both add nothing. Dividing
     by the rectangle makes the number free of units, so runs with different costs can stand in one table.
     """
-    worst_top1, worst_cost = reference
-    if not (worst_top1 < 100 and worst_cost > 0):
+    worst, worst_cost = reference
+    if not (worst < 100 and worst_cost > 0):
         raise RunError(
-            f"the hypervolume's reference is ({worst_top1}, {worst_cost}); "
-            "it needs a top-1 below 100 percent and a cost above 0"
+            f"the hypervolume's reference is ({worst}, {worst_cost}); it needs a score below 100 and a cost above 0"
         )
     if candidates.empty:
         return 0.0
-    top1, costs = _points(candidates, cost).T
-    losses = np.column_stack([(100 - top1) / (100 - worst_top1), costs / worst_cost])  # (candidates, 2)
+    scores, costs = _points(candidates, cost, measured(candidates)).T
+    losses = np.column_stack([(100 - scores) / (100 - worst), costs / worst_cost])  # (candidates, 2)
     return float(moocore.hypervolume(losses, ref=(1.0, 1.0)))
 
 
@@ -71,16 +76,16 @@ def progress(
     counts = np.unique(np.linspace(1, len(candidates), min(points, len(candidates))).astype(int))
     best, start, reached = candidates.iloc[:0], 0, []
     for count in counts:
-        best = frontier(pd.concat([best, candidates.iloc[start:count]]), cost, "top1")
+        best = frontier(pd.concat([best, candidates.iloc[start:count]]), cost, measured(best))
         reached.append(hypervolume(best, reference, cost))
         start = count
     return pd.DataFrame({"evaluations": counts, "hypervolume": reached})
 
 
-def pick(frontier: pd.DataFrame, how: str, cost: str = "macs", dense_top1: float | None = None) -> pd.Series:
+def pick(frontier: pd.DataFrame, how: str, cost: str = "macs", dense: float | None = None) -> pd.Series:
     """One row of a frontier that is sorted by rising cost.
 
-    - "half-point": the cheapest that loses at most half a point of top-1 against `dense_top1`, which it requires;
+    - "half-point": the cheapest that loses at most half a point against the score `dense`, which it requires;
     - "knee": the point farthest above the chord between the frontier's ends, both axes scaled to 0..1;
     - "budget", of a frontier within a budget, and "accuracy": the most accurate; of equals the cheapest.
 
@@ -91,13 +96,14 @@ def pick(frontier: pd.DataFrame, how: str, cost: str = "macs", dense_top1: float
     if frontier.empty:
         raise RunError("the frontier is empty: no candidate has been scored yet, so search first")
     if how == "half-point":
-        if dense_top1 is None:
-            raise ConfigError("picking by 'half-point' needs the dense network's top-1")
-        close = frontier[frontier["top1"] >= dense_top1 - HALF_POINT]
+        if dense is None:
+            raise ConfigError("picking by 'half-point' needs the dense network's score")
+        scores = frontier[measured(frontier)]
+        close = frontier[scores >= dense - HALF_POINT]
         if close.empty:
             raise RunError(
-                f"the best of the frontier reaches {frontier['top1'].max():.2f} %, more than half a point below "
-                f"the dense network's {dense_top1:.2f} %; pick by 'knee' or 'accuracy'"
+                f"the best of the frontier reaches {scores.max():.2f} %, more than half a point below "
+                f"the dense network's {dense:.2f} %; pick by 'knee' or 'accuracy'"
             )
         return close.iloc[0]
     if how == "knee":
@@ -113,7 +119,7 @@ def compared(finalists: pd.DataFrame) -> pd.DataFrame:
 
 def ranked(finalists: pd.DataFrame) -> pd.DataFrame:
     """Finalists, the best first; of equals the one that the supernet scored higher, then the cheaper one."""
-    order = ["correct", "supernet_correct", "macs"]
+    order = ["score", "supernet_score", "macs"]
     return finalists.sort_values(order, ascending=[False, False, True], kind="stable", ignore_index=True)
 
 
@@ -135,7 +141,7 @@ def binomial_interval(correct: ArrayLike, total: ArrayLike) -> tuple[Any, Any]:
     return low[()], high[()]
 
 
-def _points(candidates: pd.DataFrame, cost: str, score: str = "top1") -> np.ndarray:
+def _points(candidates: pd.DataFrame, cost: str, score: str) -> np.ndarray:
     """(candidates, 2) array of score and cost, all finite."""
     missing = [column for column in (score, cost) if column not in candidates]
     if missing:

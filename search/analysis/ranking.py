@@ -23,12 +23,12 @@ def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     "within" repeats the three with pairs of the same band alone, which cost in MACs cannot decide. Intervals:
     percentiles of a bootstrap over architectures, band by band.
     """
-    facts = rows.drop_duplicates("architecture").set_index("architecture")[["band", "macs", "supernet_correct"]]
-    wide = facts.join(rows.pivot(index="architecture", columns="repeat", values="correct"))
+    facts = rows.drop_duplicates("architecture").set_index("architecture")[["band", "macs", "supernet_score"]]
+    wide = facts.join(rows.pivot(index="architecture", columns="repeat", values="score"))
     wide = wide.reset_index().sort_values(["band", "macs", "architecture"], ignore_index=True)
     images, band, macs = int(rows["total"].iloc[0]), wide["band"].to_numpy(), wide["macs"]
     second = wide[1].to_numpy(float) if 1 in wide else np.full(len(wide), np.nan)
-    sample = _Sample(wide["supernet_correct"].to_numpy(), wide[0].to_numpy(), second)
+    sample = _Sample(wide["supernet_score"].to_numpy(), wide[0].to_numpy(), second)
     places = [np.flatnonzero(band == label) for label in np.unique(band)]
     rng = np.random.default_rng(seed)
     resamples = [np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(RESAMPLES)]
@@ -49,24 +49,24 @@ def summarise(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
             }
             for place in places
         ],
-        "points": [_point(row, images) for row in wide.to_dict("records")],
+        "points": [_point(row) for row in wide.to_dict("records")],
     }
 
 
-def _point(row: dict[Any, Any], images: int) -> dict[str, Any]:
-    """An architecture's accuracies in percent."""
+def _point(row: dict[Any, Any]) -> dict[str, Any]:
+    """An architecture's scores."""
     alone = [row[repeat] for repeat in (0, 1) if repeat in row and not np.isnan(row[repeat])]
     return {
         "architecture": row["architecture"],
         "macs": int(row["macs"]),
-        "supernet_top1": 100 * row["supernet_correct"] / images,
-        "retrained_top1": [100 * correct / images for correct in alone],
+        "supernet_score": row["supernet_score"],
+        "retrained_scores": alone,
     }
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Correct answers, each (n,): by the supernet's score, after a first training, after a second (nan: none)."""
+    """Scores, each (n,): by the supernet's score, after a first training, after a second (nan: none)."""
 
     score: np.ndarray
     first: np.ndarray

@@ -20,21 +20,22 @@ from poolshare.space.files import held, reading
 from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
+from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..config import RETRAIN_EPOCHS_GUIDED
-from ..job.dense import load_dense
+from ..job.dense import answered, load_dense
 from ..job.folder import RunFolder
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
 from ..progress import advance_step, progress_bar
 from ..report.report import Report, load_report
 from ..report.write import write_report
-from ..scoring import SCORING_BATCH, Metric, count_correct, count_right, top1
+from ..scoring import SCORING_BATCH, answers, score_counts
 from .ranking import summarise
 
-POINTS = ("architecture", "band", "macs", "supernet_correct", "repeat", "correct", "total")
+POINTS = ("architecture", "band", "macs", "supernet_score", "repeat", "score", "total")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def measure_trust(
     data: Data | str | None = None,
     data_dir: str | None = None,
     weights: str | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Train some architectures alone and compare their accuracy with their supernet score; returns trust.json.
 
@@ -74,7 +75,7 @@ def measure_trust(
     supernet's recipe and training images; both accuracies are of the search-validation images, so the test images stay unseen.
     recipe_changes: epochs, batch_size, lr, amp; None or left out: the supernet's.
     data, data_dir, weights: where the search's images and weights lie now, if elsewhere.
-    data, metric: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
+    data, task: those given in Python, see `prepare`. Writes trust.csv after each training and continues from it.
     Raises RunError for a run that is not trained yet, that another process holds, whose images have changed, or whose
     trust.csv belongs to another plan.
     """
@@ -96,10 +97,11 @@ def measure_trust(
         rows = _earlier_rows(folder, header)
         report = load_report(folder) if folder.summary.exists() else None  # raises for damage before any training
         console = console or Console(quiet=True)
-        job = prepare(config, console, given, metric, folder.classes)
+        job = prepare(config, console, given, task, folder.classes)
         folder.check_images(job.data.fingerprint, job.data.files)
         if folder.dense.exists():
             load_dense(job.supernet, folder.dense)
+        job = answered(job, folder)
         check_batches(job.data, recipe, 1)
         job = _within_latency(job, folder, report)
         drawn = draw(job, plan)
@@ -143,11 +145,11 @@ def _measure(
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     # An architecture has one score: the one from before its first training.
-    scores = {row["architecture"]: row["supernet_correct"] for row in rows}
+    scores = {row["architecture"]: row["supernet_score"] for row in rows}
     new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
     batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
-    counts = count_correct(job.supernet, new, batches, metric=job.metric)[0] if new else []
-    scores |= dict(zip(map(str, new), counts, strict=True))
+    counts = score_counts(job.supernet, new, batches, task=job.task) if new else []
+    scores |= {str(one): count.score(job.task) for one, count in zip(new, counts, strict=True)}
     if not rows:
         write_json(folder.trust, header)
     missing = [
@@ -162,9 +164,9 @@ def _measure(
             architecture, band = drawn[index]
             note = f"{done + 1} of {len(missing)}: {architecture}"
             show = partial(advance_step, advance, done * steps, note)
-            correct, total = _train_alone(job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", show)
+            score, total = _train_alone(job, architecture, untrained, recipe, f"{plan.seed} {index} {repeat}", show)
             macs = job.macs.total(architecture)
-            point = (str(architecture), band, macs, scores[str(architecture)], repeat, correct, total)
+            point = (str(architecture), band, macs, scores[str(architecture)], repeat, score, total)
             rows.append(dict(zip(POINTS, point, strict=True)))
             write_csv(folder.trust_rows, pd.DataFrame(rows), checked=True)
     result = {**header, **summarise(pd.DataFrame(rows), plan.seed)}
@@ -245,8 +247,8 @@ def _train_alone(
     recipe: Recipe,
     key: str,
     progress: Progress,
-) -> tuple[int, int]:
-    """One architecture from the supernet's own start; correct and total search-validation images."""
+) -> tuple[float, int]:
+    """One architecture from the supernet's own start; its score on the search-validation images, and their number."""
     workers = job.config.workers
     seed = random.Random(f"alone {key}").getrandbits(31)
     torch.manual_seed(seed)
@@ -256,5 +258,7 @@ def _train_alone(
     if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(device)
-    train_model(model, job.data, recipe, seed=seed, workers=workers, progress=progress)
-    return count_right(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), metric=job.metric)
+    teacher = job.data.answering if job.task.targets == "dense" else None
+    train_model(model, job.data, recipe, teacher=teacher, task=job.task, seed=seed, workers=workers, progress=progress)
+    counts = answers(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), job.task).counts
+    return counts.score(job.task), counts.total

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -125,10 +126,10 @@ def retrain(
     if as_json:
         return print_json({"out": str(target), **facts})
     PlainConsole().print(
-        f"{target}: top-1 {facts['test_top1']:.2f} % on {facts['test_total']:,} test images "
+        f"{target}: {facts['metric']} {facts['test_score']:.2f} % on {facts['test_total']:,} test images "
         f"({facts['macs'] / facts['dense_macs']:.1%} of the dense MACs)",
     )
-    PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
+    _print_beside(facts["test_details"])
     if facts["against_dense"]:
         PlainConsole().print(facts["against_dense"], soft_wrap=True)
     if quiet:  # otherwise they were printed at the beginning
@@ -141,8 +142,11 @@ def print_notes(notes: list[str]) -> None:
         PlainConsole().print(note, soft_wrap=True)
 
 
-def _beside(balanced: float, baseline: float) -> str:
-    return f"balanced over classes {balanced:.2f} %; the most frequent class alone makes {baseline:.2f} %"
+def _print_beside(details: Mapping[str, Any]) -> None:
+    """What a task says beside its score, without the classes."""
+    numbers = {name.replace("_", " "): value for name, value in details.items() if isinstance(value, float)}
+    if numbers:
+        PlainConsole().print(", ".join(f"{name} {value:.2f} %" for name, value in numbers.items()), soft_wrap=True)
 
 
 def evaluate(
@@ -156,7 +160,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Test accuracy and speed of an exported model."""
+    """Score on test images and speed of an exported model."""
     from ..exported.retrain import evaluate as run_evaluate
 
     result = run_evaluate(
@@ -174,16 +178,16 @@ def evaluate(
     console = PlainConsole()
     low, high = result["interval"]
     console.print(
-        f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
+        f"{result['metric']} {result['score']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
     if result["against_dense"]:
         console.print(result["against_dense"], soft_wrap=True)
-    console.print(_beside(result["balanced_top1"], result["baseline"]))
-    worst_first = sorted(result["per_class"], key=lambda one: (one["top1"], -one["images"]))
+    _print_beside(result["details"])
+    worst_first = sorted(result["details"].get("per_class", ()), key=lambda one: (one["score"], -one["images"]))
     for one in worst_first[:CLASSES_SHOWN]:
-        console.print(f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images", soft_wrap=True)
+        console.print(f"  {one['class']}: {one['score']:.2f} % of {one['images']:,} images", soft_wrap=True)
     if len(worst_first) > CLASSES_SHOWN:
-        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes with a higher accuracy; --json lists all")
+        console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes with a higher score; --json lists all")
     print_notes(result["notes"])
     console.print(f"{result['macs']:,} MACs per image, {result['parameters']:,} parameters")
     threads = result["threads"]
@@ -200,7 +204,7 @@ def predict(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """The most probable classes of images.
+    """What an exported model says of images: of classification their most probable classes.
 
     Images that cannot be read are named at the end, with exit status 1.
     """
@@ -216,7 +220,14 @@ def predict(
     for one in [] if as_json else answers:
         if "error" in one:
             continue
-        named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
-        console.print(f"{one['image']}: {named}", soft_wrap=True)
+        console.print(f"{one['image']}: {_said(one)}", soft_wrap=True)
     if broken:
         raise BrokenDataError(f"{len(broken)} of {len(answers)} images cannot be read: {'; '.join(broken)}")
+
+
+def _said(answer: Mapping[str, Any]) -> str:
+    """A task's answer for one image in a line: classes with their probabilities, or how much --json shows."""
+    if "classes" in answer:
+        named = [f"{each['class']} {each['probability']:.1%}" for each in answer["classes"]]
+        return ", ".join(named) or "none of the classes"
+    return ", ".join(f"{len(value)} numbers, see --json" for name, value in answer.items() if name != "image")

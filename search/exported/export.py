@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,10 +23,10 @@ from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
 from poolshare.supernet import Subnet, SuperNet, count_macs
 from poolshare.supernet.heads.maps import tapped
+from poolshare.supernet.tasks.task import Targets
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
 from ..config import short_name
-from ..counts import LOSS_WORDS
 from ..job.dense import Tuned, load_dense, read_tuned
 from ..job.folder import RunFolder, check_outside
 from ..job.prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
@@ -33,6 +34,9 @@ from ..job.records import read_json, versions, write_json
 
 FORMAT = 1
 FILES = ("README.md", "config.json", "model.safetensors", "architecture.json")  # the last one says that all are there
+
+
+Score = Annotated[float, Field(ge=-100, le=100)]
 
 
 class DenseFacts(BaseModel):
@@ -43,8 +47,8 @@ class DenseFacts(BaseModel):
     architecture: str
     weights: str  # the file
     sha256: str
-    search_top1: float | None = Field(None, ge=0, le=100)  # percent of the search-validation images
-    test_top1: float | None = Field(None, ge=0, le=100)
+    search_score: Score | None = None  # on the search-validation images
+    test_score: Score | None = None
 
 
 class Facts(BaseModel):
@@ -57,8 +61,11 @@ class Facts(BaseModel):
     macs: int = Field(gt=0)
     dense_macs: int = Field(gt=0)
     parameters: int = Field(gt=0)
-    search_top1: float | None = Field(None, ge=0, le=100)
-    test_top1: float | None = Field(None, ge=0, le=100)
+    task: str
+    targets: Targets
+    metric: str  # what the scores are called
+    search_score: Score | None = None
+    test_score: Score | None = None
     dense: DenseFacts | None = None
     data: str
     data_dir: str | None
@@ -107,7 +114,7 @@ def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -
     architecture: with the dense model's weights instead, where those are better for it, see `better_with_dense`.
     """
     config, summary = folder.config.without_weights, folder.read_summary()  # the weights come from the run
-    supernet = make_supernet(config, model_options(config) | {"num_classes": len(summary["classes"])})
+    supernet = make_supernet(config, model_options(config) | {"num_classes": summary["outputs"]})
     if architecture is not None and better_with_dense(folder, architecture) is not None:
         load_dense(supernet, folder.dense)
     else:
@@ -115,8 +122,8 @@ def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -
     return supernet
 
 
-def better_with_dense(folder: RunFolder, architecture: Architecture) -> int | None:
-    """How many search-validation images it gets right with the dense model's weights, where the supernet's are worse.
+def better_with_dense(folder: RunFolder, architecture: Architecture) -> float | None:
+    """Its score on the search-validation images with the dense model's weights, where the supernet's are worse.
 
     None where they are not, or where it was not tried: a search tries its frontier.
     """
@@ -124,10 +131,10 @@ def better_with_dense(folder: RunFolder, architecture: Architecture) -> int | No
     if tuned is None:
         return None
     if str(architecture) == summary["dense"]["architecture"]:
-        return tuned.correct
+        return tuned.score
     found = summary.get("with_dense_weights", {}).get(str(architecture))
     candidates = folder.read_candidates()
-    scored = candidates[candidates["architecture"] == str(architecture)]["correct"]
+    scored = candidates[candidates["architecture"] == str(architecture)][summary["task"]["column"]]
     return found if found is not None and len(scored) and found > scored.iloc[0] else None
 
 
@@ -146,7 +153,8 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     supernet.space.check(architecture)
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
-    search_top1 = [100 * by_dense / tuned.total] if tuned and by_dense is not None else scored["top1"].tolist()
+    task = summary["task"]
+    score = [by_dense] if by_dense is not None else scored[task["column"]].tolist()
     weights = f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
     if not config.training:
         weights = f"{short_name(config.weights or config.model)}, not trained any further"
@@ -160,9 +168,11 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "macs": count_macs(model, (torch.zeros(1, *data_config["input_size"]),)),
         "dense_macs": summary["dense"]["macs"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **({"search_top1": float(search_top1[0])} if search_top1 and summary.get("labelled", True) else {}),
-        **({"search_loss": float(scored["loss"].iloc[0])} if len(scored) and "loss" in scored else {}),
-        "scored_by": folder.scored_by(),
+        "task": config.task,
+        "targets": task["targets"],
+        "metric": task["metric"],
+        **({"search_score": float(score[0])} if score and summary.get("labelled", True) else {}),
+        **_loss_facts(summary, scored),
         "data": config.data,
         "data_dir": config.data_dir,
         "data_fingerprint": folder.data_fingerprint,
@@ -180,6 +190,14 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     return facts
 
 
+def _loss_facts(summary: Mapping[str, Any], scored: pd.DataFrame) -> dict[str, Any]:
+    """The loss of an architecture that was compared by it, and what it is."""
+    if "loss" not in scored or scored.empty:
+        return {}
+    task = summary["task"]
+    return {"search_loss": float(scored["loss"].iloc[0]), "loss": task[summary["score"]], "unit": task["unit"]}
+
+
 def _dense_facts(folder: RunFolder, tuned: Tuned | None) -> dict[str, Any]:
     """What an export knows about the run's dense model, which teaches when the export is retrained.
 
@@ -190,7 +208,7 @@ def _dense_facts(folder: RunFolder, tuned: Tuned | None) -> dict[str, Any]:
         "architecture": summary["dense"]["architecture"],
         "weights": str(file.resolve()),
         "sha256": digest_of(file),
-        **({"search_top1": summary["dense"]["top1"]} if summary.get("labelled", True) else {}),
+        **({"search_score": summary["dense"][summary["task"]["column"]]} if summary.get("labelled", True) else {}),
     }
 
 
@@ -296,7 +314,7 @@ def load_export(path: str | Path) -> Exported:
                 f"config.json of {path} holds '{model.architecture}', architecture.json '{facts['architecture']}': "
                 "one of them was edited; export it again"
             )
-        if len(facts["classes"]) != model.num_classes:
+        if facts["task"] == "classification" and len(facts["classes"]) != model.num_classes:
             raise RunError(
                 f"{path} names {len(facts['classes'])} classes, but its head has {model.num_classes}; export it again"
             )
@@ -325,11 +343,11 @@ def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> st
     numbers.append(f"| parameters | {record['parameters']:,} |")
     dense = record.get("dense") or {}
     if "search_loss" in record:
-        numbers.append(f"| {LOSS_WORDS[record['scored_by']]} | {record['search_loss']:.4f} nats |")
-    for key, label in (("search_top1", "top-1 before retraining, search-validation"), ("test_top1", "top-1, test")):
+        numbers.append(f"| {record['loss']} | {record['search_loss']:.4f} {record['unit']} |")
+    for key, label in (("search_score", "before retraining, search-validation"), ("test_score", "test")):
         if key in record:
             beside = f" (dense model: {dense[key]:.2f} %)" if key in dense else ""
-            numbers.append(f"| {label} | {record[key]:.2f} %{beside} |")
+            numbers.append(f"| {record['metric']}, {label} | {record[key]:.2f} %{beside} |")
     height, width = config["pretrained_cfg"]["input_size"][1:]
     given = DataKind.of(record["data"]) is DataKind.GIVEN or record.get("unlabelled")
     where = " --data FOLDER" if given else ""

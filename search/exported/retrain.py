@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -22,20 +21,21 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet, count_macs, measure_latency
 from poolshare.supernet.data import Data, Place, open_data, open_tests
 from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from poolshare.supernet.tasks import TASKS, Task, task_named
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
 
 from ..analysis.guard import against_dense
-from ..analysis.pareto import binomial_interval
+from ..analysis.intervals import score_interval
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, WARM_LR, WARM_LR_PRETRAINED, moved, short_name
 from ..job.folder import check_outside
 from ..job.images import difference
 from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
 from ..job.records import read_json
 from ..progress import advance_loss, progress_bar
-from ..scoring import answers, class_report
+from ..scoring import Answers, answers
 from .export import Exported, check_new, load_export, save_export
 
 EVALUATION_BATCH = 256
@@ -59,6 +59,7 @@ def retrain(
     device: str | None = None,
     threads: int | None = None,
     console: Console | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
 
@@ -66,6 +67,7 @@ def retrain(
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
     the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
+    task: one that was given in Python to the search.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
@@ -79,13 +81,20 @@ def retrain(
     check_new(out)
     place = pick_device(device)
     source = load_export(exported)
-    guide = _teacher(source, teacher, from_scratch)
+    task = task_of(source, task)
+    guide = _teacher(source, teacher, from_scratch and task.targets != "dense")
+    if guide is None and task.targets == "dense":
+        raise ConfigError(
+            f"task {task.name} learns from the dense model of the run alone: leave out --teacher none, and retrain a model that "
+            "is not the dense one"
+        )
     recipe = _recipe(source, from_scratch, guide is not None and teacher is None, recipe_changes or {})
     source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
     check_outside(out, name)
     opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
+    opened = _answered(source, opened, task, place)
     opened = replace(opened, seed=seed)
     for note in opened.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -123,6 +132,7 @@ def retrain(
                 training,
                 recipe,
                 teacher=guide.model if guide else None,
+                task=task,
                 seed=seed,
                 workers=workers,
                 state=state,
@@ -134,12 +144,10 @@ def retrain(
         if not first:
             return {}
         with computing_with(chosen.number):
-            labels, predicted = answers_on_test(model, opened, workers)
-        correct, images = int((labels == predicted).sum()), len(labels)
-        by_class = class_report(labels, predicted, opened.classes)
+            tested = Tested.of(task, answers_on_test(model, opened, task, workers), opened.classes)
         share = source.facts["macs"] / source.facts["dense_macs"]
         with computing_with(chosen.number):
-            dense = _dense_on_test(source, place, opened, workers)
+            dense = _dense_on_test(source, place, opened, task, workers)
         start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
         facts = {
             key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
@@ -148,14 +156,12 @@ def retrain(
             "data": name,
             "data_dir": data_dir,
             "data_fingerprint": opened.fingerprint,
-            "test_top1": 100 * correct / images,
-            "test_correct": correct,
-            "test_total": images,
+            "test_score": tested.score,
+            "test_total": tested.total,
+            "test_details": tested.details,
             "notes": list(opened.notes),
             **({"dense": dense} if dense else {}),
-            "against_dense": against_dense(correct, images, dense["test_top1"], share) if dense else "",
-            "test_baseline": by_class["baseline"],
-            "test_balanced_top1": by_class["balanced_top1"],
+            "against_dense": tested.beside(dense, share),
             "recipe": recipe.model_dump(),
             "threads": chosen.number,
             "from_scratch": from_scratch,
@@ -246,13 +252,28 @@ def _dense_model(source: Exported) -> Subnet | None:
     return model.eval()
 
 
-def _dense_on_test(source: Exported, place: torch.device, data: Data, workers: int) -> dict[str, Any] | None:
-    """What is known about the run's dense model, with its top-1 on the test images; None: it is not there to be asked."""
+def _answered(source: Exported, data: Data, task: Task, place: torch.device) -> Data:
+    """The data with the dense model's outputs as targets, where the task has no others. Raises RunError without that model."""
+    if task.targets != "dense":
+        return data
+    model = _dense_model(source)
+    if model is None:
+        raise RunError(
+            f"{source.path} is judged by the dense model of the run it comes from, and that is missing or was changed: restore "
+            "it"
+        )
+    return data.answered_by(model.to(place))
+
+
+def _dense_on_test(
+    source: Exported, place: torch.device, data: Data, task: Task, workers: int
+) -> dict[str, Any] | None:
+    """What is known about the run's dense model, with its score on the test images; None: it is not there to be asked."""
     dense, model = source.facts.get("dense"), _dense_model(source)
     if dense is None or model is None or dense["architecture"] == source.facts["architecture"]:
         return None
-    correct, images = accuracy(model.to(place), data, workers)
-    return {**dense, "test_top1": 100 * correct / images}
+    counts = answers_on_test(model.to(place), data, task, workers).counts
+    return {**dense, "test_score": counts.score(task)}
 
 
 def evaluate(
@@ -265,68 +286,97 @@ def evaluate(
     device: str | None = None,
     threads: int | None = None,
     console: Console | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
-    """Test accuracy with its 95 % interval (percent), MACs, parameters, and milliseconds per batch of a model.
+    """The score on test images with its 95 % interval, MACs, parameters, and milliseconds per batch of a model.
 
     data: default: what the search used. A folder of other images is taken whole, but for what it has to train on: nothing of
     it was trained on, so nothing is set aside. Raises DataError for the very images that the model was searched on.
-    threads: of PyTorch on a CPU, which the times are of; None: see `choose_threads`.
-    dense_top1 is that of the dense model of the same run on the same images, None where it has none or its file is gone;
+    threads: of PyTorch on a CPU, which the times are of; None: see `choose_threads`. task: one that was given in Python
+    to the search.
+    score is called as metric says. dense_score is that of the dense model of the same run on the same images, None where it
+    has none or its file is gone;
     against_dense says in words what is lost.
-    Beside top1 stand balanced_top1, baseline and per_class, see `class_report`.
+    details holds what else the task says of its answers, see `Task.details`.
     """
     check_whole(0, workers=workers)
     check_whole(1, threads=threads)
     place = pick_device(device)
     source, console = load_export(exported), console or Console(quiet=True)
+    task = task_of(source, task)
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
-    opened = _open_tests(source, name, data_dir, download, console)
+    opened = _answered(source, _open_tests(source, name, data_dir, download, console), task, place)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
     model = source.model.to(place)
     chosen = choose_threads(threads, source.facts.get("threads"), model)
     with computing_with(chosen.number):
-        labels, predicted = answers_on_test(model, opened, workers, console)
+        tested = Tested.of(task, answers_on_test(model, opened, task, workers, console), opened.classes)
         latency = {
             batch: measure_latency(model, inputs.to(place).expand(batch, -1, -1, -1).contiguous())
             for batch in LATENCY_BATCHES
         }
-        dense = _dense_on_test(source, place, opened, workers)
-    correct, images = int((labels == predicted).sum()), len(labels)
-    low, high = binomial_interval(correct, images)
+        dense = _dense_on_test(source, place, opened, task, workers)
     share = source.facts["macs"] / source.facts["dense_macs"]
     return {
         "model": str(source.path),
         "architecture": str(model.architecture),
-        "top1": 100 * correct / images,
-        "interval": [float(low), float(high)],
-        "correct": correct,
-        "total": images,
-        **class_report(labels, predicted, opened.classes),
+        "task": task.name,
+        **tested._asdict(),
         "macs": macs,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(place),
         "notes": list(opened.notes),
-        "dense_top1": dense and dense["test_top1"],
-        "against_dense": against_dense(correct, images, dense["test_top1"], share) if dense else "",
+        "dense_score": dense and dense["test_score"],
+        "against_dense": tested.beside(dense, share),
         "threads": chosen.number if place.type == "cpu" else None,
         "latency_ms": latency,
     }
 
 
-def accuracy(model: nn.Module, data: Data, workers: int = 0, console: Console | None = None) -> tuple[int, int]:
-    """Correctly classified test images, and how many there are."""
-    labels, predicted = answers_on_test(model, data, workers, console)
-    return int((labels == predicted).sum()), len(labels)
+class Tested(NamedTuple):
+    """What a model's answers on test images are worth."""
+
+    metric: str
+    score: float
+    interval: tuple[float, float]  # 95 %
+    total: int  # images
+    details: dict[str, Any]  # see `Task.details`
+
+    @classmethod
+    def of(cls, task: Task, found: Answers, classes: Sequence[str]) -> Tested:
+        """By a task."""
+        counts = found.counts
+        details = task.details(found.contributions, found.targets, found.outputs, classes)
+        interval = score_interval(task, found.contributions)
+        return cls(task.metric, counts.score(task), interval, counts.total, details)
+
+    def beside(self, dense: Mapping[str, Any] | None, share: float) -> str:
+        """What is lost against the dense model, see `against_dense`; empty without one."""
+        return against_dense(self.score, self.interval[1], dense["test_score"], share) if dense else ""
+
+
+def task_of(source: Exported, task: Task | None) -> Task:
+    """The task that a model was searched for. Raises ConfigError where that is one of Python's, and is not given."""
+    name = source.facts["task"]
+    if task is None and name not in TASKS:
+        raise ConfigError(
+            f"{source.path} was searched for the task {name}, which was given in Python: give it again, as "
+            "poolshare.search.evaluate(…, task=…)"
+        )
+    task = task_named(name if task is None else task)
+    if task.name != name:
+        raise ConfigError(f"{source.path} was searched for the task {name}, and {task.name} was given: give that one")
+    return task
 
 
 def answers_on_test(
-    model: nn.Module, data: Data, workers: int = 0, console: Console | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the test images and a model's answers, class indices (n,)."""
+    model: nn.Module, data: Data, task: Task, workers: int = 0, console: Console | None = None
+) -> Answers:
+    """What a model says to the test images."""
     batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
     with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
-        return answers(model, batches, advance)
+        return answers(model, batches, task, advance)
 
 
 def _open(
@@ -356,6 +406,7 @@ def _open(
                 download=download,
                 search_data=facts.get("search_data") if same else None,
                 scale_16bit=facts.get("scale_16bit", False),
+                targets=facts["targets"],
             ),
             image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
@@ -391,7 +442,7 @@ def _open_tests(source: Exported, data: str, data_dir: str | None, download: boo
             return _open(source, data, data_dir, download, ("test",), console)
     with checking_images(console) as progress:
         opened = open_tests(
-            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False)),
+            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False), targets=facts["targets"]),
             facts["classes"],
             image_format(source.data_config),
             progress=progress,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from poolshare.supernet.training.checkpoint import load_facts, load_state_facts,
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 
 from ..counts import Counts
-from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
-from ..scoring import SCORING_BATCH, count_right
+from ..scoring import SCORING_BATCH, answers, score_counts
 from .folder import RunFolder
 from .prepare import Job, tuning_recipe
 
@@ -36,13 +35,8 @@ class Tuned:
 
     epochs: int  # it was tuned for; 0: its head knew the classes
     seconds: float
-    correct: int  # of the search-validation images
-    total: int
-
-    @property
-    def top1(self) -> float:
-        """Percent of the search-validation images."""
-        return 100 * self.correct / self.total
+    counts: Counts  # on the search-validation images
+    score: float
 
 
 def read_tuned(folder: RunFolder) -> Tuned | None:
@@ -50,7 +44,7 @@ def read_tuned(folder: RunFolder) -> Tuned | None:
     if not folder.dense.exists():
         return None
     facts = load_facts(folder.dense)
-    return Tuned(*(facts[name] for name in ("epochs", "seconds", "correct", "total")))
+    return Tuned(facts["epochs"], facts["seconds"], Counts.of(facts["counts"], "metric"), facts["score"])
 
 
 def begun_tuning(folder: RunFolder) -> bool:
@@ -89,6 +83,7 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
                 seed=config.seed,
                 workers=config.workers,
                 state=folder and folder.tuning,
+                task=job.task,
                 settings={"tuning": recipe.epochs},
                 progress=partial(advance_loss, advance),
                 say=partial(console.print, markup=False, soft_wrap=True),
@@ -96,17 +91,18 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
             )
     if folder is None:
         return
-    model.eval()
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=config.workers)
-    correct, images = count_right(model, batches, metric=job.metric)
+    data = job.data.answered_by(model.eval()) if job.task.targets == "dense" else job.data
+    batches = data.eval_loader("search", SCORING_BATCH, workers=config.workers)
+    counts = answers(model, batches, job.task).counts
+    score = counts.score(job.task)
     seconds = float((load_state_facts(folder.tuning) or {}).get("seconds", 0.0))
-    facts = {"epochs": recipe.epochs, "seconds": seconds, "correct": correct, "total": images}
+    facts = {"epochs": recipe.epochs, "seconds": seconds, "counts": counts.to_json(), "score": score}
     save_tensors(folder.dense, model.state_dict(), facts)
     for state in folder.path.glob(f"{folder.tuning.stem}*{folder.tuning.suffix}"):  # nothing goes on from it
         state.unlink()
     console.print(
-        f"the dense model{f', tuned for {recipe.epochs} epochs,' if recipe.epochs else ''} is right on "
-        f"{100 * correct / images:.2f} % of the {images:,} search-validation images",
+        f"the dense model{f', tuned for {recipe.epochs} epochs,' if recipe.epochs else ''} reaches {job.task.metric} "
+        f"{score:.2f} % on the {counts.total:,} search-validation images",
         markup=False,
         soft_wrap=True,
     )
@@ -119,6 +115,21 @@ def load_dense(supernet: SuperNet, path: Path) -> None:
     if any(not name.startswith("poolings.") for name in missing):
         raise RunError(f"{path} lacks {missing[0]}; move it away, and search into a new folder")
     supernet.eval()
+
+
+def answered(job: Job, folder: RunFolder | None) -> Job:
+    """The job with the dense model's outputs as targets, for a task that has no others and a supernet that was trained.
+
+    folder: None in a process that only helps the first one.
+    """
+    if job.task.targets != "dense" or job.config.races:
+        return job
+    model = Subnet.from_supernet(job.supernet, job.dense)
+    device = next(job.supernet.parameters()).device
+    if folder:
+        model.load_state_dict(load_tensors(folder.dense, shapes_of(model))[0])
+    model.to(device).load_state_dict(distributed.tensors_from_first(model.state_dict(), device))
+    return replace(job, data=job.data.answered_by(model))
 
 
 def takes_dense_weights(architecture: Architecture) -> bool:
@@ -139,18 +150,18 @@ def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[
     try:
         load_dense(job.supernet, folder.dense)
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        counts = score_counts(job.supernet, architectures, batches, job.config.score, job.metric)
+        counts = score_counts(job.supernet, architectures, batches, job.config.score, job.task)
     finally:
         job.supernet.load_state_dict(own)
     return dict(zip(map(str, architectures), counts, strict=True))
 
 
 def phases(
-    job: Job, tuned: Tuned, seconds: dict[str, float], scored: int, by_both: list[tuple[int, int]]
+    job: Job, tuned: Tuned, seconds: dict[str, float], scored: int, by_both: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """What each phase took, in seconds and in epochs of the dense tuning, and what it gained; for summary.json.
 
-    by_both: right answers of the same architectures with the dense model's weights and with the supernet's.
+    by_both: scores of the same architectures with the dense model's weights and with the supernet's.
     """
     epoch = tuned.seconds / tuned.epochs if tuned.epochs and tuned.seconds else math.nan
 
@@ -159,9 +170,9 @@ def phases(
         cost = {} if math.isnan(epoch) else {"dense_epochs": round(spent / epoch, 2)}
         return {"seconds": round(spent, 1), **cost, **facts}
 
-    gain = sum(after - before for before, after in by_both) / max(1, len(by_both)) * 100 / tuned.total
+    gain = sum(after - before for before, after in by_both) / max(1, len(by_both))
     return {
-        "tuning": phase("tuning", epochs=tuned.epochs, top1=tuned.top1),
+        "tuning": phase("tuning", epochs=tuned.epochs, score=tuned.score),
         **({"training": phase("training", epochs=job.config.epochs, gain=round(gain, 2))} if job.config.epochs else {}),
         "scoring": phase("scoring", architectures=scored),
     }

@@ -18,6 +18,7 @@ from poolshare.space import Architecture, RunError
 from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, held, reading
 
+from ..analysis.pareto import measured
 from ..config import ADDRESSES, LOCAL, MAY_DIFFER, PLACES, SearchConfig, first_problem
 from .images import FileList, changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
@@ -27,9 +28,23 @@ if TYPE_CHECKING:
 
 BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # not decided until the model has been made:
 UNDECIDED = (None, "even", "auto")
-CANDIDATES = ("architecture", "top1", "correct", "total", "macs", "parameters", "generation")
+# Of candidates, after the architecture and its score, whose column is called as the metric of the task.
+SUMS = ("correct", "sums")  # right answers, or what else the images contribute
+CANDIDATES = ("total", "macs", "parameters", "generation")
 MORE = ("latency_ms", "loss", "loss_margin")  # of candidates too, where they are known
-FINALISTS = ("architecture", "macs", "epochs", "batch_size", "lr", "amp", "supernet_correct", "correct", "total")
+FINALISTS = (
+    "architecture",
+    "macs",
+    "epochs",
+    "batch_size",
+    "lr",
+    "amp",
+    "supernet_score",
+    "score",
+    "low",
+    "high",
+    "total",
+)
 
 
 class RunFolder:
@@ -166,7 +181,7 @@ class RunFolder:
         if path.exists():
             self.check_same(data, storage, files)
             defaults |= set(self.defaults) - set(MAY_DIFFER)  # one that is spelled out now is still a default
-            if self.config.score not in ("top1", RunFolder.open(self.path).config.score):
+            if self.config.score not in ("metric", RunFolder.open(self.path).config.score):
                 self.candidates.unlink(missing_ok=True)  # by right answers or another loss; the study keeps them
         earlier = self.notes if path.exists() else ()
         content = {
@@ -273,15 +288,19 @@ class RunFolder:
                 raise ValueError(f"its columns are {', '.join(frame.columns)}")
             if frame.isna().any(axis=None):
                 raise ValueError("a value is missing")
-            frame = frame.astype({"architecture": str, "top1": float} | dict.fromkeys(CANDIDATES[2:], int))
+            sums = {name: int if name == "correct" else str for name in SUMS if name in frame}
+            column = measured(frame)
+            frame = frame.astype({"architecture": str, column: float, **sums} | dict.fromkeys(CANDIDATES, int))
             for text in frame["architecture"]:
                 Architecture.parse(text)
             if not frame["architecture"].is_unique or frame["total"].nunique() > 1:
                 raise ValueError("an architecture stands twice, or numbers of images differ")
-            top1 = 100 * frame["correct"] / frame["total"]
-            if not np.allclose(frame["top1"], top1):
-                raise ValueError("a top1 is not correct / total")
-            return frame.assign(top1=top1)
+            if "correct" in frame:
+                share = 100 * frame["correct"] / frame["total"]
+                if not np.allclose(frame[column], share):
+                    raise ValueError(f"a {column} is not correct / total")
+                frame[column] = share
+            return frame
 
     def read_finalists(self) -> pd.DataFrame:
         """The finalists that were trained with the present weights, columns FINALISTS; none before the verb has run.
@@ -296,7 +315,8 @@ class RunFolder:
                 raise ValueError(f"its columns are {', '.join(frame.columns)}, or a value is missing")
             for text in frame["architecture"]:
                 Architecture.parse(text)
-            return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "lr": float, "amp": str})
+            floats = dict.fromkeys(("lr", "supernet_score", "score", "low", "high"), float)
+            return frame.astype(dict.fromkeys(FINALISTS, int) | {"architecture": str, "amp": str} | floats)
 
     def write_candidates(self, frame: pd.DataFrame) -> None:
         """Replace candidates.csv; latencies and losses are written where all rows have one."""
@@ -341,8 +361,22 @@ class RunFolder:
             summary = read_json(self.summary)
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
-            missing = {"dense", "classes", "certified", "space", "space_size", "seconds", "versions"} - set(summary)
-            if missing or not {"architecture", "top1", "macs", "parameters"} <= set(summary["dense"]):
+            facts = {
+                "dense",
+                "task",
+                "score",
+                "classes",
+                "outputs",
+                "certified",
+                "space",
+                "space_size",
+                "seconds",
+                "versions",
+            }
+            missing = facts - set(summary)
+            if missing or not {"architecture", summary["task"]["column"], "macs", "parameters"} <= set(
+                summary["dense"]
+            ):
                 raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
             if "timed" in summary:
                 Timed.from_json(summary["timed"])
@@ -350,7 +384,7 @@ class RunFolder:
 
     def scored_by(self) -> str:
         """What the candidates of a finished search were compared by, see `--score`; empty where there are none."""
-        return str(self.read_summary().get("score", "top1")) if self.summary.exists() else ""
+        return str(self.read_summary()["score"]) if self.summary.exists() else ""
 
     def read_trust(self) -> dict[str, Any] | None:
         """What the verb `trust` wrote, a plan and a recipe before it has finished; None where there is nothing.
@@ -393,7 +427,14 @@ def _weights_file(weights: str | None) -> Path | None:
 
 def _columns(frame: pd.DataFrame) -> list[str]:
     """Those of candidates.csv, where these are the candidates."""
-    return [*CANDIDATES, *(name for name in MORE if name in frame and frame[name].notna().all())]
+    sums = [name for name in SUMS if name in frame]
+    return [
+        "architecture",
+        measured(frame),
+        *sums,
+        *CANDIDATES,
+        *(name for name in MORE if name in frame and frame[name].notna().all()),
+    ]
 
 
 def check_outside(out: Path, data: str) -> None:

@@ -20,7 +20,7 @@ from poolshare.supernet.training.sandwich import GUIDED, LEAST, Sandwich
 
 from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..progress import time_text
-from ..scoring import count_correct
+from ..scoring import score_counts
 from ..untrained.search import expected_cost
 from .memory import Memory, check_memory, measure_memory
 from .prepare import Job
@@ -126,12 +126,14 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     """
     sandwich = sandwich_of(job)
     device = next(job.supernet.parameters()).device
-    images, labels = next(iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size())))
+    images, targets = next(
+        iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size()))
+    )
     share = len(images)  # of this process
-    images, labels = (part.chunk(job.recipe.accumulate)[0] for part in (images, labels))
+    images, targets = (part.chunk(job.recipe.accumulate)[0] for part in (images, targets))
     if device.type == "cpu":  # a GPU takes a whole batch in little more time than a part of it
-        images, labels = images[:32], labels[:32]
-    images, labels = images.to(device), labels.to(device)
+        images, targets = images[:32], targets[:32]
+    images, targets = images.to(device), targets.to(device)
     times, memory = [], None
     try:
         if training:
@@ -141,7 +143,7 @@ def calibrate(job: Job, training: bool = True) -> Pace:
             start = time.perf_counter()
             with attention_of(job.recipe, job.supernet, device), precision_of(job.recipe, device):
                 teacher = job.supernet if sandwich.guided else None  # without architectures: the dense model
-                loss = sandwich.loss(job.supernet.train(), images, labels, step, teacher=teacher)
+                loss = sandwich.loss(job.supernet.train(), images, targets, step, teacher=teacher, task=job.task)
                 loss.backward()
             wait_for(device)
             times.append(time.perf_counter() - start)
@@ -154,9 +156,9 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     finally:
         job.supernet.zero_grad(set_to_none=True)
     population = [architecture for step in range(8) for architecture in sandwich.at(step)]
-    count_correct(job.supernet, population[:1], [(images, labels)], metric=job.metric)  # the first one sets things up
+    score_counts(job.supernet, population[:1], [(images, targets)], task=job.task)  # the first one sets things up
     start = time.perf_counter()
-    count_correct(job.supernet, population, [(images, labels)], metric=job.metric)
+    score_counts(job.supernet, population, [(images, targets)], task=job.task)
     per_mac = (time.perf_counter() - start) / (forecast(population, job.macs).cost * len(images))
     return Pace(statistics.mean(times[1:]) * share / len(images) if times else 0.0, per_mac, memory)
 

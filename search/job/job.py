@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -21,6 +20,7 @@ from poolshare.space import Architecture, RunError, forecast_space
 from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.latency import device_name, measure_latency_table
+from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_state_facts, save_tensors
@@ -30,25 +30,24 @@ from poolshare.supernet.training.recipe import Recipe
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
-from ..counts import MICRONATS, Counts
-from ..losses import score_counts
+from ..counts import Counts
 from ..progress import advance_loss, progress_bar
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..scoring import SCORING_BATCH, Metric, top1
-from ..study.loop import GENERATION, Task, run_study
+from ..scoring import SCORING_BATCH, score_counts
+from ..study.loop import GENERATION, Problem, run_study
 from ..study.open import check_storage, open_store
 from ..untrained.offered import offered
 from ..untrained.record import Record, drawn, search_job
 from ..untrained.search import expected_cost
-from .dense import Tuned, begun_tuning, phases, read_tuned, score_with_dense, tuned_model
+from .dense import Tuned, answered, begun_tuning, phases, read_tuned, score_with_dense, tuned_model
 from .folder import RunFolder
 from .forecast import announce, calibrate
 from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
+from .problem import make_problem
 from .records import FORMAT, versions, write_csv, write_json
 from .regions import write_regions
-from .task import make_task
 from .together import help_scoring, scoring_together
 from .trained_head import checked_head
 
@@ -59,13 +58,13 @@ def run_job(
     console: Console | None = None,
     storage: str | None = None,
     data: Data | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
     dry_run: bool = False,
 ) -> RunFolder:
     """Train the supernet of `config` (or continue), search it, and leave frontier and report in the folder `out`.
 
     console: where forecast and progress go; None: nowhere. storage: address of the PostgreSQL database that holds the
-    study; None: a journal in the folder. data, metric: those given in Python, see `prepare`. dry_run: only say what it
+    study; None: a journal in the folder. data, task: those given in Python, see `prepare`. dry_run: only say what it
     would take; nothing is written. Raises a PoolshareError for
     whatever the user can mend. Where torchrun started several processes they train and score together, and the first
     one does all the rest.
@@ -78,7 +77,7 @@ def run_job(
     if distributed.rank() == 0:
         _refuse_fewer_epochs(folder, supernet_recipe(config))
     kind = check_storage(storage) if distributed.rank() == 0 else ""
-    job = prepare(config, console, data, metric, RunFolder.classes_of(out), load=not begun)
+    job = prepare(config, console, data, task, RunFolder.classes_of(out), load=not begun)
     config = job.config
     check_batches(job.data, job.recipe, distributed.launched_size())
     if distributed.rank() > 0:
@@ -87,7 +86,7 @@ def run_job(
         with distributed.joined(next(job.supernet.parameters()).device):
             job, _ = _train(job, None, console)
             if not job.config.races:
-                help_scoring(job)
+                help_scoring(answered(job, None))
         return RunFolder(Path(out), config)
     if config.races and "trials" in config.given:
         console.print(f"--trials {config.trials} counts what a supernet scores, and none is trained: it has no effect")
@@ -129,6 +128,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, 
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         with distributed.joined(next(job.supernet.parameters()).device):
             job, trying = _train(job, folder, console)
+            job = answered(job, folder)
             start, more = time.monotonic(), dict[str, Any]()
             candidates = None if job.config.races else _score(job, folder, console, storage)
         if candidates is None:
@@ -211,6 +211,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 job.macs,
                 recipe,
                 teacher=teacher,
+                task=job.task,
                 seed=job.config.seed,
                 workers=job.config.workers,
                 state=folder and folder.training,
@@ -239,7 +240,7 @@ def study_name(job: Job, folder: RunFolder) -> str:
         ours |= {"budget": job.config.budget, "sampler": job.config.sampler, "generation": GENERATION}
         if job.config.objective == "latency":
             ours["objective"] = job.objective.to_json()
-    if job.config.score != "top1":
+    if job.config.score != "metric":
         ours["score"] = job.config.score
     digest = hashlib.sha256(json.dumps([ours, folder.data_fingerprint], sort_keys=True).encode())
     for name, tensor in sorted(job.supernet.state_dict().items()):
@@ -255,7 +256,7 @@ def sampler_of(job: Job) -> str:
 
 
 def score_candidates(
-    job: Job, task: Task, folder: RunFolder, console: Console, storage: str | None, publish: bool = True
+    job: Job, problem: Problem, folder: RunFolder, console: Console, storage: str | None, publish: bool = True
 ) -> pd.DataFrame:
     """Score the whole space or search it, as one of any number of workers; returns the candidates frame.
 
@@ -264,13 +265,13 @@ def score_candidates(
     config, name = job.config, study_name(job, folder)
     store = open_store(folder.journal, storage, name)
     if job.exhaustive:
-        whole = forecast_space(task.space, job.macs)
+        whole = forecast_space(problem.space, job.macs)
         singles = whole.cost * whole.architectures / whole.one_by_one
         with progress_bar(console, "scoring the whole space", singles, "single evaluations") as advance:
-            return score_everything(task, store, lambda share, note: advance(share * singles, note))
+            return score_everything(problem, store, lambda share, note: advance(share * singles, note))
     with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
         return run_study(
-            task, folder, sampler_of(job), config.trials, config.seed, name, advance, store, publish=publish
+            problem, folder, sampler_of(job), config.trials, config.seed, name, advance, store, publish=publish
         )
 
 
@@ -288,9 +289,9 @@ def race(job: Job, folder: RunFolder, console: Console) -> tuple[pd.DataFrame, d
 def _score(job: Job, folder: RunFolder, console: Console, storage: str | None) -> pd.DataFrame:
     """The candidates frame, by a study."""
     with scoring_together(job):
-        task = make_task(job, _record(folder))
-        frame = score_candidates(job, task, folder, console, storage)
-        frame = _with_included(job, task, frame)
+        problem = make_problem(job, _record(folder))
+        frame = score_candidates(job, problem, folder, console, storage)
+        frame = _with_included(job, problem, frame)
     folder.write_candidates(frame)
     return frame
 
@@ -299,21 +300,19 @@ def _record(folder: RunFolder) -> dict[Architecture, Counts]:
     """What earlier searches scored with these weights; `write_config` has removed losses of another kind."""
     if not folder.candidates.exists():
         return {}
-    frame, by_loss = folder.read_candidates(), folder.config.score != "top1"
-    frame["loss"] = (frame["loss"] * frame["total"] * MICRONATS).round().astype("int64") if by_loss else None
-    rows = frame[["architecture", "correct", "total", "loss"]].itertuples(index=False)
-    return {Architecture.parse(text): Counts(*numbers) for text, *numbers in rows}
+    rows, by_loss = folder.read_candidates().to_dict("records"), folder.config.score != "metric"
+    return {Architecture.parse(row["architecture"]): Counts.of_row(row, by_loss) for row in rows}
 
 
-def _with_included(job: Job, task: Task, frame: pd.DataFrame) -> pd.DataFrame:
+def _with_included(job: Job, problem: Problem, frame: pd.DataFrame) -> pd.DataFrame:
     """The candidates, and after them those the user asked for that are not among them."""
     present = set(frame["architecture"])
     missing = [architecture for architecture in dict.fromkeys(job.include) if str(architecture) not in present]
     if not missing:
         return frame
-    counts = task.score(missing, lambda share: None)
+    counts = problem.score(missing, lambda share: None)
     last = int(frame["generation"].max()) if len(frame) else 0
-    rows = [task.row(architecture, each, last) for architecture, each in zip(missing, counts, strict=True)]
+    rows = [problem.row(architecture, each, last) for architecture, each in zip(missing, counts, strict=True)]
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
 
 
@@ -339,18 +338,33 @@ def _cheapest(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def _dense_score(job: Job, folder: RunFolder, tuned: Tuned | None, candidates: pd.DataFrame) -> dict[str, object]:
-    """The dense model's columns top1 and, where losses decide, loss: with its own weights, else with the supernet's."""
-    if tuned and job.config.score == "top1":
-        return {"top1": tuned.top1}
+    """The dense model's score and, where losses decide, its loss: with its own weights, else with the supernet's."""
+    columns = job.task.column, "loss"
+    if tuned and job.config.score == "metric":
+        return {job.task.column: tuned.score}
     row = candidates[candidates["architecture"] == str(job.dense)]
     if (not tuned or job.config.races) and not row.empty:
-        return {name: float(row[name].iloc[0]) for name in ("top1", "loss") if name in row}
+        return {name: float(row[name].iloc[0]) for name in columns if name in row}
     if tuned:
         [counts] = score_with_dense(job, folder, [str(job.dense)]).values()
     else:
         batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        [counts] = score_counts(job.supernet, [job.dense], batches, job.config.score, job.metric)
-    return {name: counts.columns[name] for name in ("top1", "loss") if name in counts.columns}
+        [counts] = score_counts(job.supernet, [job.dense], batches, job.config.score, job.task)
+    found = counts.columns(job.task)
+    return {name: found[name] for name in columns if name in found}
+
+
+def task_words(task: Task, labelled: bool) -> dict[str, str]:
+    """What a report says of a task, for summary.json; labelled: whether the images have targets of their own."""
+    return {
+        "name": task.name,
+        "metric": task.metric if labelled else task.agreement,
+        "column": task.column,
+        "targets": task.targets,
+        "loss": task.loss_words,
+        "divergence": task.divergence_words,
+        "unit": task.unit,
+    }
 
 
 def conclude(
@@ -364,7 +378,7 @@ def conclude(
     """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
     limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
     cost = job.config.cost
-    if job.exhaustive:
+    if job.exhaustive and job.task.proportion:
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     tuned = read_tuned(folder)
     dense = _dense_score(job, folder, tuned, candidates)
@@ -382,8 +396,9 @@ def conclude(
         best = frontier(candidates, cost)
         # Without a supernet these are the weights that were scored.
         wanted = [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
-        by_dense = {text: counts.correct for text, counts in score_with_dense(job, folder, wanted).items()}
-        both = [(by_dense[row.architecture], row.correct) for row in best.itertuples() if row.architecture in by_dense]
+        by_dense = {text: counts.score(job.task) for text, counts in score_with_dense(job, folder, wanted).items()}
+        pairs = zip(best["architecture"], best[job.task.column], strict=True)
+        both = [(by_dense[text], score) for text, score in pairs if text in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
     write_json(
@@ -399,15 +414,17 @@ def conclude(
             },
             "objective": job.config.objective,
             "score": job.config.score,
+            "task": task_words(job.task, job.data.labelled),
             **{f"budget_{column}": limit if cost == column else None for column in ("macs", "latency_ms")},
             "budget": job.config.budget,
             **({"timed": timed.to_json()} if timed else {}),
             "included": list(map(str, job.include)),
             "classes": list(job.data.classes),
+            "outputs": job.supernet.num_classes,
             "images": {
-                name: np.bincount(job.data.split(name).labels, minlength=len(job.data.classes)).tolist()
+                name: job.data.split(name).images_of(len(job.data.classes))
                 for name in (("train", "search") if job.config.training else ("search",))
-                if job.data.labelled
+                if job.data.labelled and job.data.classes
             },
             "notes": list(folder.notes),
             "certified": len(candidates) == job.supernet.space.size,

@@ -59,13 +59,13 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
         return tensor
 
     images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
-    labels = torch.zeros(count, dtype=torch.int64, device=device)
     training = net.training
     with ExitStack() as stack:
         for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
             stack.enter_context(context)
         stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-        sandwich.loss(net.train(), images, labels, 0, teacher=net if sandwich.guided else None)
+        targets = job.task.as_targets(net(images, [sandwich.largest])[0].detach())
+        sandwich.loss(net.train(), images, targets, 0, teacher=net if sandwich.guided else None, task=job.task)
     net.train(training)
     return sum(kept.values())
 

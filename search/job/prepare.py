@@ -39,14 +39,16 @@ from poolshare.supernet.data.given import Parts, open_own
 from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.latency import Latency
 from poolshare.supernet.options import read_options, read_value
+from poolshare.supernet.tasks import CLASSIFICATION, TASKS, Task, task_named
+from poolshare.supernet.tasks.task import Targets, check_contributions
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_tensors, shapes_of
+from poolshare.supernet.training.loop import check_recipe
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
 from ..config import FEW_IMAGES, SearchConfig, check_recipe_names, first_problem
 from ..progress import Advance, progress_bar
-from ..scoring import Metric, check_metric, metric_name, top1
 from .folder import RunFolder
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: about what a published ViT
@@ -66,7 +68,7 @@ class Job:
     allowed: Band  # the architectures within the budget; within one of latency once that is measured
     include: tuple[Architecture, ...] = ()  # the user's own, to be scored in any case
     latency: Latency | None = None
-    metric: Metric = top1  # which answers count as right
+    task: Task = CLASSIFICATION  # what the model is trained and judged for
     notes: tuple[str, ...] = ()  # what the user should know of data and weights
     head: str | None = None  # whose trained head is kept; None: it is a new one, or the run's
 
@@ -160,20 +162,20 @@ def prepare(
     config: SearchConfig,
     console: Console | None = None,
     data: Data | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
     classes: Sequence[str] | None = None,
     load: bool = True,
 ) -> Job:
     """Open data and model of a configuration and measure all costs; nothing is trained or written.
 
-    console: where progress goes while images are decoded as a check; None: nowhere. data, metric: those that were given
+    console: where progress goes while images are decoded as a check; None: nowhere. data, task: those that were given
     in Python, under the names that stand in the configuration.
     classes: those of a run that was begun, in the order of its head; None: the weights and the data decide.
     load: whether the supernet begins with the pretrained weights of the configuration; who has its trained ones need not
     have those. The job's configuration is the `resolved` one.
     Raises the PoolshareError of whatever does not fit.
     """
-    check_same_metric(config, metric)
+    task = check_same_task(config, task)
     if config.training and config.unlabelled:
         raise ConfigError("--unlabelled goes with --no-training: give that too, or leave this out")
     options, recipe = model_options(config), supernet_recipe(config)
@@ -192,6 +194,7 @@ def prepare(
                 download=config.download,
                 search_data=config.search_data,
                 scale_16bit=config.scale_16bit,
+                targets=task.targets,
             )
             if config.unlabelled:
                 when = config.check_images
@@ -208,22 +211,32 @@ def prepare(
                     augmentation=recipe.augmentation,
                     training=config.training,
                 )
-    matched = matched_classes(begin, data, found, classes)
+    if task.targets == "dense":
+        if classes is None and not config.warm:
+            raise ConfigError(
+                f"--task {task.name} makes a trained model cheaper, and {config.model} has no weights yet: give --pretrained or "
+                "--weights FILE"
+            )
+        matched = Matched((), (), False)  # there is no head
+    else:
+        matched = matched_classes(begin, data, found, classes)
     notes = data.notes + matched.notes
     if matched.classes != data.classes:
         data = data.relabelled(matched.classes, matched.indices)
-    check_metric(metric, len(data.classes))
     torch.manual_seed(config.seed)
-    options |= {"num_classes": len(data.classes)}
+    options |= {"num_classes": task.outputs(len(data.classes))}
     if config.guided is None:
         config, said = _guided(config, matched.fresh, data)
         notes += said
-    if config.races and config.score == "top1":  # which tells too little apart on few images
+    if config.races and config.score == "metric":  # which tells too little apart on few images
         config = config.changed(score="divergence")
+    check_recipe(task, recipe)
     supernet = make_supernet(config, options, begin.pretrained)
+    if task is not TASKS.get(task.name):
+        _try_task(task, supernet)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
     if found is not None:
-        notes += load_base_weights(supernet, found, config.model, matched.fresh)
+        notes += load_base_weights(supernet, found, config.model, matched.fresh or not supernet.num_classes)
     head = None if matched.fresh or classes is not None else found.name if found else config.model
     if head is not None and data.labelled:
         notes += (
@@ -250,16 +263,26 @@ def prepare(
             )
     included = tuple(map(supernet.space.check, include))
     supernet.to(device)
-    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, metric, notes, head)
+    return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, task, notes, head)
 
 
-def check_same_metric(config: SearchConfig, metric: Metric) -> None:
-    """Raise ConfigError for another metric than that of the configuration."""
-    if config.metric != metric_name(metric):
+def check_same_task(config: SearchConfig, task: Task | None) -> Task:
+    """The task of a configuration. Raises ConfigError where that was given in Python, and is not given again."""
+    task = task_named(config.task) if task is None else task
+    if task.name != config.task:
         raise ConfigError(
-            f"this run is scored by {config.metric}, a function given in Python: go on with what `poolshare.search.search` "
-            "returned, or give it to `poolshare.search.work`"
+            f"the task of this run is {config.task}, and {task.name} was given: go on with what `poolshare.search.search` "
+            "returned, or give that one to `poolshare.search.work`"
         )
+    return task
+
+
+@torch.inference_mode()
+def _try_task(task: Task, supernet: SuperNet) -> None:
+    """Raise ConfigError for a task given in Python whose contributions or score cannot be used."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, supernet.in_chans, *supernet.patch_embed.img_size, generator=generator)
+    check_contributions(task, supernet.eval()(images))
 
 
 def _guided(config: SearchConfig, fresh: bool, data: Data) -> tuple[SearchConfig, tuple[str, ...]]:
@@ -491,12 +514,24 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def open_given(
-    parts: Parts, name: str, classes: Sequence[str] | int | None, seed: int, workers: int, console: Console
+    parts: Parts,
+    name: str,
+    classes: Sequence[str] | int | None,
+    seed: int,
+    workers: int,
+    console: Console,
+    targets: Targets = "class",
 ) -> Data:
     """Data given in Python, all of them read once before anything starts; see `open_own`."""
     with progress_bar(console, "reading the data", 1, "images") as advance:
         return open_own(
-            parts, name, classes=classes, seed=seed, workers=workers, progress=lambda n, total: advance(n, total=total)
+            parts,
+            name,
+            classes=classes,
+            seed=seed,
+            workers=workers,
+            progress=lambda n, total: advance(n, total=total),
+            targets=targets,
         )
 
 

@@ -96,8 +96,9 @@ def write_regions(job: Job, folder: RunFolder) -> None:
 def _some_images(job: Job) -> tuple[torch.Tensor, list[str]]:
     """A few search-validation images of different classes, and what these are called; without labels, numbers."""
     labels = job.data.split("search").labels
+    named = job.data.labelled and labels.ndim == 1 and bool(job.data.classes)
     _, first = np.unique(labels, return_index=True)
-    if len(first) < IMAGES:
+    if len(first) < IMAGES or not named:
         first = np.arange(len(labels))
     places = first[np.linspace(0, len(first) - 1, min(IMAGES, len(first))).round().astype(int)]
     if isinstance(job.data, LoaderData):  # whose images come in their own batches alone
@@ -105,7 +106,7 @@ def _some_images(job: Job) -> tuple[torch.Tensor, list[str]]:
         places = np.arange(len(images))
     else:
         [(images, _)] = job.data.drawn("search", places).eval_loader("search", IMAGES)
-    return images, [job.data.classes[labels[place]] if job.data.labelled else f"image {place}" for place in places]
+    return images, [job.data.classes[labels[place]] if named else f"image {place}" for place in places]
 
 
 def _spread(steps: list[Step]) -> Iterable[Step]:

@@ -17,8 +17,7 @@ from poolshare.supernet.threads import computing_with
 from poolshare.supernet.training import distributed
 
 from ..counts import Counts
-from ..losses import score_counts
-from ..scoring import SCORING_BATCH
+from ..scoring import SCORING_BATCH, score_counts
 from .prepare import Job
 
 
@@ -70,13 +69,12 @@ def _scored(
     batches: Batches,
     progress: Callable[[float], None] | None = None,
 ) -> list[Counts]:
-    by, none = job.config.score, Counts(0, 0, None if job.config.score == "top1" else 0)
-    mine = [none] * len(architectures)
-    if len(batches):
-        mine = score_counts(job.supernet, architectures, batches, by, job.metric, progress)
-    numbers = distributed.summed([n for one in mine for n in one.to_json()], next(job.supernet.parameters()).device)
-    each = len(none.to_json())
-    return [Counts(*numbers[at : at + each]) for at in range(0, len(numbers), each)]
+    """What is recorded of each, over the images of all processes; some may have none."""
+    by, device = job.config.score, next(job.supernet.parameters()).device
+    mine = score_counts(job.supernet, architectures, batches, by, job.task, progress) if len(batches) else []
+    numbers = distributed.summed([number for one in mine for number in one.to_json()], device)
+    each = len(numbers) // len(architectures)
+    return [Counts.of(numbers[at : at + each], by) for at in range(0, len(numbers), each)]
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 from rich.console import Console
 
+from poolshare.supernet.tasks.classification import CLASSIFICATION, baseline
+
 from ..analysis.pareto import binomial_interval
 from ..progress import progress_bar
-from ..scoring import answers, baseline
+from ..scoring import answers
 from .prepare import Job
 
 BATCH = 256
@@ -19,10 +21,16 @@ GAIN = 0.2  # share of the images that another order of the classes must make ri
 
 
 def checked_head(job: Job, console: Console) -> Job:
-    """The job, with what the dense network with its trained head answers on search-validation images among its notes."""
+    """The job, with what the dense network with its trained head answers on search-validation images among its notes.
+
+    Of tasks with a class per image; others have no most probable class to compare.
+    """
+    if job.task.targets != "class":
+        return job
     batches = job.data.eval_loader("search", BATCH, workers=job.config.workers)
     with progress_bar(console, "trying the trained head", len(batches), "batches") as advance:
-        labels, predicted = answers(job.supernet, batches, advance)
+        found = answers(job.supernet, batches, CLASSIFICATION, advance)
+    labels, predicted = found.targets.numpy(), found.outputs.argmax(dim=-1).numpy()
     return replace(job, notes=(*job.notes, *head_notes(labels, predicted, job.data.classes)))
 
 

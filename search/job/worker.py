@@ -16,16 +16,17 @@ from poolshare.space.data_kind import DataKind
 from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.splits import Data
+from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 
 from ..config import SearchConfig
-from ..scoring import Metric, top1
 from ..study.open import check_storage
+from .dense import answered
 from .folder import RunFolder
 from .job import score_candidates
-from .prepare import check_same_metric, is_trained, load_weights, open_given, pick_device, prepare
-from .task import make_task
+from .prepare import check_same_task, is_trained, load_weights, open_given, pick_device, prepare
+from .problem import make_problem
 from .together import help_scoring, scoring_together
 
 SECONDS_BETWEEN_LOOKS = 2
@@ -41,12 +42,12 @@ def work(
     device: str | None = None,
     console: Console | None = None,
     classes: Sequence[str] | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Score architectures of a run beside whoever else does, until its trials are all scored; writes no report.
 
-    data, data_dir: where the images of the search lie here, if elsewhere. data, classes, metric: those given in Python to
+    data, data_dir: where the images of the search lie here, if elsewhere. data, classes, task: those given in Python to
     the search, see `poolshare.search.search`. workers: processes that load images. threads: of PyTorch on a CPU; None: see
     `choose_threads`.
     Returns how many architectures were scored here, and in all. Processes that torchrun started together are one worker,
@@ -67,19 +68,21 @@ def work(
     folder.check_same(folder.data_fingerprint, kind)
     # What can be refused now is not refused after hours of waiting for the supernet.
     pick_device(device or folder.config.device)
-    check_same_metric(folder.config, metric)
+    task = check_same_task(folder.config, task)
     own, place = None, None
     if data is None or isinstance(data, (str, Path)):
         place = None if data is None else str(data)
         folder.config.at(place, data_dir)
     else:
-        own = _open_own(data, classes, folder.config, workers, console)
+        own = _open_own(data, classes, folder.config, workers, console, task)
     folder = _wait_for_supernet(folder, console)
     config = folder.config.without_weights.at(place, data_dir)
     config = config.changed(device=device or config.device, download=False, workers=workers)
-    job = prepare(config, console, own, metric, folder.classes)
+    job = prepare(config, console, own, task, folder.classes)
     folder.check_same(job.data.fingerprint, kind, job.data.files)
     load_weights(job.supernet, folder.supernet)
+    if folder.dense.exists():
+        job = answered(job, folder)
     latency = folder.read_latency()
     if latency:
         job = job.with_latency(latency)
@@ -92,7 +95,7 @@ def work(
 
     def score(architectures: Any, progress: Any) -> Any:
         nonlocal scored
-        result = task.score(architectures, progress)
+        result = problem.score(architectures, progress)
         scored += len(architectures)
         return result
 
@@ -100,18 +103,19 @@ def work(
     if chosen.note:
         console.print(chosen.note, markup=False, soft_wrap=True)
     with computing_with(chosen.number), scoring_together(job):
-        task = make_task(job)
-        found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
+        problem = make_problem(job)
+        found = score_candidates(job, replace(problem, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
 
 
 def _open_own(
-    parts: Parts, classes: Sequence[str] | None, config: SearchConfig, workers: int, console: Console
+    parts: Parts, classes: Sequence[str] | None, config: SearchConfig, workers: int, console: Console, task: Task
 ) -> Data:
     """Data given in Python, under the name that the search gave them."""
     if DataKind.of(config.data) is not DataKind.GIVEN:
         raise ConfigError(f"the images of this search are {config.data}, not data given in Python: leave data out")
-    own = open_given(parts, config.data.removeprefix(DataKind.GIVEN.value), classes, config.seed, workers, console)
+    name = config.data.removeprefix(DataKind.GIVEN.value)
+    own = open_given(parts, name, classes, config.seed, workers, console, task.targets)
     here, there = (own.in_chans, *own.img_size), (config.in_chans, *to_2tuple(config.img_size))
     if here != there:
         texts = ["×".join(map(str, shape)) for shape in (here, there)]

@@ -13,7 +13,6 @@ import pandas as pd
 from poolshare.space import BY_COLUMN
 from poolshare.space.files import write_whole
 
-from ..analysis.pareto import binomial_interval
 from ..job.records import write_csv
 from .report import Report
 
@@ -37,12 +36,12 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
     axes = figure.add_axes((0.08, 0.095, 0.9, 0.715))
     _draw_candidates(axes, report, cost, divisor)
     for other, (colour, marker) in zip(others, OTHER_RUNS, strict=False):
-        _draw_frontier(axes, other.by(cost), cost, divisor, colour, marker, textwrap.shorten(other.run, 40))
+        _draw_frontier(axes, other, cost, divisor, colour, marker, textwrap.shorten(other.run, 40))
     _draw_frontier(
-        axes, report.by(cost), cost, divisor, FRONTIER, "o", textwrap.shorten(report.run, 40) if others else "frontier"
+        axes, report, cost, divisor, FRONTIER, "o", textwrap.shorten(report.run, 40) if others else "frontier"
     )
     axes.scatter(
-        dense_cost, report.dense["top1"], marker="*", s=300, color=DENSE, edgecolors="white", linewidths=0.9,
+        dense_cost, report.dense_score, marker="*", s=300, color=DENSE, edgecolors="white", linewidths=0.9,
         zorder=4, label="dense",  # above the frontier, which may end here
     )  # fmt: skip
     if cost in report.limits:
@@ -50,7 +49,7 @@ def figure_png(report: Report, path: str | Path, cost: str = "macs", others: Seq
         text = f"budget {BY_COLUMN[cost].short(limit)}"
         axes.axvline(limit / divisor, color=BUDGET, linewidth=1.3, linestyle=(0, (5, 3)), label=text)
     axes.set_xlabel(label, color=INK)
-    axes.set_ylabel(f"{report.score} on search-validation images (%)", color=INK)
+    axes.set_ylabel(f"{report.metric} on search-validation images (%)", color=INK)
     _style(axes, dense_cost / 100, BY_COLUMN[cost].label)
     scored = (
         report.verdict.partition(";")[0]
@@ -85,26 +84,25 @@ def opacity(points: int) -> float:
 def _draw_candidates(axes: Axes, report: Report, cost: str, divisor: float) -> None:
     count = len(report.candidates)
     axes.scatter(
-        report.candidates[cost] / divisor, report.candidates["top1"], s=14 if count <= SMALL_FROM else 6,
+        report.candidates[cost] / divisor, report.candidates[report.column], s=14 if count <= SMALL_FROM else 6,
         color=CANDIDATE, alpha=opacity(count), linewidths=0, label="scored candidate",
     )  # fmt: skip
     included = report.candidates[report.candidates["architecture"].isin(report.included)]
     if len(included):
         axes.scatter(
-            included[cost] / divisor, included["top1"], marker="s", s=52, color=INCLUDED, edgecolors="white",
+            included[cost] / divisor, included[report.column], marker="s", s=52, color=INCLUDED, edgecolors="white",
             linewidths=0.9, zorder=4, label="included by hand",
         )  # fmt: skip
 
 
-def _draw_frontier(
-    axes: Axes, frontier: pd.DataFrame, cost: str, divisor: float, colour: str, marker: str, label: str
-) -> None:
-    lows, highs = binomial_interval(frontier["correct"], frontier["total"])
+def _draw_frontier(axes: Axes, report: Report, cost: str, divisor: float, colour: str, marker: str, label: str) -> None:
+    frontier = report.by(cost)
+    intervals = np.array([report.interval(row) for row in frontier.to_dict("records")], float)  # nan: unknown
     costs = frontier[cost] / divisor
     band = "95 % interval" if label == "frontier" else None
-    axes.fill_between(costs, lows, highs, step="post", color=colour, alpha=0.12, linewidth=0, label=band)
+    axes.fill_between(costs, *intervals.T, step="post", color=colour, alpha=0.12, linewidth=0, label=band)
     axes.step(
-        costs, frontier["top1"], where="post", color=colour, linewidth=1.8, marker=marker, markersize=6,
+        costs, frontier[report.column], where="post", color=colour, linewidth=1.8, marker=marker, markersize=6,
         markeredgecolor="white", markeredgewidth=0.9, label=label.replace("$", r"\$"),
     )  # fmt: skip
 

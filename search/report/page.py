@@ -18,8 +18,6 @@ from poolshare.space import BY_COLUMN, Architecture
 from poolshare.space.files import write_whole
 
 from ..analysis.layers import in_words
-from ..analysis.pareto import binomial_interval
-from ..counts import LOSS_WORDS
 from .report import Report
 
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "regions.js", "page.js")  # one script on the page, in this order
@@ -51,30 +49,31 @@ def write_html(report: Report, path: str | Path) -> None:
 def page_data(report: Report) -> dict[str, Any]:
     """Everything the page draws, as JSON values. Architectures are named by their row among `candidates`."""
     rows = report.candidates.reset_index(drop=True)
-    dense = {key: report.dense[key] for key in ("architecture", "top1", "loss", *report.costs) if key in report.dense}
+    dense = {
+        key: report.dense[key] for key in ("architecture", report.column, "loss", *report.costs) if key in report.dense
+    }
     scored = len(rows)
     if not (rows["architecture"] == dense["architecture"]).any():
-        correct = round(dense["top1"] * report.images / 100)
-        rows = pd.concat([rows, pd.DataFrame([dense | {"correct": correct}])], ignore_index=True)
+        if "correct" in rows:
+            dense |= {"correct": round(report.dense_score * report.images / 100), "total": report.images}
+        rows = pd.concat([rows, pd.DataFrame([dense])], ignore_index=True)
     index = {text: row for row, text in enumerate(rows["architecture"])}
-    counts = sorted(set(_integers(rows["correct"])))
     shares = report.layer_shares()
     progress = report.progress()
     return {
         "title": report.title,
         "run": report.run,
         "images": report.images,
-        "score": report.score,
+        "score": report.metric,
         "scored": scored,  # rows after these are shown, but were not scored by the search
         "spaceSize": report.space_size,
         "certified": report.certified,
-        "candidates": {"architecture": list(rows["architecture"]), "correct": _integers(rows["correct"])}
+        "candidates": {"architecture": list(rows["architecture"])}
+        | ({"correct": _integers(rows["correct"])} if "correct" in rows else {"score": _numbers(rows[report.column])})
         | {name: _numbers(rows[name].fillna(0)) for name in (*report.costs, "loss", "loss_margin") if name in rows},
-        "loss": LOSS_WORDS.get(report.scored_by),
-        "intervals": {
-            count: [_short(low), _short(high)]
-            for count, low, high in zip(counts, *binomial_interval(counts, report.images), strict=True)
-        },
+        "loss": report.loss_words or None,
+        "unit": report.unit,
+        "intervals": _intervals(report, rows),
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [
@@ -104,6 +103,16 @@ def page_data(report: Report) -> dict[str, Any]:
         "trust": report.trust,
         "retraining": report.retraining,
         "regions": _regions(report, index),
+    }
+
+
+def _intervals(report: Report, rows: pd.DataFrame) -> dict[int, list[float]]:
+    """95 % intervals by the number of right answers, or else by the row, of those that have one."""
+    keys = list(rows["correct"]) if "correct" in rows else range(len(rows))
+    different = dict(zip(map(int, keys), rows.to_dict("records"), strict=True))
+    found = {key: report.interval(row) for key, row in sorted(different.items())}
+    return {
+        key: [_short(low), _short(high)] for key, (low, high) in found.items() if low is not None and high is not None
     }
 
 

@@ -5,6 +5,7 @@ How it is shown lies elsewhere: `terminal` in characters, `figure` as a PNG, `pa
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from ..analysis.pareto import (
     compared,
     frontier,
     hypervolume,
+    measured,
     pick,
     progress,
     ranked,
@@ -40,20 +42,21 @@ from ..analysis.pareto import (
 )
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, SearchConfig
 from ..console import printable
-from ..counts import LOSS_WORDS
+from ..counts import TOP1
 from ..job.folder import RunFolder
 
-COLUMNS = ("architecture", "top1", "correct", "total", "macs", "parameters")
-DENSE_FIELDS = ("architecture", "top1", "macs", "parameters")
+COLUMNS = ("architecture", "total", "macs", "parameters")
+DENSE_FIELDS = ("architecture", "macs", "parameters")
+INTERVAL = tuple[float | None, float | None]  # low and high; None: unknown
 
 
 class Row(NamedTuple):
     """One line of a table: percentages as numbers, counts with their unit."""
 
     architecture: str
-    top1: float  # percent
-    low: float  # percent, end of the 95 % interval
-    high: float
+    score: float
+    low: float | None  # end of the 95 % interval
+    high: float | None
     macs: str
     of_dense: float  # percent of the dense network's cost
     parameters: str
@@ -81,11 +84,11 @@ class Retraining(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """One run. Frames have the columns of `pareto`; macs are per image, top1 is in percent."""
+    """One run. Frames have the columns of `pareto`; macs are per image, scores at most 100."""
 
     title: str
     candidates: pd.DataFrame
-    dense: Mapping[str, Any]  # architecture, macs, top1, parameters (and latency_ms) of the unreduced network
+    dense: Mapping[str, Any]  # architecture, macs, score, parameters (and latency_ms) of the unreduced network
     certified: bool  # the whole space was scored
     space_size: int
     run: str  # the run folder, as commands name it
@@ -104,18 +107,19 @@ class Report:
     untrained: bool = False  # nothing was trained, and no weights were given
     within: float | None = None  # share of the dense MACs that the supernet's training kept to; None: it trained all
     looked_at: int | None = None  # without training: how many were scored, most of them on some images only
-    labelled: bool = True  # without labels top1 is the share of images answered as the dense network does
-    scored_by: str = "top1"  # what architectures are compared by, see `--score`
+    labelled: bool = True  # without labels the score is agreement with the dense network
+    metric: str = TOP1.metric  # what the score is called
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of architectures, where not a share's
+    loss_words: str = ""  # what architectures are compared by, where not by the score, and its unit
+    unit: str = "nats"
     objective: str = "macs"  # the cost column that the search weighed against accuracy
     regions: Mapping[str, Any] | None = None  # regions.json: images and their tokens; None: none were kept
-    with_dense: Mapping[str, int] | None = (
-        None  # right answers with the tuned dense model's weights; None: there is none
-    )
+    with_dense: Mapping[str, float] | None = None  # scores with the tuned dense model's weights; None: there is none
 
     def __post_init__(self) -> None:
         for name, part, needed in (
             ("candidates frame", self.candidates, COLUMNS),
-            ("dense row", self.dense, DENSE_FIELDS),
+            ("dense row", self.dense, (*DENSE_FIELDS, self.column)),
         ):
             missing = [column for column in needed if column not in part]
             if missing:
@@ -129,9 +133,21 @@ class Report:
         return tuple(cost for cost in BY_COLUMN if cost in self.candidates and cost in self.dense)
 
     @property
-    def score(self) -> str:
-        """What top1 is called."""
-        return "top-1" if self.labelled else "agreement"
+    def column(self) -> str:
+        """The column of the score, in the candidates frame and of the dense network."""
+        return measured(self.candidates)
+
+    @property
+    def dense_score(self) -> float:
+        """Of the dense network."""
+        return float(self.dense[self.column])
+
+    def interval(self, row: Mapping[str, Any]) -> INTERVAL:
+        """The 95 % interval of a candidate's score; unknown of most where scores are no shares of right answers."""
+        if "correct" in row:
+            low, high = binomial_interval(int(row["correct"]), int(row["total"]))
+            return float(low), float(high)
+        return self.intervals.get(str(row["architecture"]), (None, None))
 
     @property
     def cost(self) -> str:
@@ -200,9 +216,12 @@ class Report:
             return ""
         chosen = self.pick()
         row = self.candidates[self.candidates["architecture"] == chosen.architecture].iloc[0]
-        correct = max(int(row["correct"]), self.with_dense.get(chosen.architecture, 0))
+        score = max(float(row[self.column]), self.with_dense.get(chosen.architecture, -math.inf))
+        high = self.interval(row)[1]
+        if "correct" in row:
+            high = float(binomial_interval(round(score * self.images / 100), self.images)[1])
         share = float(row["macs"]) / float(self.dense["macs"])
-        return against_dense(correct, self.images, float(self.dense["top1"]), share)
+        return against_dense(score, math.inf if high is None else high, self.dense_score, share)
 
     @property
     def warnings(self) -> list[str]:
@@ -237,13 +256,16 @@ class Report:
                 )
         if self.looked_at is not None:
             answers = "right answers" if self.labelled else "answers like the dense network's"
+            counted = f"; {self.metric} counts {answers}" if "correct" in self.candidates else ""
             return (
                 f"Found: the least damaging of {self.looked_at:,} architectures that were tried without training, of the space's "
                 f"{self.space_size:,}; {len(self.candidates)} of them were scored on all {self.images:,} images. The loss is the "
-                f"{LOSS_WORDS[self.scored_by]} in nats; {self.score} counts {answers}.{untrained}"
+                f"{self.loss_words}{self.unit and f' in {self.unit}'}{counted}.{untrained}"
             )
-        if self.scored_by != "top1":
-            untrained += f" Architectures are compared by their loss, the {LOSS_WORDS[self.scored_by]} in nats."
+        if self.loss_words:
+            untrained += (
+                f" Architectures are compared by their loss, the {self.loss_words}{self.unit and f' in {self.unit}'}."
+            )
         if self.certified:
             return (
                 f"Certified: all {self.space_size:,} architectures of the space were scored, "
@@ -256,8 +278,8 @@ class Report:
 
     @property
     def reference(self) -> tuple[float, float]:
-        """The hypervolume's reference: the worst top-1 that was scored, at the dense network's MACs."""
-        return min(float(self.candidates["top1"].min()), 99.99), float(self.dense["macs"])
+        """The hypervolume's reference: the worst score, at the dense network's MACs."""
+        return min(float(self.candidates[self.column].min()), 99.99), float(self.dense["macs"])
 
     @property
     def hypervolume(self) -> float:
@@ -294,9 +316,9 @@ class Report:
                 f"the dense network took little or no part in the supernet's training (--recipe within={self.within:g}): "
                 "nothing can be compared with its score; pick by 'budget', 'knee' or 'accuracy'"
             )
-        dense = float(self.dense["top1"])
+        dense = self.dense_score
         rule = "accuracy" if how == "budget" else how  # the frontier holds what is within the budget and no more
-        row = pick(self.by(cost), rule, cost=cost, dense_top1=dense)
+        row = pick(self.by(cost), rule, cost=cost, dense=dense)
         best = "least damaging" if score_of(self.candidates) == "loss" else "most accurate"
         timed = self.timed.words(str(row["architecture"])) if self.timed else ""
         label, why = {
@@ -327,7 +349,7 @@ class Report:
                 "does that"
             )
         best = ranked(rows).iloc[0]
-        after, before = (100 * best[name] / best["total"] for name in ("correct", "supernet_correct"))
+        after, before = best["score"], best["supernet_score"]
         epochs = "one epoch" if best["epochs"] == 1 else f"{best['epochs']} epochs"
         if len(every[["batch_size", "lr", "amp"]].drop_duplicates()) > 1:
             epochs += f" (batch {best['batch_size']}, lr {best['lr']:g}, amp {best['amp']})"
@@ -347,16 +369,15 @@ class Report:
 
     def rows(self, frame: pd.DataFrame, cost: str = "macs") -> list[Row]:
         """A frame's rows as people read them, `of_dense` by `cost`."""
-        lows, highs = binomial_interval(frame["correct"], frame["total"])
         return [
             Row(
-                str(row["architecture"]), float(row["top1"]), float(low), float(high), human(row["macs"]),
+                str(row["architecture"]), float(row[self.column]), *self.interval(row), human(row["macs"]),
                 100 * row[cost] / self.dense[cost], human(row["parameters"]),
                 LATENCY.format(row["latency_ms"]) if "latency_ms" in row else "",
                 (f"{row['loss']:.4f}" if "loss" in row else "")
                 + (f"±{row['loss_margin']:.4f}" if "loss_margin" in row else ""),
             )
-            for row, low, high in zip(frame.to_dict("records"), lows, highs, strict=True)
+            for row in frame.to_dict("records")
         ]  # fmt: skip
 
     def export_command(self, architecture: str) -> str:
@@ -372,10 +393,10 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     """
     summary, candidates = folder.read_summary(), folder.read_candidates()
     dense, trust = summary["dense"], folder.read_trust()
-    limits = _limits(summary, budget)
+    limits, task, scored_by = _limits(summary, budget), summary["task"], summary["score"]
     report = Report(
         title=printable(folder.config.title)
-        + (f", scored by {folder.config.metric}" if folder.config.metric != "top1" else ""),
+        + (f", {folder.config.task}" if folder.config.task != "classification" else ""),
         candidates=candidates,
         dense=dense,
         certified=summary["certified"] and len(candidates) == summary["space_size"],
@@ -399,7 +420,10 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         looked_at=summary.get("looked_at"),
         regions=folder.read_regions(),
         labelled=summary.get("labelled", True),
-        scored_by=summary.get("score", "top1"),
+        metric=task["metric"],
+        intervals=summary.get("intervals", {}),
+        loss_words="" if scored_by == "metric" else task[scored_by],
+        unit=task["unit"],
         objective=COSTS[summary.get("objective", "macs")].column,
     )
     if (text := report.against_dense).startswith("warning:"):
@@ -409,7 +433,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
 
 
 def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
-    """The run's own budget, or another in words; a percentage is of what the run weighed against accuracy."""
+    """The run's own budget, or another in words; a percentage is of what the run weighed against the score."""
     objective = summary.get("objective", "macs")
     if budget is None:
         own = {cost.column: summary.get(f"budget_{cost.column}") for cost in COSTS.values()}
@@ -452,8 +476,8 @@ def _phase(facts: Mapping[str, Any]) -> str:
     text = f"{facts['seconds']:,.0f} s"
     if "dense_epochs" in facts:
         text += f", as {facts['dense_epochs']:.1f} epochs of the dense model"
-    if "top1" in facts:
-        text += f": the dense model reaches {facts['top1']:.2f} % on search-validation"
+    if "score" in facts:
+        text += f": the dense model reaches {facts['score']:.2f} % on search-validation"
     if "gain" in facts:
         text += f": {facts['gain']:+.2f} points on the frontier against the dense model's weights"
     return text
@@ -477,7 +501,7 @@ def _listed(values: Sequence[Any], form: str = "{}", names: Sequence[str] = ()) 
 def _baseline(config: SearchConfig, summary: Mapping[str, Any]) -> float | None:
     """Top-1 in percent of always answering with the search-validation images' most frequent class; None: it is not known."""
     counts = summary.get("images", {}).get("search")
-    return 100 * max(counts) / sum(counts) if counts and config.metric == "top1" else None
+    return 100 * max(counts) / sum(counts) if counts and config.task == "classification" else None
 
 
 def _plain(value: Any) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from poolshare.space import BY_COLUMN, Architecture, ConfigError, RunError
 from poolshare.space.quantities import LATENCY, human
 
-from ..analysis.pareto import HALF_POINT, binomial_interval, hypervolume
+from ..analysis.pareto import HALF_POINT, hypervolume, measured
 from ..console import printable
 from .report import Report
 
@@ -30,7 +30,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     """The frontier by `cost` and the dense network as a rich table.
 
     `limit` shows that many points at most, spread evenly over the frontier and with both of its ends. Below `WIDE`
-    columns only top-1 and the cost stand beside the architectures, which are shown whole at any width.
+    columns only the score and the cost stand beside the architectures, which are shown whole at any width.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -49,7 +49,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     table.add_column("architecture", overflow="fold")
     losses = "loss" in report.candidates
     headings = {
-        "top1": f"{report.score} % (95 %)",
+        "score": f"{report.metric} % (95 %)",
         "loss": "loss",
         "macs": "MACs",
         "share": "% dense",
@@ -57,7 +57,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
         "latency_ms": "latency",
     }
     if width < WIDE:
-        headings = {"top1": f"{report.score} %", cost: headings[cost]}
+        headings = {"score": f"{report.metric} %", cost: headings[cost]}
     else:
         left_out = ["loss"] * (not losses) + ["parameters"] * losses + ["latency_ms"] * (not timed)
         headings = {name: heading for name, heading in headings.items() if name not in left_out}
@@ -68,13 +68,14 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
         table.add_row(Text(printable(architecture)), *(cells[name] for name in headings))
 
     for row in rows:
-        interval = f" ({row.low:.1f}-{row.high:.1f})" if width >= WIDE else ""
-        cells = {"top1": f"{row.top1:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
+        known = width >= WIDE and row.low is not None
+        interval = f" ({row.low:.1f}-{row.high:.1f})" if known else ""
+        cells = {"score": f"{row.score:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
         add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency, "loss": row.loss})
     table.add_section()
     dense = report.dense
     cells = {
-        "top1": f"{dense['top1']:.2f}",
+        "score": f"{report.dense_score:.2f}",
         "macs": human(dense["macs"]),
         "share": "100.0",
         "loss": f"{dense.get('loss', 0):.4f}",
@@ -104,10 +105,11 @@ def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | Non
     wide = width >= WIDE
     for heading in ("MACs", "supernet %", "alone % (95 %)") if wide else ("supernet %", "alone %"):
         table.add_column(heading, justify="right", no_wrap=True)
-    lows, highs = binomial_interval(rows["correct"], rows["total"])
-    for row, low, high in zip(rows.to_dict("records"), lows, highs, strict=True):
-        before, after = (f"{100 * row[name] / images:.2f}" for name in ("supernet_correct", "correct"))
-        cells = (human(row["macs"]), before, f"{after} ({low:.1f}-{high:.1f})") if wide else (before, after)
+    for row in rows.to_dict("records"):
+        before, after = (f"{row[name]:.2f}" for name in ("supernet_score", "score"))
+        cells = (
+            (human(row["macs"]), before, f"{after} ({row['low']:.1f}-{row['high']:.1f})") if wide else (before, after)
+        )
         table.add_row(Text(row["architecture"]), *cells)
     return table
 
@@ -143,21 +145,21 @@ def terminal_plot(
             key.append("+ included")
             layers.append((included, "+", "green"))
     key.append("* dense")
-    layers.append((pd.DataFrame([dict(report.dense)]), "*", "orange"))
+    layers.append((pd.DataFrame([dict(report.dense)])[["architecture", report.column, cost]], "*", "orange"))
     try:
         plotext.terminal.limit(False, False)
         figure.clear()
         figure.theme("simple" if colour else "colorless")
         figure.plot_size(width, height - 1)
         figure.label(label, axis="x")
-        figure.label(f"{report.score} %", axis="y")
+        figure.label(f"{report.metric} %", axis="y")
         figure.ruler("y").frequency(max(2, height // 3))
         if cost in report.limits:
             figure.line(report.limits[cost] / divisor, orientation="vertical")
             key.append(f"│ budget {BY_COLUMN[cost].short(report.limits[cost])}")
         for frame, marker, tone in layers:
             symbol = plotext.marker(marker, pixel=tone) if colour else marker
-            figure.draw(figure.signal(list(frame[cost] / divisor), list(frame["top1"]), marker=symbol))
+            figure.draw(figure.signal(list(frame[cost] / divisor), list(frame[measured(frame)]), marker=symbol))
         drawing = figure.build().string(colorless=not colour)
     finally:
         figure.clear()
@@ -178,7 +180,7 @@ def _centred(parts: Iterable[str], width: int) -> str:
 
 
 def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, Any]]:
-    """One record per run, made comparable: hypervolumes of all runs have the first run's dense cost and the worst top-1.
+    """One record per run, made comparable: hypervolumes of all runs have the first run's dense cost and the worst score.
 
     Raises ConfigError for more runs than there are marks.
     """
@@ -188,7 +190,7 @@ def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, 
     records = []
     for report in reports:
         frontier = report.by(cost)
-        close = frontier[frontier["top1"] >= report.dense["top1"] - HALF_POINT]
+        close = frontier[frontier[report.column] >= report.dense_score - HALF_POINT]
         records.append(
             {
                 "run": report.run,
@@ -198,8 +200,8 @@ def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, 
                 "certified": report.certified,
                 "hypervolume": hypervolume(report.allowed, reference, cost),
                 "points": len(frontier),
-                "best_top1": float(frontier["top1"].max()),
-                "dense_top1": float(report.dense["top1"]),
+                "best": float(frontier[report.column].max()),
+                "dense": report.dense_score,
                 "half_point": None if close.empty else float(close[cost].iloc[0]),
                 "half_point_of_dense": None if close.empty else float(close[cost].iloc[0] / report.dense[cost]),
             }
@@ -223,13 +225,13 @@ def comparison_table(reports: Sequence[Report], cost: str = "macs") -> Table:
             Text(printable(f"{mark} {record['run']}")),
             f"{record['scored']:,}",
             f"{record['points']}",
-            f"{record['best_top1']:.2f}",
-            f"{record['dense_top1']:.2f}",
+            f"{record['best']:.2f}",
+            f"{record['dense']:.2f}",
             "none" if half is None else f"{BY_COLUMN[cost].short(half)} ({record['half_point_of_dense']:.0%})",
             f"{record['hypervolume']:.4f}",
         )
     if len({(report.title, report.images) for report in reports}) > 1:
-        table.caption = Text("These runs differ in model, data or images: their accuracies are not of the same test.")
+        table.caption = Text("These runs differ in model, data or images: their scores are not of the same test.")
     return table
 
 

@@ -22,7 +22,7 @@ from poolshare.space.files import write_whole
 
 from ..counts import Counts
 from ..job.records import FORMAT, read_json, write_json
-from ..study.loop import Task
+from ..study.loop import Problem
 
 COLUMNS = ("architecture", "macs", "parameters", "correct", "total")
 
@@ -87,18 +87,20 @@ class Benchmark:
     @property
     def candidates(self) -> pd.DataFrame:
         """The same as a candidates frame, see `pareto`."""
-        return self.frame.assign(top1=100 * self.frame["correct"] / self.frame["total"], generation=0)
+        frame = self.frame.assign(generation=0)
+        frame.insert(1, "top1", 100 * frame["correct"] / frame["total"])
+        return frame
 
-    def task(self, budget: float | None = None) -> Task:
+    def problem(self, budget: float | None = None) -> Problem:
         """What a search on the table needs: the space within a budget in MACs, scored by looking up."""
         correct = dict(zip(self.space, self.frame["correct"].tolist(), strict=True))
         total = int(self.frame["total"].iloc[0])
 
         def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> list[Counts]:
             progress(1.0)
-            return [Counts(correct[architecture], total) for architecture in architectures]
+            return [Counts((correct[architecture],), total) for architecture in architectures]
 
-        return Task(self.space, self.macs, self.parameters, self.space.within(self.macs, None, budget), score)
+        return Problem(self.space, self.macs, self.parameters, self.space.within(self.macs, None, budget), score)
 
 
 def _both(path: str | Path) -> tuple[Path, Path]:

@@ -24,7 +24,7 @@ from poolshare.space import Architecture, CostTable, Layer, RunError, SearchSpac
 
 from ..counts import Counts
 from ..progress import Advance
-from ..study.loop import MAX_FAILURES, Task, advance_within
+from ..study.loop import MAX_FAILURES, Problem, advance_within
 from ..study.store import Store
 
 # One of so many parts of the whole, but not less than so many dense networks: what several walks begin with is computed
@@ -99,22 +99,22 @@ def _costs_below(space: SearchSpace, costs: CostTable) -> list[dict]:
     return below
 
 
-def score_everything(task: Task, store: Store, advance: Advance) -> pd.DataFrame:
+def score_everything(problem: Problem, store: Store, advance: Advance) -> pd.DataFrame:
     """Score the whole space as one of any number of workers; returns the candidates frame in the order of ranks.
 
-    What an earlier search scored is answered from the task's record. advance: called with the share of MACs that is
+    What an earlier search scored is answered from the problem's record. advance: called with the share of MACs that is
     done, 0 to 1, and a note. Raises RunError for a study that is damaged or of another space.
     """
     patience = 0.1  # seconds to wait for other workers
     with store, store.errors():
-        whole = _Whole(task, store.study(task.names), store)
+        whole = _Whole(problem, store.study(problem.names), store)
         while True:
             with store.lock():
                 store.fail_abandoned(whole.study)
                 if whole.queue():
                     break
                 taken = whole.take()
-            note = f"{whole.scored:,} of {task.space.size:,} architectures"
+            note = f"{whole.scored:,} of {problem.space.size:,} architectures"
             if not taken:
                 advance(whole.share, f"{note}; others are scoring the last ones")
                 time.sleep(patience)
@@ -123,22 +123,21 @@ def score_everything(task: Task, store: Store, advance: Advance) -> pd.DataFrame
             length = sum(piece.cost for _, piece in taken) / whole.cost
             whole.score(taken, partial(advance_within, advance, whole.share, length, note))
             patience = min(max((time.monotonic() - start) / 10, 0.05), 2)
-        advance(1, f"{whole.scored:,} of {task.space.size:,} architectures")
+        advance(1, f"{whole.scored:,} of {problem.space.size:,} architectures")
         return whole.candidates()
 
 
 class _Whole:
     """A study whose trials are the sub-trees of a space. `queue` and `take` are called under the store's lock."""
 
-    def __init__(self, task: Task, study: optuna.Study, store: Store):
-        self.task, self.study, self.store = task, study, store
-        space, macs = task.space, task.macs
+    def __init__(self, problem: Problem, study: optuna.Study, store: Store):
+        self.problem, self.study, self.store = problem, study, store
+        space, macs = problem.space, problem.macs
         target = piece_cost(space, macs, SUBTREES, SUBTREE)
         self.pieces = {piece.first: piece for piece in subtrees(space, macs, target)}
         self.cost = sum(piece.cost for piece in self.pieces.values())
         self.walk = piece_cost(space, macs, WALKS, WALK)
         self.counts: dict[int, list[Counts]] = {}  # first rank of a scored piece → what is recorded, in its order
-        self.images = 0
 
     @property
     def scored(self) -> int:
@@ -166,7 +165,7 @@ class _Whole:
             if failures[piece.first] >= MAX_FAILURES and piece.first not in present:
                 raise RunError(
                     f"{MAX_FAILURES} workers in turn ended while they scored the {piece.architectures} architectures "
-                    f"from '{self.task.space[piece.first]}' on; see to what ended them, memory perhaps, and search into "
+                    f"from '{self.problem.space[piece.first]}' on; see to what ended them, memory perhaps, and search into "
                     "a new folder"
                 )
             if piece.first not in present:
@@ -195,8 +194,8 @@ class _Whole:
     def score(self, taken: Sequence[tuple[Trial, Subtree]], progress: Callable[[float], None]) -> None:
         """Score pieces in one walk and tell the study; gives back what an error leaves unscored."""
         with self.store.working(self.study, [trial for trial, _ in taken]) as tell:
-            members = [piece.members(self.task.space) for _, piece in taken]
-            rest = iter(self.task.score(list(chain.from_iterable(members)), progress))
+            members = [piece.members(self.problem.space) for _, piece in taken]
+            rest = iter(self.problem.score(list(chain.from_iterable(members)), progress))
             for (trial, _), architectures in zip(taken, members, strict=True):
                 counts = [next(rest) for _ in architectures]
                 tell(trial, self._values(architectures, counts), _facts(counts))
@@ -206,8 +205,8 @@ class _Whole:
         return pd.concat(
             [
                 pd.DataFrame(
-                    self.task.row(architecture, counts, 0)
-                    for architecture, counts in zip(piece.members(self.task.space), self.counts[first], strict=True)
+                    self.problem.row(architecture, counts, 0)
+                    for architecture, counts in zip(piece.members(self.problem.space), self.counts[first], strict=True)
                 )
                 for first, piece in self.pieces.items()
             ],
@@ -217,8 +216,8 @@ class _Whole:
     def _add(self, piece: Subtree) -> None:
         """Queue a piece, or answer it where the record knows all of it."""
         facts: dict[str, Any] = {"first": piece.first, "architectures": piece.architectures}
-        known, state, values = self.task.record, TrialState.WAITING, None
-        members = piece.members(self.task.space) if len(known) >= piece.architectures else []
+        known, state, values = self.problem.record, TrialState.WAITING, None
+        members = piece.members(self.problem.space) if len(known) >= piece.architectures else []
         if members and all(architecture in known for architecture in members):
             counts = [known[architecture] for architecture in members]
             facts |= _facts(counts)
@@ -227,8 +226,8 @@ class _Whole:
 
     def _values(self, architectures: Sequence[Architecture], counts: Sequence[Counts]) -> list[float]:
         """What a dashboard shows of a piece: score and cost of its best architecture."""
-        costs = (-self.task.macs.total(architecture) for architecture in architectures)
-        worth, saved = max(zip((one.worth for one in counts), costs, strict=True))
+        costs = (-self.problem.macs.total(architecture) for architecture in architectures)
+        worth, saved = max(zip((one.worth(self.problem.measure) for one in counts), costs, strict=True))
         return [worth, -saved]
 
     def _piece(self, trial: FrozenTrial) -> Subtree:
@@ -239,20 +238,16 @@ class _Whole:
         return piece
 
     def _counts(self, trial: FrozenTrial, piece: Subtree) -> list[Counts]:
-        counts, losses, images = (trial.user_attrs.get(name) for name in ("counts", "losses", "images"))
-        if type(images) is not int or images < 1 or images != (self.images or images):
-            raise self._damaged(trial, f"its images are {images!r:.20}")
+        found, problem = trial.user_attrs.get("counts"), self.problem
         try:
-            if type(counts) is not list or len(counts) != piece.architectures:
-                raise ValueError(f"its counts are {counts!r:.40}")
-            rows = [[correct, images] for correct in counts]
-            if losses is not None:
-                rows = [[*row, loss] for row, loss in zip(rows, losses, strict=True)]
-            found = [Counts.from_json(row, self.task.scored_by) for row in rows]
-        except (TypeError, ValueError) as error:
+            if type(found) is not list or len(found) != piece.architectures:
+                raise ValueError(f"its counts are {found!r:.40}")
+            counts = [Counts.from_json(one, problem.scored_by, problem.measure) for one in found]
+            if len({one.total for piece in (counts, *self.counts.values()) for one in piece[:1]}) > 1:
+                raise ValueError(f"its images are {counts[0].total}")
+        except ValueError as error:
             raise self._damaged(trial, str(error)) from None
-        self.images = images
-        return found
+        return counts
 
     def _damaged(self, trial: FrozenTrial, why: str) -> RunError:
         return RunError(
@@ -262,6 +257,5 @@ class _Whole:
 
 
 def _facts(counts: Sequence[Counts]) -> dict[str, Any]:
-    """What a trial keeps of its architectures: right answers, images, and losses where these decide."""
-    facts: dict[str, Any] = {"counts": [one.correct for one in counts], "images": counts[0].total}
-    return facts | ({} if counts[0].loss is None else {"losses": [one.loss for one in counts]})
+    """What a trial keeps of its architectures."""
+    return {"counts": [one.to_json() for one in counts]}

@@ -27,10 +27,10 @@ _BAND = 1.25  # width of a proposal's own cost band, as a factor
 
 @dataclass(frozen=True)
 class Scored:
-    """An architecture with its accuracy on search-validation (percent) and its cost."""
+    """An architecture with its score on search-validation (at most 100) and its cost."""
 
     architecture: Architecture
-    top1: float
+    score: float
     cost: int
 
 
@@ -106,13 +106,13 @@ def _most_promising(
     allowed: Band, costs: CostTable, inside: Sequence[Scored], pool: list[Architecture], key: str, count: int
 ) -> list[Architecture]:
     steps: list[Scored] = []  # the frontier, by rising cost and accuracy
-    for candidate in sorted(inside, key=lambda c: (c.cost, -c.top1)):
-        if not steps or candidate.top1 > steps[-1].top1:
+    for candidate in sorted(inside, key=lambda c: (c.cost, -c.score)):
+        if not steps or candidate.score > steps[-1].score:
             steps.append(candidate)
     known = _nearest(inside, steps)
-    model = Surrogate(allowed.space, [c.architecture for c in known], [c.top1 for c in known], pool)
+    model = Surrogate(allowed.space, [c.architecture for c in known], [c.score for c in known], pool)
     cost = np.array([costs.total(architecture) for architecture in pool])
-    heights = np.array([step.top1 for step in steps])  # (steps,)
+    heights = np.array([step.score for step in steps])  # (steps,)
     edges = np.array([step.cost for step in steps] + [allowed.high])
     # How much of each step's width a candidate of this cost lies before: (pool, steps)
     widths = np.maximum(edges[1:] - np.maximum(edges[:-1], cost[:, None]), 0)
@@ -141,8 +141,8 @@ def _nearest(inside: Sequence[Scored], steps: Sequence[Scored]) -> list[Scored]:
     """The `_KNOWN` candidates that lack least to the frontier at their cost."""
     if len(inside) <= _KNOWN:
         return list(inside)
-    edges, heights = [step.cost for step in steps], [step.top1 for step in steps]
-    lack = [heights[bisect_right(edges, candidate.cost) - 1] - candidate.top1 for candidate in inside]
+    edges, heights = [step.cost for step in steps], [step.score for step in steps]
+    lack = [heights[bisect_right(edges, candidate.cost) - 1] - candidate.score for candidate in inside]
     order = sorted(range(len(inside)), key=lambda position: (lack[position], position))
     return [inside[position] for position in sorted(order[:_KNOWN])]
 
@@ -153,7 +153,7 @@ def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> 
     members: dict[int, list[Scored]] = {}
     for candidate in scored:
         members.setdefault(bisect_right(borders, candidate.cost), []).append(candidate)
-    best = lambda group: sorted(group, key=lambda c: (-c.top1, c.cost, str(c.architecture)))[:elite]  # noqa: E731
+    best = lambda group: sorted(group, key=lambda c: (-c.score, c.cost, str(c.architecture)))[:elite]  # noqa: E731
     return [best(members[band]) for band in sorted(members)]
 
 

@@ -24,10 +24,14 @@ class Surrogate:
     """Fitted to architectures and their accuracies; knows the accuracies of a pool, and can take members as scored."""
 
     def __init__(
-        self, space: SearchSpace, architectures: Sequence[Architecture], top1: Sequence[float], pool: list[Architecture]
+        self,
+        space: SearchSpace,
+        architectures: Sequence[Architecture],
+        scores: Sequence[float],
+        pool: list[Architecture],
     ):
         known, self._pool = _coordinates(space, architectures), _coordinates(space, pool)
-        values = np.asarray(top1, float)
+        values = np.asarray(scores, float)
         middle, between = float(values.mean()), _distance(known, known)
         self._rate, ratio, variance = max(_left_out(between, values - middle), key=lambda fit: fit[0])[1:]
         root = np.linalg.cholesky(np.exp(-self._rate * between) + ratio * np.eye(len(values)))

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 
-from ..counts import Counts
+from ..counts import TOP1, Counts, Measure
 from ..job.folder import RunFolder
 from ..progress import Advance
 from ..samplers.propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
@@ -31,7 +31,7 @@ Score = Callable[[Sequence[Architecture], Callable[[float], None]], list[Counts]
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What a search needs to know beside its sampler."""
 
     space: SearchSpace
@@ -42,24 +42,25 @@ class Task:
     latency: CostTable | None = None  # where it is known
     by_latency: bool = False  # whether that is the objective, and not MACs
     record: Mapping[Architecture, Counts] = field(default_factory=dict)  # scored before
-    scored_by: str = "top1"  # see `--score`
+    scored_by: str = "metric"  # see `--score`
+    measure: Measure = TOP1  # of the job's task
 
     @property
     def objective(self) -> CostTable:
-        """What is weighed against accuracy, and what the budget is of."""
+        """What is weighed against the score, and what the budget is of."""
         return self.latency if self.latency and self.by_latency else self.macs
 
     @property
     def names(self) -> list[str]:
         """Of the two values that a study keeps of each trial."""
         cost = "latency (ns per image)" if self.objective.quantity == "latency" else self.objective.cost.label
-        return ["top-1 (%)" if self.scored_by == "top1" else "exp(-loss) (%)", cost]
+        return [f"{self.measure.metric} (%)" if self.scored_by == "metric" else "exp(-loss) (%)", cost]
 
     def row(self, architecture: Architecture, counts: Counts, generation: int) -> dict[str, object]:
         """One row of the candidates frame, see `pareto`."""
         row: dict[str, object] = {
             "architecture": str(architecture),
-            **counts.columns,
+            **counts.columns(self.measure),
             "macs": self.macs.total(architecture),
             "parameters": self.parameters.total(architecture),
             "generation": generation,
@@ -70,7 +71,7 @@ class Task:
 
 
 def run_study(
-    task: Task,
+    problem: Problem,
     folder: RunFolder,
     sampler: str,
     trials: int,
@@ -91,7 +92,7 @@ def run_study(
     whichever of them die: what is missing is queued again, what is scored stays.
     """
     with store or open_store(folder.journal, None, name) as store, store.errors():
-        search = _Search(task, store.study(task.names), store, sampler, trials, seed)
+        search = _Search(problem, store.study(problem.names), store, sampler, trials, seed)
         while True:
             with store.lock():
                 store.fail_abandoned(search.study)
@@ -127,7 +128,7 @@ class _Proposal(NamedTuple):
 
 
 class _Slot(NamedTuple):
-    """A trial as the search sees it: its place, and once it is scored, the correct answers and the images."""
+    """A trial as the search sees it: its place, and once it is scored, its counts."""
 
     generation: int
     position: int  # in the generation
@@ -138,9 +139,9 @@ class _Slot(NamedTuple):
 
 @dataclass
 class _Search:
-    """A study with the task it is about. `queue` and `take` are called under the store's lock."""
+    """A study with the problem it is about. `queue` and `take` are called under the store's lock."""
 
-    task: Task
+    problem: Problem
     study: optuna.Study
     store: Store
     sampler: str
@@ -164,8 +165,8 @@ class _Search:
         rows: dict[Architecture, dict[str, object]] = {}
         for slot in self.read()[0]:
             assert slot.counts is not None
-            rows.setdefault(slot.architecture, self.task.row(slot.architecture, slot.counts, slot.generation))
-        earlier = [self.task.row(a, counts, 0) for a, counts in self.task.record.items() if a not in rows]
+            rows.setdefault(slot.architecture, self.problem.row(slot.architecture, slot.counts, slot.generation))
+        earlier = [self.problem.row(a, counts, 0) for a, counts in self.problem.record.items() if a not in rows]
         return pd.DataFrame([*earlier, *rows.values()])
 
     def queue(self) -> int | None:
@@ -204,18 +205,22 @@ class _Search:
         with self.store.working(self.study, taken) as tell:
             slots = {slot.trial.number: slot for slot in self.read()[1]}
             mine = [(trial, slots[trial.number].architecture) for trial in taken if trial.number in slots]
-            scored = self.task.score([architecture for _, architecture in mine], progress)
+            scored = self.problem.score([architecture for _, architecture in mine], progress)
             for (trial, architecture), counts in zip(mine, scored, strict=True):
-                tell(trial, [counts.worth, self.task.objective.total(architecture)], {"counts": counts.to_json()})
+                tell(
+                    trial,
+                    [counts.worth(self.problem.measure), self.problem.objective.total(architecture)],
+                    {"counts": counts.to_json()},
+                )
         self.patience = min(max((time.monotonic() - start) / 10, 0.05), 2)
 
     def _slot(self, trial: FrozenTrial) -> _Slot:
         if trial.number in self._read:
             return self._read[trial.number]
-        facts, task = trial.user_attrs, self.task
+        facts, problem = trial.user_attrs, self.problem
         try:
             generation, position = facts["generation"], facts["position"]
-            architecture = task.space.check(Architecture.parse(facts["architecture"]))
+            architecture = problem.space.check(Architecture.parse(facts["architecture"]))
             counts = None
             if (
                 type(generation) is not int
@@ -225,9 +230,11 @@ class _Search:
             ):
                 raise ValueError(f"its place is {generation!r:.20}, {position!r:.20}")
             if trial.state == TrialState.COMPLETE:
-                counts = Counts.from_json(facts["counts"], task.scored_by)
+                counts = Counts.from_json(facts["counts"], problem.scored_by, problem.measure)
                 worth, cost = trial.values
-                if cost != task.objective.total(architecture) or not math.isclose(worth, counts.worth, abs_tol=1e-9):
+                if cost != problem.objective.total(architecture) or not math.isclose(
+                    worth, counts.worth(problem.measure), abs_tol=1e-9
+                ):
                     raise ValueError(f"its values are {trial.values!r:.60}")
         except (KeyError, TypeError, ValueError) as error:  # an ArchitectureError is a ValueError
             raise RunError(
@@ -242,7 +249,7 @@ class _Search:
     def _queue(
         self, generation: int, proposals: list[_Proposal], present: dict[int, _Slot], scored: list[_Slot]
     ) -> None:
-        known = dict(self.task.record) | {slot.architecture: slot.counts for slot in scored}
+        known = dict(self.problem.record) | {slot.architecture: slot.counts for slot in scored}
         open_ = {slot.architecture for slot in present.values()}
         failures = Counter(
             (trial.user_attrs.get("generation"), trial.user_attrs.get("position"))
@@ -250,7 +257,7 @@ class _Search:
         )
         missing = [item for item in enumerate(proposals) if item[0] not in present]
         # In the order of ranks, so that a worker's share has long common prefixes.
-        for position, proposal in sorted(missing, key=lambda item: self.task.space.rank(item[1].architecture)):
+        for position, proposal in sorted(missing, key=lambda item: self.problem.space.rank(item[1].architecture)):
             architecture = proposal.architecture
             if failures[generation, position] >= MAX_FAILURES:
                 raise RunError(
@@ -263,19 +270,19 @@ class _Search:
 
     def _add(self, generation: int, position: int, proposal: _Proposal, counts: Counts | None) -> None:
         architecture = proposal.architecture
-        objective = self.task.objective
+        objective = self.problem.objective
         cost = objective.total(architecture)
-        excess = max(0, cost - self.task.allowed.high)
+        excess = max(0, cost - self.problem.allowed.high)
         facts: dict[str, Any] = {"generation": generation, "position": position, "architecture": str(architecture)}
-        facts |= {"macs": self.task.macs.total(architecture)} | {objective.quantity: cost}
+        facts |= {"macs": self.problem.macs.total(architecture)} | {objective.quantity: cost}
         facts |= {"feasible": excess == 0, f"{objective.quantity}_over_budget": excess}
         facts |= {} if counts is None else {"counts": counts.to_json()}
         self.study.add_trial(
             create_trial(
                 state=TrialState.WAITING if counts is None else TrialState.COMPLETE,
-                values=None if counts is None else [counts.worth, cost],
+                values=None if counts is None else [counts.worth(self.problem.measure), cost],
                 params=proposal.params,
-                distributions=distributions(self.task.space),
+                distributions=distributions(self.problem.space),
                 user_attrs=facts,
                 # Feasible where ≤ 0. This older form of a constraint is the one that Optuna and its dashboard both read.
                 system_attrs=proposal.system_attrs | {"constraints": [excess]},
@@ -291,8 +298,8 @@ class _Search:
     def _by_ourselves(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
         scored = [Scored(slot.architecture, slot.trial.values[0], int(slot.trial.values[1])) for slot in earlier]
         key = f"{self.sampler} {self.seed} {generation}"
-        proposals = PROPOSERS[self.sampler](self.task.allowed, self.task.objective, scored, key, GENERATION)
-        return [_Proposal(architecture, encode(architecture, self.task.space), {}) for architecture in proposals]
+        proposals = PROPOSERS[self.sampler](self.problem.allowed, self.problem.objective, scored, key, GENERATION)
+        return [_Proposal(architecture, encode(architecture, self.problem.space), {}) for architecture in proposals]
 
     def _by_optuna(self, generation: int, earlier: list[_Slot]) -> list[_Proposal]:
         """Ask one of Optuna's samplers in memory, over the earlier generations in their own order.
@@ -302,10 +309,10 @@ class _Search:
         sampler = optuna_sampler(self.sampler, self.seed * 1_000_003 + generation)
         study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
         study.add_trials(slot.trial for slot in earlier)
-        if generation == 0 and self.task.allowed.size < self.task.space.size:
+        if generation == 0 and self.problem.allowed.size < self.problem.space.size:
             # As evolution does: these samplers learn what a budget allows, and of a tight one may never meet a member.
-            study.enqueue_trial(encode(self.task.space.cheapest(self.task.objective), self.task.space))
+            study.enqueue_trial(encode(self.problem.space.cheapest(self.problem.objective), self.problem.space))
         for _ in range(GENERATION):
-            study.ask(distributions(self.task.space))
+            study.ask(distributions(self.problem.space))
         asked = study.get_trials()[len(earlier) :]
-        return [_Proposal(decode(t.params, self.task.space), t.params, t.system_attrs) for t in asked]
+        return [_Proposal(decode(t.params, self.problem.space), t.params, t.system_attrs) for t in asked]

@@ -15,6 +15,7 @@ from poolshare.supernet.data import Place
 from poolshare.supernet.data.listing import is_image, subfolders
 from poolshare.supernet.data.loaders import loader_batch
 from poolshare.supernet.data.splits import Data
+from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import save_tensors
@@ -25,7 +26,6 @@ from ..job.job import conclude, race, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
 from ..job.trained_head import checked_head
 from ..progress import time_text
-from ..scoring import Metric, top1
 from .record import Record, drawn, seconds_per_unit
 from .search import expected_cost
 
@@ -36,7 +36,7 @@ def run_untrained(
     console: Console | None = None,
     storage: str | None = None,
     data: Data | None = None,
-    metric: Metric = top1,
+    task: Task | None = None,
     dry_run: bool = False,
 ) -> RunFolder:
     """Search the model of `config` as it is, and leave frontier and report in the folder `out`; the arguments are those of
@@ -50,15 +50,10 @@ def run_untrained(
     config = _checked(config, data)
     if storage is not None:
         console.print("--storage is not used: without training there is no study", soft_wrap=True)
-    if config.unlabelled and metric is not top1:
-        raise ConfigError(
-            f"the metric {config.metric} needs labels, and the images of {config.data} have none; leave it out, or give "
-            "images in class folders"
-        )
     config = RunFolder.continued(out, config)
     folder = RunFolder(Path(out), config)
     folder.check_weights(config)
-    job = drawn(prepare(config, console, data, metric, RunFolder.classes_of(out), load=not folder.supernet.exists()))
+    job = drawn(prepare(config, console, data, task, RunFolder.classes_of(out), load=not folder.supernet.exists()))
     job, threads = with_threads(job, folder, "journal")
     with computing_with(threads):
         return _run(job, Path(out), console, dry_run)
@@ -75,9 +70,9 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
                 f"--{name.replace('_', '-')} {getattr(config, name)} belongs to training, and --no-training was given: leave "
                 "one of them out"
             )
-    if config.score == "top1":
+    if config.score == "metric":
         raise ConfigError(
-            "--score top1 tells too little apart without training: give loss or divergence, or leave it out"
+            "--score metric tells too little apart without training: give loss or divergence, or leave it out"
         )
     if not config.warm:
         raise ConfigError(

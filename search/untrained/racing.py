@@ -15,10 +15,10 @@ import numpy as np
 from poolshare.space import Architecture, CostTable, forecast
 
 from ..counts import MICRONATS
-from ..losses import ImageLosses, paired
+from ..scoring import ImageScores, paired
 
 # Architectures and the range of images, start and stop → their losses on these. Images have a fixed order.
-ScoreImages = Callable[[Sequence[Architecture], int, int], ImageLosses]
+ScoreImages = Callable[[Sequence[Architecture], int, int], ImageScores]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Race:
     costs: CostTable
     images: int
     score: ScoreImages
-    losses: dict[Architecture, ImageLosses] = field(default_factory=dict)
+    losses: dict[Architecture, ImageScores] = field(default_factory=dict)
     spent: int = 0  # in units of cost: what all walks took
 
     def run(self, architectures: Sequence[Architecture], images: int) -> None:
@@ -42,7 +42,7 @@ class Race:
         for start, members in sorted(lacking.items()):
             found = self.score(members, start, images)
             for index, architecture in enumerate(members):
-                new = ImageLosses(found.loss[index : index + 1], found.right[index : index + 1])
+                new = found.of(index)
                 known = self.losses.get(architecture)
                 self.losses[architecture] = known.followed_by(new) if known else new
             walked = [self.dense, *members]  # the dense model is always walked, for the answers that are wanted

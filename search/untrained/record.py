@@ -15,12 +15,11 @@ from poolshare.supernet.data.splits import Batches
 from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 
 from ..config import IMAGES
-from ..counts import Counts
 from ..job.folder import RunFolder
 from ..job.prepare import Job
-from ..job.task import make_task
-from ..losses import ImageLosses, image_losses, loss_of, paired
+from ..job.problem import make_problem
 from ..progress import Advance
+from ..scoring import ImageScores, image_scores, paired
 from .damage import single_reductions
 from .racing import ScoreImages
 from .search import Effort, search_untrained
@@ -55,11 +54,8 @@ class Record:
 
     def __init__(self, folder: RunFolder):
         score = folder.config.score
-        self.path, self.score = (
-            folder.losses,
-            "divergence" if score == "top1" else score,
-        )  # top-1 tells too little apart
-        self.losses: dict[Architecture, ImageLosses] = {}
+        self.path, self.score = folder.losses, "divergence" if score == "metric" else score
+        self.losses: dict[Architecture, ImageScores] = {}
         self.spent = 0.0  # in images that the dense model could have seen, whatever the objective was
         if not self.path.exists():
             return
@@ -69,8 +65,8 @@ class Record:
         for name in tensors:
             if name.startswith("loss "):
                 text = name.removeprefix("loss ")
-                loss, right = (tensors[f"{kind} {text}"].numpy()[None] for kind in ("loss", "right"))
-                self.losses[Architecture.parse(text)] = ImageLosses(loss, right)
+                parts = (tensors[f"{kind} {text}"].numpy()[None] for kind in ("loss", "contributions"))
+                self.losses[Architecture.parse(text)] = ImageScores(*parts)
         self.spent = facts["spent"]
 
     def save(self) -> None:
@@ -78,22 +74,22 @@ class Record:
         tensors: dict[str, torch.Tensor] = {}
         for architecture, losses in self.losses.items():
             tensors[f"loss {architecture}"] = torch.from_numpy(losses.loss[0])
-            tensors[f"right {architecture}"] = torch.from_numpy(losses.right[0])
+            tensors[f"contributions {architecture}"] = torch.from_numpy(losses.contributions[0])
         save_tensors(self.path, tensors, {"spent": self.spent, "score": self.score})
 
     def scorer(self, job: Job, advance: Advance) -> ScoreImages:
         """Scores architectures of the job on a range of its images. advance: told the images spent so far."""
         dense = job.objective.total(job.dense)
 
-        def score(architectures: Sequence[Architecture], begin: int, end: int) -> ImageLosses:
+        def score(architectures: Sequence[Architecture], begin: int, end: int) -> ImageScores:
             walk = (end - begin) * forecast(dict.fromkeys([job.dense, *architectures]), job.objective).cost / dense
-            found = image_losses(
+            found = image_scores(
                 job.supernet,
                 architectures,
                 _batches(job, begin, end),
-                loss=loss_of(self.score),
+                loss=self.score,
                 labelled=job.data.labelled,
-                metric=job.metric,
+                task=job.task,
                 progress=lambda share: advance(self.spent + share * walk),
             )
             self.spent += walk
@@ -121,12 +117,12 @@ def search_job(job: Job, record: Record, advance: Advance) -> pd.DataFrame:
     found.race.run(job.include, images)
     record.save()
     show(record.spent, record.spent)
-    task, rows = make_task(job), []
+    problem, rows = make_problem(job), []
     for architecture in dict.fromkeys([*found.finalists, job.dense, *job.include]):
         losses = found.race.losses[architecture]
-        counts = Counts(int(losses.right.sum()), images, int(losses.loss.sum()))
+        [counts] = losses.counts
         more = paired(losses.loss[0], found.race.losses[job.dense].loss[0])
-        rows.append(task.row(architecture, counts, 0) | {"loss_margin": more.high - more.mean})
+        rows.append(problem.row(architecture, counts, 0) | {"loss_margin": more.high - more.mean})
     return pd.DataFrame(rows)
 
 
@@ -139,8 +135,8 @@ def seconds_per_unit(job: Job) -> float:
     singles = single_reductions(job.supernet.space)
     tried = singles[:: max(1, len(singles) // _TRIED)]
     batches = list(_batches(job, 0, BATCH // 2))
-    image_losses(job.supernet, tried[:1], batches, labelled=False)
+    image_scores(job.supernet, tried[:1], batches, labelled=False, task=job.task)
     start = time.perf_counter()
-    image_losses(job.supernet, tried, batches, labelled=False)
+    image_scores(job.supernet, tried, batches, labelled=False, task=job.task)
     seen = sum(len(labels) for _, labels in batches)
     return (time.perf_counter() - start) / (seen * forecast([job.dense, *tried], job.objective).cost)

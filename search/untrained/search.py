@@ -15,7 +15,7 @@ import numpy as np
 
 from poolshare.space import Architecture, Band, Layer, forecast
 
-from ..losses import ImageLosses
+from ..scoring import ImageScores
 from .cheapest import CheapestPaths, EdgeDamage
 from .damage import DamageModel, single_reductions
 from .racing import Race, ScoreImages
@@ -56,7 +56,7 @@ def search_untrained(
     images: int,
     effort: Effort = Effort(),
     note: Callable[[str], None] = lambda _: None,
-    known: dict[Architecture, ImageLosses] | None = None,
+    known: dict[Architecture, ImageScores] | None = None,
 ) -> Found:
     """The least damaging architectures within `allowed`, down to half of its highest cost.
 

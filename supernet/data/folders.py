@@ -1,9 +1,9 @@
-"""Folders of class folders: which part is which, and the images in them; nothing is decoded here."""
+"""Folders of images: which part is which, and what is in class folders and others; nothing is decoded here."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,28 +31,42 @@ class Layout:
     notes: tuple[str, ...]
 
 
-def _named(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Those of a name, in the order of the names, that hold class folders."""
-    return [one for name in names for one in folders if one.name.lower() == name and subfolders(one)]
+@dataclass(frozen=True)
+class Reader:
+    """How images with their targets are read from a folder.
+
+    read: the folder, class names whose indices hold or None, and `Place.scale_16bit` → class names, images, notes.
+    holds: whether a folder has such images. form: what it holds then.
+    """
+
+    read: Callable[[Path, Sequence[str] | None, bool], tuple[tuple[str, ...], Source, tuple[str, ...]]]
+    holds: Callable[[Path], bool]
+    form: str
 
 
-def find_layout(root: Path, search_data: Path | None = None) -> Layout:
+def _named(folders: Sequence[Path], names: Sequence[str], reader: Reader) -> list[Path]:
+    """Those of a name, in the order of the names, that hold what is read."""
+    return [one for name in names for one in folders if one.name.lower() == name and reader.holds(one)]
+
+
+def find_layout(root: Path, reader: Reader, search_data: Path | None = None) -> Layout:
     """Which folder is which, by name; every one that is not read is named. Raises DataError where there is no folder."""
     for folder in (root, search_data):
         if folder is not None and not folder.is_dir():
             raise DataError(
                 f"no data at {str(folder)!r}: give digits, a folder of images, or timm's torch/… or hfds/…"
                 if folder is root
-                else f"--search-data {str(folder)!r} is not there: give a folder of class folders"
+                else f"--search-data {str(folder)!r} is not there: give a folder with {reader.form}"
             )
     folders, notes = subfolders(root), list[str]()
 
-    train = next(iter(_named(folders, TRAIN_FOLDERS)), None)
+    train = next(iter(_named(folders, TRAIN_FOLDERS, reader)), None)
     if train is None:
         return Layout(root, None, search_data, ())
     given = [one for one in folders if search_data is not None and one.samefile(search_data)]
     tests, validations = (
-        [one for one in _named(folders, names) if one not in given] for names in (TEST_FOLDERS, VALIDATION_FOLDERS)
+        [one for one in _named(folders, names, reader) if one not in given]
+        for names in (TEST_FOLDERS, VALIDATION_FOLDERS)
     )
     candidates = tests + validations
     test = candidates[0] if candidates else None
@@ -60,40 +74,40 @@ def find_layout(root: Path, search_data: Path | None = None) -> Layout:
     if test is not None and not tests:
         notes.append(f"{str(test)!r} holds the test images: there is no test folder beside it.")
     for one in folders:
-        if one.name.lower() in TEST_FOLDERS and not subfolders(one):
-            notes.append(f"{str(one)!r} is not used: it has no class folders, so its images have no labels.")
+        if one.name.lower() in TEST_FOLDERS and not reader.holds(one):
+            notes.append(f"{str(one)!r} is not used: it has no {reader.form}, so its images have no labels.")
         elif one not in (train, test, search, *given):
             notes.append(f"{str(one)!r} is not read.")
     return Layout(train, test, search, tuple(notes))
 
 
-def held_out(root: Path) -> list[Path]:
+def held_out(root: Path, reader: Reader) -> list[Path]:
     """Folders of test and validation images, where `root` has no others; test comes first."""
     folders = subfolders(root)
-    found = _named(folders, TEST_FOLDERS + VALIDATION_FOLDERS)
+    found = _named(folders, TEST_FOLDERS + VALIDATION_FOLDERS, reader)
     return found if len(found) == len(folders) else []
 
 
-def open_folder(place: Place) -> Found:
+def open_folder(place: Place, reader: Reader) -> Found:
     """The parts of a folder of images, nothing decoded. Raises DataError for one that cannot be used."""
     root, scale_16bit = place.path, place.scale_16bit
-    layout = find_layout(root, None if place.search_data is None else Path(place.search_data).expanduser())
-    if layout.train == root and (alone := held_out(root)):
+    layout = find_layout(root, reader, None if place.search_data is None else Path(place.search_data).expanduser())
+    if layout.train == root and (alone := held_out(root, reader)):
         raise DataError(
             f"{str(root)!r} holds {some([one.name for one in alone])} and no folder to train on: put train/CLASS/ beside "
             "it; `poolshare evaluate` takes it as it is"
         )
-    classes, parts, notes = read_folder(layout.train, None, scale_16bit)
+    classes, parts, notes = reader.read(layout.train, None, scale_16bit)
     notes = layout.notes + notes
     test = layout.test
-    open_test = None if test is None else lambda: whole(read_folder(test, classes, scale_16bit)[1])
+    open_test = None if test is None else lambda: whole(reader.read(test, classes, scale_16bit)[1])
     if test is not None:
-        notes += class_notes(test, classes)
+        notes += class_notes(test, classes, reader)
     if layout.search is None:
         return Found(classes, whole(parts), open_test, None, notes)
-    _, extra, more = read_folder(layout.search, classes, scale_16bit)
-    together, count = both(parts, extra, layout.search.name), len(parts)
-    notes += class_notes(layout.search, classes) + more
+    _, extra, more = reader.read(layout.search, classes, scale_16bit)
+    together, count = _both(parts, extra, layout.search.name), len(parts)
+    notes += class_notes(layout.search, classes, reader) + more
     notes += (
         f"architectures are scored on the {len(extra)} images of {str(layout.search)!r}, and trained on all "
         f"{count} of {str(layout.train)!r}.",
@@ -102,7 +116,7 @@ def open_folder(place: Place) -> Found:
     return Found(classes, train, open_test, search, notes)
 
 
-def both(first: Source, second: Source, prefix: str) -> Source:
+def _both(first: Source, second: Source, prefix: str) -> Source:
     """The images of two folders as those of one; `prefix` comes before the second one's names."""
     columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (first, second)]
     labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
@@ -121,8 +135,10 @@ def list_classes(root: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     return names, folders
 
 
-def class_notes(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
+def class_notes(root: Path, classes: Sequence[str], reader: Reader) -> tuple[str, ...]:
     """Notes on the class folders of test or search-validation images, where they are not those of training."""
+    if reader is not CLASS_FOLDERS:
+        return ()
     here = list_classes(root)[0]
     if {*here} - {*classes}:
         return (f"{_foreign(root, classes)}.",)
@@ -173,23 +189,29 @@ def read_folder(
     if not len(inside):
         raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
     paths = listing.paths if not loose else [listing.paths[index] for index in inside]
-    source = _source(root, paths, labels[inside], listing, inside, scale_16bit)
+    source = source_of(root, paths, labels[inside], listing, inside, scale_16bit)
     return names if known is None else tuple(known), source, notes
 
 
-def read_pictures(root: Path, scale_16bit: bool) -> tuple[Source, tuple[str, ...]]:
-    """All images in a folder, however deep, each with the label 0, and notes on what was passed over."""
+def read_pictures(
+    root: Path, known: Sequence[str] | None, scale_16bit: bool
+) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+    """No classes, all images in a folder, however deep, each with the label 0, and notes on what was passed over."""
     listing = list_folder(root)
     if not listing.paths:
         raise DataError(f"no image ({' '.join(ENDINGS)}) in {str(root)!r}: add some")
     rows = np.arange(len(listing.paths))
-    return _source(root, listing.paths, np.zeros_like(rows), listing, rows, scale_16bit), listing.notes
+    return (), source_of(root, listing.paths, np.zeros_like(rows), listing, rows, scale_16bit), listing.notes
 
 
-def _source(
+def source_of(
     root: Path, paths: list[str], labels: np.ndarray, listing: Listing, rows: np.ndarray, scale_16bit: bool
 ) -> Source:
     """The images at `rows` of a listing, whose paths and labels these are; nothing is known of their contents."""
     sizes, times = (np.frombuffer(column, dtype=np.int64)[rows] for column in (listing.sizes, listing.times))
     read = Images(Files(((str(root), paths),)), str(root), scale_16bit)
     return Source(read, labels, paths, sizes, np.zeros(len(rows), dtype=np.uint64), times)
+
+
+CLASS_FOLDERS = Reader(read_folder, lambda root: bool(subfolders(root)), "class folders")
+PICTURES = Reader(read_pictures, lambda root: bool(list_folder(root).paths), "images")

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import BrokenDataError, DataError
 
+from ..tasks.task import Targets
 from . import samples
 from .loaders import LoaderData, not_one_by_one, read_loader
 from .pictures import Progress, advance
@@ -42,11 +43,13 @@ def open_own(
     seed: int = 0,
     workers: int = 0,
     progress: Progress | None = None,
+    targets: Targets = "class",
 ) -> Data:
     """The splits `train` and `search`; there is no test split; test images stay with the user.
 
     parts: two `Dataset`s with a length, or two `DataLoader`s; of float images (channels, H, W), all of one size, and
-    class indices; or of dictionaries with `pixel_values` or `image`, and `label` or `labels`. All of them are read once:
+    class indices, or what else `targets` says, see `supernet.tasks`; or of dictionaries with `pixel_values` or `image`, and
+    `label` or `labels`. All of them are read once:
     what breaks the contract is found before anything starts.
     name: how they are called in the record. classes: names in index order, or how many there are; None: what the training
     set calls `classes`, or numbers up to the highest label. workers: processes that read data sets; loaders have their own.
@@ -55,7 +58,7 @@ def open_own(
     Raises DataError for what cannot be used, BrokenDataError for images that cannot be read.
     """
     _check_parts(parts)
-    found = _read_parts(parts, seed, workers, progress)
+    found = _read_parts(parts, seed, workers, progress, targets)
     channels, height, width = _common_shape(found)
     of_loaders = isinstance(parts[0], DataLoader)
     both = Source(
@@ -63,10 +66,13 @@ def open_own(
         np.concatenate([part.split.labels for part in found.values()]),
         digests=np.concatenate([part.split.source.digests for part in found.values()]),  # type: ignore[misc]
     )
-    kind = partial(LoaderData, loaders=dict(zip(SPLITS, parts, strict=True)), sizes=found["train"].sizes)
+    loaders = dict(zip(SPLITS, parts, strict=True))
+    kind = partial(LoaderData, loaders=loaders, sizes=found["train"].sizes, targets=targets)
     return (kind if of_loaders else Data)(
         name=f"{DataKind.GIVEN.value}{name}",
-        classes=_names(_dataset(parts[0]), classes, [part.split.labels for part in found.values()]),
+        classes=()
+        if targets == "dense"
+        else _names(_dataset(parts[0]), classes, [part.split.labels for part in found.values()]),
         in_chans=channels,
         img_size=(height, width),
         seed=seed,
@@ -79,6 +85,7 @@ def open_own(
         _splits={where: part.split for where, part in found.items()} | {"train_full": whole(both)},
         _open_test=None,
         _prepare=_fetch,
+        labelled=targets != "dense",
     )
 
 
@@ -99,13 +106,17 @@ def _check_parts(parts: Any) -> None:
         _check_kind(part, where)
 
 
-def _read_parts(parts: Parts, seed: int, workers: int, progress: Progress | None) -> dict[str, samples.Part]:
+def _read_parts(
+    parts: Parts, seed: int, workers: int, progress: Progress | None, targets: Targets
+) -> dict[str, samples.Part]:
     """What training and validation images are, by the name of the split; each is read once."""
     total, before, found = sum(len(_dataset(part)) for part in parts), 0, dict[str, samples.Part]()
     for where, part in zip(SPLITS, parts, strict=True):
         show = partial(advance, progress, before, total) if progress else None
-        loader = isinstance(part, DataLoader)
-        found[where] = read_loader(part, where, seed, show) if loader else _read_dataset(part, where, workers, show)
+        if isinstance(part, DataLoader):
+            found[where] = read_loader(part, where, seed, show, targets)
+        else:
+            found[where] = _read_dataset(part, where, workers, show, targets)
         before += len(_dataset(part))
     return found
 
@@ -133,12 +144,11 @@ class _Item(NamedTuple):
 def _fetch(place: _Item, draw: Draw) -> Tensor:
     """The image, with all that is random about it keyed; in evaluation by its index alone."""
     with keyed_generators(*(draw or (place.position,))):
-        image, _ = samples.pair(place.dataset[place.position])
-        return image.float()  # type: ignore[no-any-return]
+        return samples.image_of(place.dataset[place.position]).float()  # type: ignore[no-any-return]
 
 
 class _Checked(NamedTuple):
-    label: int
+    label: Any
     shape: tuple[int, ...]
     problem: str  # empty where there is none
     broken: bool = False  # it could not be read at all
@@ -150,6 +160,7 @@ class _Checks(Dataset):
     """Checks every item of a data set."""
 
     dataset: Any
+    targets: Targets
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -161,20 +172,25 @@ class _Checks(Dataset):
         except Exception as error:  # whatever the user's own code raises
             return _Checked(-1, (), f"{type(error).__name__}: {str(error)[:200]}", True)
         try:
-            image, label = samples.pair(item)
+            image, label = samples.pair(item, self.targets)
         except DataError as error:
             return _Checked(-1, (), str(error))
-        problem = samples.image_fault(image, 3) or samples.not_finite_fault(image) or samples.label_fault(label)
+        problem = (
+            samples.image_fault(image, 3) or samples.not_finite_fault(image) or samples.label_fault(label, self.targets)
+        )
         if problem:
             return _Checked(-1, (), problem)
-        return _Checked(int(label), tuple(image.shape), "", digest=samples.image_digest(image))
+        label = np.asarray(label, dtype=np.uint8) if self.targets == "classes" else int(label)
+        return _Checked(label, tuple(image.shape), "", digest=samples.image_digest(image))
 
 
-def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None) -> samples.Part:
-    labels, digests = list[int](), list[int]()
+def _read_dataset(
+    dataset: Any, where: str, workers: int, progress: Callable[[int], None] | None, targets: Targets
+) -> samples.Part:
+    labels, digests = list[Any](), list[int]()
     shape: tuple[int, ...] | None = None
     generator = torch.Generator()  # the global one stays as it is
-    for items in DataLoader(_Checks(dataset), 256, num_workers=workers, collate_fn=list, generator=generator):
+    for items in DataLoader(_Checks(dataset, targets), 256, num_workers=workers, collate_fn=list, generator=generator):
         for item in items:
             if item.problem:
                 kind = BrokenDataError if item.broken else DataError
@@ -190,10 +206,13 @@ def _read_dataset(dataset: Any, where: str, workers: int, progress: Callable[[in
         if progress:
             progress(len(labels))
     assert shape is not None  # empty data sets are refused before
-    repeatable = [_Checks(dataset)[index].digest for index in range(min(_AGAIN, len(digests)))] == digests[:_AGAIN]
-    source = Source(
-        partial(_Item, dataset), np.array(labels, dtype=np.int64), digests=samples.digest_column(digests, repeatable)
-    )
+    repeatable = [_Checks(dataset, targets)[index].digest for index in range(min(_AGAIN, len(digests)))] == digests[
+        :_AGAIN
+    ]
+    if len({np.shape(label) for label in labels}) > 1:
+        raise DataError(f"labels of the {where} data differ in length: give a 0 or 1 for each class, of every image")
+    table = np.array(labels, dtype=np.uint8 if targets == "classes" else np.int64)
+    source = Source(partial(_Item, dataset), table, digests=samples.digest_column(digests, repeatable))
     return samples.Part(Split(source, np.arange(len(labels))), shape, repeatable)
 
 
@@ -216,7 +235,12 @@ def _check_kind(part: Any, where: str) -> None:
 
 
 def _names(dataset: Any, given: Sequence[str] | int | None, labels: Sequence[np.ndarray]) -> tuple[str, ...]:
-    count = 1 + max(int(part.max()) for part in labels)
+    hot = labels[0].ndim > 1
+    if hot and labels[0].shape[1:] != labels[1].shape[1:]:
+        raise DataError(
+            f"training labels are of {labels[0].shape[1]} classes, validation labels of {labels[1].shape[1]}: give the same"
+        )
+    count = labels[0].shape[1] if hot else 1 + max(int(part.max()) for part in labels)
     stated = getattr(dataset, "classes", None) or _hub_names(dataset)
     if isinstance(given, int):
         given = tuple(map(str, range(given)))
@@ -226,9 +250,12 @@ def _names(dataset: Any, given: Sequence[str] | int | None, labels: Sequence[np.
         names = tuple(map(str, given))
     else:
         names = tuple(map(str, stated if isinstance(stated, (tuple, list)) else range(count)))
-    if count > len(names) or len(names) < 2:
+    if hot and count != len(names):
+        raise DataError(f"there are {len(names)} class names, and labels of {count} classes: name each")
+    if count > len(names) or (len(names) < 2 and not hot):
         raise DataError(f"there are {len(names)} class names, and labels from 0 to {count - 1}: name 2 classes or more")
-    untrained = sorted({*labels[1].tolist()} - {*labels[0].tolist()})
+    seen = [{*np.flatnonzero(part.any(axis=0) if hot else np.bincount(part)).tolist()} for part in labels]
+    untrained = sorted(seen[1] - seen[0])
     if untrained:
         raise DataError(f"class {names[untrained[0]]!r} has validation images and none to train on: add some")
     return names

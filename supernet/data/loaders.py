@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from poolshare.space.errors import DataError
 
+from ..tasks.task import Targets
 from . import samples
 from .sources import Source, Split
 from .splits import Batches, Data
@@ -32,6 +34,7 @@ class LoaderData(Data):
     loaders: dict[str, DataLoader] = field(kw_only=True, repr=False)
     sizes: tuple[int, ...] = field(kw_only=True)  # images of its training batches, each number once, rising
     places: tuple[int, ...] | None = field(default=None, kw_only=True)  # of the loaders' labels among `classes`
+    targets: Targets = field(default="class", kw_only=True)
 
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> Data:
         """The same under the classes of a model; the loaders' labels are translated as they come."""
@@ -67,7 +70,7 @@ class LoaderData(Data):
         def one(now: int) -> _Epoch:
             start = start_step if now == epoch else 0
             key = self.seed, _EPOCH, now
-            return _Epoch(self.loaders["train"], "train", key, start, rank, world_size, self.places)
+            return self._epoch("train", key, start, rank, world_size)
 
         return _Epochs([one(now) for now in range(epoch, epoch + epochs)])
 
@@ -81,7 +84,11 @@ class LoaderData(Data):
             raise DataError(f"{self.name} came as loaders, which give no range of their images: give Datasets")
         if split not in self.loaders:
             raise DataError(f"no loader of {split} images was given for {self.name}")
-        return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)
+        return self._epoch(split, (self.seed, _EPOCH))
+
+    def _epoch(self, split: str, key: tuple[int, ...], start: int = 0, rank: int = 0, world_size: int = 1) -> _Epoch:
+        translate = partial(_translated, self.places, len(self.classes)) if self.places and self.labelled else None
+        return _Epoch(self.loaders[split], split, key, start, rank, world_size, self.targets, translate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,10 @@ class _Epoch:
     start: int = 0
     rank: int = 0
     world_size: int = 1
-    places: tuple[int, ...] | None = None  # what the loader's labels are called, by label; None: as they are
+    targets: Targets = "class"
+    translate: Callable[[Tensor], Tensor] | None = (
+        None  # the loader's labels to those of the model; None: they are the same
+    )
 
     def __len__(self) -> int:
         return len(self.loader) - self.start
@@ -127,12 +137,21 @@ class _Epoch:
                         raise DataError(f"a loader said it has {steps} batches and ended after {step}") from None
                 if step < self.start:
                     continue
-                images, labels = _batch(batch, f"batch {step} of the {self.where} loader")
+                images, labels = _batch(batch, f"batch {step} of the {self.where} loader", self.targets)
                 _check_share(len(images), self.world_size)  # other epochs may have other batches than the first
                 share = len(images) // self.world_size
                 mine = slice(self.rank * share, (self.rank + 1) * share)
-                labels = labels[mine].long()
-                yield images[mine].float(), labels if self.places is None else torch.tensor(self.places)[labels]
+                labels = labels[mine].to(torch.uint8 if self.targets == "classes" else torch.int64)
+                yield images[mine].float(), labels if self.translate is None else self.translate(labels)
+
+
+def _translated(places: tuple[int, ...], classes: int, labels: Tensor) -> Tensor:
+    """Labels under the names of a model: class i of the loader is its class `places[i]`, of so many."""
+    if labels.ndim == 1:
+        return torch.tensor(places)[labels]
+    found = labels.new_zeros(len(labels), classes)
+    found[:, list(places)] = labels
+    return found
 
 
 def _generators(loader: DataLoader) -> list[torch.Generator]:
@@ -155,12 +174,14 @@ def _seeded(generators: Sequence[torch.Generator], seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
-def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None) -> samples.Part:
+def read_loader(
+    loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None, targets: Targets = "class"
+) -> samples.Part:
     """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
     labels: list[Tensor] = []
     digests: list[int] = []
     shapes: set[tuple[int, ...]] = set()
-    epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH))
+    epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH), targets=targets)
     for index, item in enumerate(epoch):
         images, some = item
         if problem := samples.not_finite_fault(images):
@@ -184,16 +205,19 @@ def read_loader(loader: DataLoader, where: str, seed: int, progress: Callable[[i
     return samples.Part(Split(source, np.arange(len(together))), shapes.pop(), repeatable, sizes)
 
 
-def _batch(batch: Any, which: str) -> tuple[Tensor, Tensor]:
+def _batch(batch: Any, which: str, targets: Targets) -> tuple[Tensor, Tensor]:
     """Images (B, channels, H, W) and labels (B,) of a loader's batch, as they are. Raises DataError for anything else."""
     try:
-        images, labels = samples.pair(batch)
+        images, labels = samples.pair(batch, targets)
     except DataError as error:
         raise DataError(f"{which} cannot be used ({error})") from None
     problem = samples.image_fault(images, 4)
     if problem and isinstance(images, Tensor) and images.ndim == 3:
         problem += "; give the loader a batch_size"
-    if not problem and (
+    if not problem and targets == "classes":
+        if samples.hot_fault(labels, 2) or len(labels) != len(images):
+            problem = f"its labels are {samples.described(labels)}, and must be a 0 or 1 for each image and class"
+    elif not problem and (
         not isinstance(labels, Tensor) or labels.shape != (len(images),) or not samples.whole_numbers(labels)
     ):
         problem = f"its labels are {samples.described(labels)}, and must be class indices of shape ({len(images)},)"

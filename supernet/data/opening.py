@@ -9,13 +9,23 @@ import numpy as np
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import DataError
 
-from .folders import class_notes, find_layout, held_out, open_folder, read_folder, read_pictures
+from .folders import (
+    CLASS_FOLDERS,
+    PICTURES,
+    Reader,
+    class_notes,
+    find_layout,
+    held_out,
+    open_folder,
+    read_pictures,
+)
 from .listing import some
-from .masks import open_masks, open_test_masks
+from .masks import mask_reader
 from .named import open_digits, open_timm
 from .pictures import Progress
-from .sources import Found, Place, Source, Split, whole
+from .sources import Found, Place, Split, whole
 from .splits import Checking, Data
+from .tables import LABEL_TABLES
 from .transforms import (
     DEFAULT_AUGMENTATION,
     Augmentation,
@@ -43,7 +53,6 @@ def open_data(
     when: Checking = "once",
     progress: Progress | None = None,
     training: bool = True,
-    classes: Sequence[str] | None = None,
 ) -> Data:
     """Open a data set and cut it into train, search and test; no test image is used until asked for.
 
@@ -55,7 +64,6 @@ def open_data(
         `Data.check`. progress: called as `progress(done, total)` meanwhile.
     training: False: nothing will be trained, so all images but those of test are scored on; where a class has one image,
         none are set aside as test either.
-    classes: of masks, where a model knows them already.
 
     Raises DataError for data that are missing or of no use here, BrokenDataError for files that cannot be read.
     """
@@ -71,20 +79,25 @@ def open_data(
             "take a seed of at least 0, and fractions between 0 and 1"
         )
     prepare = _transform(place, images, augmentation)
-    found = open_source(place, classes)
-    strata = found.classes if place.ignore_index is None else ("image",)  # masks have no class to keep the shares of
+    found = open_source(place)
+    labelled = place.targets != "dense"
+    classes = found.classes if labelled else ()
+    strata = () if place.targets == "pixels" else classes  # what cuts keep the shares of
     splits, notes, full = {}, found.notes, found.train
     whole_count = len(full)
-    if found.open_test is None and not training and (np.bincount(full.labels, minlength=len(strata)) < 2).any():
+    if found.open_test is None and not training and _too_rare(full, strata):
         notes += (
             f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
         )
     elif found.open_test is None:
-        count = round(test_fraction * len(full))
+        count, how = (
+            round(test_fraction * len(full)),
+            "class by class" if full.labels.ndim == 1 and strata else "at random",
+        )
         splits["test"], full = full.cut(count, strata, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
-            f"set aside as test, class by class, with seed {seed}; another seed sets aside others.",
+            f"set aside as test, {how}, with seed {seed}; another seed sets aside others.",
         )
     rng = random_numbers(seed, _SEARCH)
     if found.search is not None:
@@ -104,7 +117,14 @@ def open_data(
     else:
         search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
-    data = Data(name, found.classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare)
+    if full.labels.ndim > 1:
+        unseen = ~search.labels.any(axis=0) & full.labels.any(axis=0)
+        absent = [repr(classes[index]) for index in np.flatnonzero(unseen).tolist()]
+        if absent:
+            notes += (
+                f"warning: no search-validation image has the label {some(absent)}: its share of the score is 0.",
+            )
+    data = Data(name, classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare, labelled)
     data.check(check, progress, when)
     return data
 
@@ -119,7 +139,7 @@ def open_pictures(
     root = place.path
     if not root.is_dir():
         raise DataError(f"no folder of pictures at {str(root)!r}: images without labels are given as a folder")
-    source, notes = read_pictures(root, place.scale_16bit)
+    _, source, notes = read_pictures(root, None, place.scale_16bit)
     notes += (f"the {len(source)} images of {str(root)!r} are scored without labels, by the dense model's answers.",)
     prepare = _transform(place, images, Augmentation.none())
     splits = dict.fromkeys(("train", "search", "train_full"), whole(source))
@@ -144,34 +164,20 @@ def open_tests(
     once, as a check. Raises DataError and BrokenDataError as `open_data`.
     """
     root = place.path
-    if place.ignore_index is not None:
-        source, notes = open_test_masks(place, classes)
-        return _tests(place, classes, images, source, notes, when, progress)
-    layout = find_layout(root)
+    reader = _reader(place)
+    layout = find_layout(root, reader)
     if layout.test is None and layout.train != root:
         raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
-    folder = layout.test or next(iter(held_out(root)), root)
-    _, source, notes = read_folder(folder, classes, place.scale_16bit)
-    notes += (*class_notes(folder, classes), f"all {len(source)} images of {str(folder)!r} are test images.")
-    return _tests(place, classes, images, source, notes, when, progress)
-
-
-def _tests(
-    place: Place,
-    classes: Sequence[str],
-    images: ImageFormat,
-    source: Source,
-    notes: tuple[str, ...],
-    when: Checking,
-    progress: Progress | None,
-) -> Data:
+    folder = layout.test or next(iter(held_out(root, reader)), root)
+    _, source, notes = reader.read(folder, classes, place.scale_16bit)
+    notes += (*class_notes(folder, classes, reader), f"all {len(source)} images of {str(folder)!r} are test images.")
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
     data.check(("test",), progress, when)
     return data
 
 
-def open_source(place: Place, classes: Sequence[str] | None = None) -> Found:
+def open_source(place: Place) -> Found:
     """Find a data set, decoding nothing. Raises DataError where it is missing or of no use here."""
     name, kind = place.name, place.kind
     if place.search_data is not None and kind is not DataKind.FOLDER:
@@ -183,24 +189,36 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Found:
             f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
-    if place.ignore_index is not None:
-        if kind is not DataKind.FOLDER:
-            raise DataError(
-                f"{name}: masks are read from a folder: give ROOT with ROOT/train/images/ and ROOT/train/masks/"
-            )
-        return _several(open_masks(place, classes), name)
-    openers = {DataKind.DIGITS: open_digits, DataKind.FOLDER: open_folder}
-    return _several(openers.get(kind, open_timm)(place), name)
-
-
-def _several(found: Found, name: str) -> Found:
-    if len(found.classes) < 2:
+    if kind is DataKind.FOLDER:
+        found = open_folder(place, _reader(place))
+    elif place.targets == "classes":
+        raise DataError(
+            f"{name} has one class per image, and this task needs any number of them: give a folder with labels.csv, or data "
+            "in Python"
+        )
+    elif place.targets == "pixels":
+        raise DataError(f"{name} has no masks: give a folder with train/images and train/masks")
+    else:
+        found = (open_digits if kind is DataKind.DIGITS else open_timm)(place)
+    if place.targets in ("class", "pixels") and len(found.classes) < 2:
         raise DataError(f"{name} has fewer than 2 classes ({some(found.classes)}): there is nothing to learn")
     return found
 
 
+def _reader(place: Place) -> Reader:
+    """How a folder is read, by what its images need."""
+    if place.targets == "pixels":
+        return mask_reader(place.ignore_index)
+    return {"class": CLASS_FOLDERS, "classes": LABEL_TABLES, "dense": PICTURES}[place.targets]
+
+
+def _too_rare(split: Split, classes: Sequence[str]) -> bool:
+    """Whether some class has too few images for a test image to be set aside."""
+    return split.labels.ndim == 1 and bool((np.bincount(split.labels, minlength=len(classes)) < 2).any())
+
+
 def _transform(place: Place, images: ImageFormat, augmentation: Augmentation) -> Prepare:
-    if place.ignore_index is not None:
+    if place.targets == "pixels":
         return mask_transform(images, augmentation)
     if place.kind is DataKind.DIGITS:
         return digits_transform(images, augmentation.shift)

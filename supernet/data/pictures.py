@@ -107,7 +107,7 @@ class Pairs(Images):
     """
 
     masks: Any = None
-    ignore_index: int | None = None
+    ignore_index: int = 255
     classes: int = 0
     table: np.ndarray | None = None
     remedy: ClassVar[str] = (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poolshare.space.errors import DataError
 
+from ..tasks.task import Targets
 from .pictures import digest
 from .sources import Split
 
@@ -26,8 +27,19 @@ class Part(NamedTuple):
     sizes: tuple[int, ...] = ()  # images of its batches, each number once, rising; where it is a loader
 
 
-def pair(item: Any) -> tuple[Any, Any]:
-    """Image and label of a sample, or images and labels of a batch. Raises DataError for anything else."""
+def image_of(item: Any) -> Any:
+    """The image of a sample, or the images of a batch, whatever else is in it."""
+    if isinstance(item, Mapping):
+        return next((item[key] for key in IMAGE_KEYS if key in item), None)
+    return item[0] if isinstance(item, (tuple, list)) and item else item
+
+
+def pair(item: Any, targets: Targets = "class") -> tuple[Any, Any]:
+    """Image and label of a sample, or images and labels of a batch; without labels zeros. Raises DataError for anything else."""
+    if targets == "dense":
+        image = image_of(item)
+        batch = isinstance(image, Tensor) and image.ndim == 4
+        return image, torch.zeros(len(image), dtype=torch.int64) if batch else 0
     if isinstance(item, Mapping):
         found = [[item[key] for key in keys if key in item][:1] for keys in (IMAGE_KEYS, LABEL_KEYS)]
         if all(found):
@@ -58,11 +70,25 @@ def whole_numbers(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex())
 
 
-def label_fault(label: Any) -> str:
+def label_fault(label: Any, targets: Targets = "class") -> str:
+    if targets == "classes":
+        fault = hot_fault(label, 1)
+        return fault and f"its label is {described(label)}, and must be a 0 or 1 for each class"
     whole = isinstance(label, (int, np.integer)) or (
         isinstance(label, Tensor) and label.ndim == 0 and whole_numbers(label)
     )
     return "" if whole and int(label) >= 0 else f"its label is {described(label)}, and must be a class index, 0, 1, 2 …"
+
+
+def hot_fault(labels: Any, dimensions: int) -> bool:
+    """Whether labels are anything but zeros and ones, for each class, and in a batch for each image."""
+    if not isinstance(labels, (Tensor, np.ndarray, list, tuple)):
+        return True
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return True
+    return values.ndim != dimensions or not values.numel() or not bool(((values == 0) | (values == 1)).all())
 
 
 def described(value: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import DataError
 
+from ..tasks.task import Targets
 from .listing import some
 
 StrPath = str | os.PathLike[str]
@@ -29,7 +30,8 @@ class Place:
         ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
     search_data: a folder of class folders whose images are scored on; nothing is set aside for that then.
     scale_16bit: take 16-bit grey images, 65,535 as white.
-    ignore_index: images come with masks, see `masks`, and this value of a pixel counts for nothing; None: with classes.
+    targets: what is read for each image, see `supernet.tasks`. ignore_index: the value of a mask's pixels that count for
+        nothing.
     """
 
     name: str
@@ -39,7 +41,8 @@ class Place:
     label_key: str = "label"
     search_data: StrPath | None = None
     scale_16bit: bool = False
-    ignore_index: int | None = None
+    targets: Targets = "class"
+    ignore_index: int = 255
 
     @property
     def kind(self) -> DataKind:
@@ -54,7 +57,8 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Images that are read one at a time, and `labels`, their class indices: (N,) int64.
+    """Images that are read one at a time, and `labels`, their class indices: (N,) int64; or a 0 or 1 for each class,
+    (N, classes) uint8.
 
     names: of the files, "cat/1.jpg", where they lie in folders. sizes: their bytes, (N,) int64. times: of their last
     change, (N,) int64 nanoseconds. digests: hashes of the contents, (N,) uint64, each 0 until it is known. None: there is
@@ -84,19 +88,31 @@ class Split:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class indices, (n,) int64."""
+        """Class indices, (n,) int64, or (n, classes) uint8."""
         return self.source.labels[self.indices]
+
+    def images_of(self, classes: int) -> list[int]:
+        """How many images there are of each class."""
+        if self.labels.ndim > 1:
+            return [int(count) for count in self.labels.sum(axis=0, dtype=np.int64)]
+        return [int(count) for count in np.bincount(self.labels, minlength=classes)]
 
     def cut(
         self, count: int, classes: Sequence[str], generator: np.random.Generator, where: str
     ) -> tuple[Split, Split]:
-        """About `count` images, `stratified`, and the rest."""
-        chosen, rest = stratified(self.labels, classes, count, generator, where)
+        """About `count` images, `stratified` where each has one class, else at random, and the rest."""
+        if self.labels.ndim == 1 and classes:
+            chosen, rest = stratified(self.labels, classes, count, generator, where)
+        else:
+            if len(self) < 2:
+                raise DataError(f"{where}: {len(self)} image(s) cannot be split: add some")
+            order = generator.permutation(len(self))
+            chosen, rest = (np.sort(part) for part in np.split(order, [min(max(count, 1), len(self) - 1)]))
         return Split(self.source, self.indices[chosen]), Split(self.source, self.indices[rest])
 
     def drawn(self, count: int, classes: Sequence[str], generator: np.random.Generator) -> Split:
         """About `count` of the images, `stratified` where every class has two."""
-        if np.bincount(self.labels, minlength=len(classes)).min() > 1:
+        if self.labels.ndim == 1 and classes and np.bincount(self.labels, minlength=len(classes)).min() > 1:
             return self.cut(count, classes, generator, "")[0]
         return Split(self.source, np.sort(generator.permutation(self.indices)[:count]))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from poolshare.space.errors import BrokenDataError, DataError
@@ -31,9 +31,9 @@ _ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed
 
 
 class Batches(Protocol):
-    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,)), the same at every iteration.
+    """What a loader gives: (images float32 (B, C, H, W), labels), the same at every iteration.
 
-    Of images with masks the labels are (B, H, W), the class of each pixel, or IGNORED.
+    Labels are int64 (B,), or uint8 (B, classes); of images with masks int64 (B, H, W), the class of each pixel or IGNORED.
     """
 
     def __len__(self) -> int: ...
@@ -59,6 +59,7 @@ class Data:
     _open_test: Callable[[], Split] | None = field(repr=False)
     _prepare: Prepare = field(repr=False)
     labelled: bool = True
+    answering: nn.Module | None = field(default=None, repr=False)  # whose outputs are the targets in evaluation
     _tensors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def split(self, name: str) -> Split:
@@ -110,15 +111,20 @@ class Data:
         table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
         sources = {id(split.source): split.source for split in self._splits.values()}
 
-        def moved(source: Source) -> Source:
+        def moved_to(source: Source) -> Source:
             if isinstance(source.read, Pairs):
                 return replace(source, read=source.read.relabelled(indices))
-            return replace(source, labels=table[source.labels])
+            if source.labels.ndim == 1:
+                return replace(source, labels=table[source.labels] if self.labelled else source.labels)
+            labels = np.zeros((len(source), len(classes)), source.labels.dtype)
+            labels[:, table] = source.labels
+            return replace(source, labels=labels)
 
-        known = {key: moved(source) for key, source in sources.items()}
+        moved = {key: moved_to(source) for key, source in sources.items()}
 
         def translated(split: Split) -> Split:
-            return Split(known.get(id(split.source)) or moved(split.source), split.indices)
+            source = moved.get(id(split.source)) or moved_to(split.source)
+            return Split(source, split.indices)
 
         return replace(
             self,
@@ -131,6 +137,13 @@ class Data:
         """The same, but of one split these images alone, (n,) positions in it, in this order."""
         part = self.split(split)
         return replace(self, _splits=self._splits | {split: Split(part.source, part.indices[positions])})
+
+    def answered_by(self, model: nn.Module) -> "Data":
+        """The same, but in evaluation the targets are a model's outputs; in training they are as they were."""
+        return replace(self, labelled=True, answering=model.eval())
+
+    def _answered(self, batches: Batches) -> Batches:
+        return batches if self.answering is None else _Answered(batches, self.answering)
 
     @property
     def fingerprint(self) -> str:
@@ -227,8 +240,8 @@ class Data:
         if split not in self._tensors:
             channels = self.in_chans + 2 * self.of_pixels  # a mask takes 8 bytes per pixel
             if 4 * len(self.split(split)) * channels * math.prod(self.img_size) > CACHE_BYTES:
-                return self._batches(split, batch_size, workers, start, stop)
-            images, labels = zip(*self._batches(split, batch_size, workers), strict=True)
+                return self._answered(self._batches(split, batch_size, workers, start, stop))
+            images, labels = zip(*self._answered(self._batches(split, batch_size, workers)), strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
         images, labels = (kept[start:stop].split(batch_size) for kept in self._tensors[split])
         return list(zip(images, labels, strict=True))
@@ -253,6 +266,23 @@ class Data:
                 yield [(index, None) for index in indices[at : at + batch_size].tolist()]
 
         return _Loader(_Items(part.source, self._prepare, self.seed), _Rows(rows, len(starts)), workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answered:
+    """Batches whose targets are a model's outputs, on the CPU."""
+
+    batches: Batches
+    model: nn.Module
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next(self.model.parameters()).device
+        for images, _ in self.batches:
+            yield images, self.model(images.to(device)).cpu()
 
 
 _Row = tuple[int, int | None]  # an image, and the epoch that augments it; None: as evaluation sees it
@@ -284,11 +314,13 @@ class _Items(Dataset):
     prepare: Prepare
     seed: int
 
-    def __getitem__(self, row: _Row) -> tuple[Tensor, int | Tensor]:
+    def __getitem__(self, row: _Row) -> tuple[Tensor, Any]:
         index, epoch = row
         draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
-        prepared = self.prepare(self.source.read(index), draw)
-        return prepared if isinstance(prepared, tuple) else (prepared, int(self.source.labels[index]))
+        prepared, label = self.prepare(self.source.read(index), draw), self.source.labels[index]
+        if isinstance(prepared, tuple):  # an image with its mask
+            return prepared
+        return prepared, int(label) if label.ndim == 0 else torch.from_numpy(label)
 
 
 @dataclass(frozen=True, eq=False)

@@ -203,13 +203,18 @@ def mask_transform(images: ImageFormat, augmentation: Augmentation) -> Prepare:
 
 @dataclass(frozen=True, eq=False)
 class _Masked:
-    """PIL image and (H, W) classes → (C, H, W) and (H, W), by v2 transforms, the training one keyed."""
+    """PIL image and (H, W) classes → (C, H, W) and (H, W), by v2 transforms, the training one keyed.
+
+    An image without a mask is one of evaluation, → (C, H, W).
+    """
 
     mode: str
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
 
-    def __call__(self, pair: tuple[Image.Image, np.ndarray], draw: Draw) -> tuple[Tensor, Tensor]:
+    def __call__(self, pair: Any, draw: Draw) -> Tensor | tuple[Tensor, Tensor]:
+        if not isinstance(pair, tuple):
+            return self.evaluate(pair.convert(self.mode)).as_subclass(Tensor)  # type: ignore[no-any-return]
         image, mask = pair[0].convert(self.mode), tv_tensors.Mask(torch.from_numpy(pair[1]))
         if draw is None:
             image, mask = self.evaluate(image, mask)

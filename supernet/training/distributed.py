@@ -96,10 +96,13 @@ def tensors_from_first(tensors: Mapping[str, torch.Tensor], device: torch.device
 
 
 def summed(numbers: Sequence[int], device: torch.device) -> list[int]:
-    """Whole numbers added up over all processes, on all of them."""
+    """Whole numbers added up over all processes, on all of them; a process may have none, which count as zeros."""
     if world_size() == 1:
         return list(numbers)
-    shared = torch.tensor(numbers, dtype=torch.int64, device=device)
+    count = torch.tensor(len(numbers), device=device)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    shared = torch.zeros(int(count), dtype=torch.int64, device=device)
+    shared[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(shared)
     return shared.tolist()
 

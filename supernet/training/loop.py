@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
@@ -25,14 +24,15 @@ from ..data.loaders import loader_batch
 from ..data.splits import Data
 from ..data.transforms import keyed_generators
 from ..model import SuperNet
+from ..tasks import CLASSIFICATION, Task
 from . import distributed
 from .checkpoint import TrainingState
 from .curve import Curve, Watch
 from .interrupt import kept_signals
 from .recipe import Recipe
-from .sandwich import Sandwich
+from .sandwich import Sandwich, answers_of, taught_loss
 
-# model, images, labels (B,) or (B, classes), step → scalar loss, the mean over the images
+# model, images, targets, step → scalar loss, the mean over the images
 BatchLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
 Progress = Callable[[int, float | None], None]  # steps done, loss of the last; None: an earlier process took them
 Say = Callable[[str], None]  # a message for the user
@@ -48,6 +48,7 @@ def train_supernet(
     *,
     teacher: nn.Module | None = None,
     seed: int = 0,
+    task: Task = CLASSIFICATION,
     **options: Any,
 ) -> None:
     """Train all architectures of the supernet's space at once on the `train` split; options: those of `fit`.
@@ -59,30 +60,33 @@ def train_supernet(
         teacher.to(next(supernet.parameters()).device).eval()
         options["settings"] = {"guided": recipe.distill}
 
-    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        return sandwich.loss(model, images, labels, step, _smoothing(recipe, labels), teacher, recipe.distill)
+    def loss(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
+        return sandwich.loss(model, images, targets, step, recipe.label_smoothing, teacher, recipe.distill, task)
 
+    check_recipe(task, recipe)
     fit(supernet, loss, data, recipe, seed=seed, **options)
 
 
 def train_model(
-    model: nn.Module, data: Data, recipe: Recipe, *, teacher: nn.Module | None = None, **options: Any
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    task: Task = CLASSIFICATION,
+    **options: Any,
 ) -> None:
-    """Train one model on the labels of the `train` split; options: those of `fit`.
+    """Train one model on the targets of the `train` split; options: those of `fit`.
 
-    teacher: gives the same classes for the same images; `recipe.distill` of the loss is then the cross-entropy with
-    its distribution. Drop-path is on while training alone.
+    teacher: its outputs for the same images are `recipe.distill` of the loss, see `taught_loss`. Drop-path is on while
+    training alone.
     """
 
-    def loss(trained: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        logits = trained(images)
-        by_labels = F.cross_entropy(logits, labels, label_smoothing=_smoothing(recipe, labels))
-        if teacher is None:
-            return by_labels
-        with torch.no_grad():
-            targets = teacher(images).softmax(dim=-1)
-        return (1 - recipe.distill) * by_labels + recipe.distill * F.cross_entropy(logits, targets)
+    def loss(trained: nn.Module, images: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
+        taught = answers_of(teacher, images)
+        return taught_loss(task, trained(images), targets, taught, recipe.distill, recipe.label_smoothing)
 
+    check_recipe(task, recipe)
     if teacher is not None:
         teacher.to(next(model.parameters()).device).eval()
     if recipe.drop_path:
@@ -101,8 +105,13 @@ def set_drop_path(model: Any, rate: float) -> None:
         block.drop_path1, block.drop_path2 = (DropPath(one) if one else nn.Identity() for _ in range(2))
 
 
-def _smoothing(recipe: Recipe, labels: torch.Tensor) -> float:
-    return recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels are smoothed already
+def check_recipe(task: Task, recipe: Recipe) -> None:
+    """Raise ConfigError for a recipe that asks for what the task's loss cannot do."""
+    for name in ("label_smoothing", "mixup", "cutmix") if not task.mixes else ():
+        if value := getattr(recipe, name):
+            raise ConfigError(
+                f"--recipe {name}={value:g} belongs to classification, and the task is {task.name}: leave it out"
+            )
 
 
 def steps_per_epoch(data: Data, recipe: Recipe) -> int:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from poolshare.space import Architecture, Band, BudgetError, CostTable, SearchSpace
 from poolshare.space.band import even_borders
 
-# images (B, channels, H, W), architectures → logits (architectures, B, classes)
+from ..tasks import CLASSIFICATION, Task
+
+# images (B, channels, H, W), architectures → outputs (architectures, B, …)
 Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
 
 DRAWN = 6  # architectures of a step that trains within a limit: about the MACs of a sandwich
@@ -32,7 +33,7 @@ class Sandwich:
     (results/trust), but says little about more expensive ones, nor about the largest where it is 1. Raises BudgetError where
     nothing is so cheap.
 
-    guided: a teacher's distribution takes part in the loss: the dense model that the supernet began as. A step then trains
+    guided: a teacher's outputs take part in the loss: the dense model that the supernet began as. A step then trains
     `GUIDED` architectures across the bands from a `LEAST` share of the dense cost, or half of the limit, to the limit, and
     not the largest, which the teacher is. What is far below would only undo what the others learn.
     """
@@ -78,46 +79,68 @@ class Sandwich:
         self,
         supernet: Forward,
         images: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         step: int,
         label_smoothing: float = 0.0,
         teacher: nn.Module | None = None,
         distill: float = 0.5,
+        task: Task = CLASSIFICATION,
     ) -> torch.Tensor:
-        """The loss of one step, a scalar; images and labels as `sandwich_loss` takes them.
+        """The loss of one step, a scalar; images (B, channels, H, W), targets as the task has them.
 
-        teacher: of a guided training: images → logits (B, classes). distill: its share of the loss.
+        teacher: of a guided training: images → outputs. distill: its share of the loss, see `taught_loss`.
         """
         architectures = self.at(step)
         if self.within is None and not self.guided:
-            return sandwich_loss(supernet, images, labels, architectures, label_smoothing)
-        every = supernet(images, architectures).unbind(0)  # each (B, classes)
-        losses = [F.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in every]
-        if teacher is not None:
-            with torch.no_grad():
-                targets = teacher(images).softmax(dim=-1)
-            losses = [
-                (1 - distill) * by_labels + distill * F.cross_entropy(logits, targets)
-                for by_labels, logits in zip(losses, every, strict=True)
-            ]
+            return sandwich_loss(supernet, images, targets, architectures, label_smoothing, task)
+        every = supernet(images, architectures).unbind(0)  # each (B, …)
+        taught = answers_of(teacher, images)
+        losses = [taught_loss(task, outputs, targets, taught, distill, label_smoothing) for outputs in every]
         return 2 * torch.stack(losses).mean()  # as much as the two parts of a sandwich, so clipping bites alike
 
 
 def sandwich_loss(
     supernet: Forward,
     images: torch.Tensor,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     architectures: Sequence[Architecture],
     label_smoothing: float = 0.0,
+    task: Task = CLASSIFICATION,
 ) -> torch.Tensor:
-    """The first architecture on the labels, the others on its detached logits, in one forward (BigNAS, 2003.11142).
+    """The first architecture on the targets, the others on its detached outputs, in one forward (BigNAS, 2003.11142).
 
-    images (B, channels, H, W), labels (B,), or (B, classes) where they are mixed. The students' cross-entropies with
-    the teacher's distribution are averaged, so all of them together weigh as much as the teacher.
+    images (B, channels, H, W), targets as the task has them. The students' losses are averaged, so all of them together
+    weigh as much as the teacher's.
     """
-    teacher, *students = supernet(images, architectures).unbind(0)  # each (B, classes)
-    loss = F.cross_entropy(teacher, labels, label_smoothing=label_smoothing)
+    teacher, *students = supernet(images, architectures).unbind(0)  # each (B, …)
+    loss = task.loss(teacher, targets, label_smoothing)
     if not students:
         return loss
-    targets = teacher.detach().softmax(dim=-1)
-    return loss + torch.stack([F.cross_entropy(student, targets) for student in students]).mean()
+    return loss + torch.stack([task.follow(student, teacher.detach()) for student in students]).mean()
+
+
+def answers_of(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
+    """A teacher's outputs, (B, …), without a gradient; None without a teacher."""
+    if teacher is None:
+        return None
+    with torch.no_grad():
+        return teacher(images)  # type: ignore[no-any-return]
+
+
+def taught_loss(
+    task: Task,
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    taught: torch.Tensor | None,
+    distill: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The loss of outputs by targets, and by a teacher's outputs, whose share is `distill`; (): the mean over the images.
+
+    Where the dense model's outputs are the targets there are no others.
+    """
+    if task.targets == "dense":
+        assert taught is not None
+        return task.follow(outputs, taught)
+    by_targets = task.loss(outputs, targets, label_smoothing)
+    return by_targets if taught is None else (1 - distill) * by_targets + distill * task.follow(outputs, taught)

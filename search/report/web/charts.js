@@ -69,8 +69,8 @@ function drawTrust() {
   if (!trust) return;
   byId("trust-card").hidden = false;
   const points = trust.points.map((point) => ({ ...point,
-    mean: point.retrained_top1.reduce((sum, value) => sum + value, 0) / point.retrained_top1.length }));
-  const runs = points.reduce((sum, point) => sum + point.retrained_top1.length, 0);
+    mean: point.retrained_scores.reduce((sum, value) => sum + value, 0) / point.retrained_scores.length }));
+  const runs = points.reduce((sum, point) => sum + point.retrained_scores.length, 0);
   byId("trust-words").replaceChildren(
     `Kendall τ between the supernet’s scores and the same architectures trained alone: ${withInterval(trust.tau)}. ` +
     (trust.ceiling ? `One training against another agrees by ${withInterval(trust.ceiling)}; more cannot be had. ` : "") +
@@ -82,19 +82,19 @@ function drawTrust() {
       const low = Math.min(...values), high = Math.max(...values), pad = (high - low || 1) * 0.08;
       return [low - pad, high + pad];
     };
-    const { svg, toX, toY } = smallChart("Accuracy trained alone against supernet score",
-      spread(points.map((point) => point.supernet_top1)), spread(points.flatMap((point) => point.retrained_top1)),
+    const { svg, toX, toY } = smallChart("Score trained alone against supernet score",
+      spread(points.map((point) => point.supernet_score)), spread(points.flatMap((point) => point.retrained_scores)),
       (value) => `${+value.toFixed(2)} %`, (value) => `${+value.toFixed(2)} %`);
     for (const point of points) {
-      const x = toX(point.supernet_top1);
-      svg.append(make("line", { class: "axis", x1: x, x2: x, y1: toY(Math.min(...point.retrained_top1)),
-        y2: toY(Math.max(...point.retrained_top1)) }));
+      const x = toX(point.supernet_score);
+      svg.append(make("line", { class: "axis", x1: x, x2: x, y1: toY(Math.min(...point.retrained_scores)),
+        y2: toY(Math.max(...point.retrained_scores)) }));
       svg.append(make("circle", { class: "point", cx: x, cy: toY(point.mean), r: 4 },
-        make("title", {}, `${point.architecture}: ${point.supernet_top1.toFixed(2)} % in the supernet, ` +
+        make("title", {}, `${point.architecture}: ${point.supernet_score.toFixed(2)} % in the supernet, ` +
           `${point.mean.toFixed(2)} % trained alone`)));
     }
     svg.setAttribute("viewBox", "0 0 420 250");
-    svg.append(make("text", { x: 408, y: 244, "text-anchor": "end" }, "top-1 in the supernet; upwards: trained alone"));
+    svg.append(make("text", { x: 408, y: 244, "text-anchor": "end" }, `${data.score} in the supernet; upwards: trained alone`));
     byId("trust").replaceChildren(svg);
   }
   const bands = trust.bands || [];

@@ -6,9 +6,9 @@ const shellQuote = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.rep
 const plot = new Plot(byId("plot"), state, (row) => select(row));
 
 const scoreLabel = data.score[0].toUpperCase() + data.score.slice(1);
-/* By loss where there is one, else by right answers. */
-const beats = (other, row) => rows.loss ? rows.loss[other] < rows.loss[row] : rows.correct[other] > rows.correct[row];
-const [betterWord, rankWord] = rows.loss ? ["less damaging", "Loss"] : ["more accurate", "Accuracy"];
+/* By loss where there is one, else by score. */
+const beats = (other, row) => rows.loss ? rows.loss[other] < rows.loss[row] : scores[other] > scores[row];
+const [betterWord, rankWord] = rows.loss ? ["less damaging", "Loss"] : ["more accurate", scoreLabel];
 
 /* How many scored candidates are better, and better at no more cost. */
 function ranks(row) {
@@ -46,10 +46,10 @@ function kindOf(row) {
 
 function showSelection() {
   const row = state.row, cost = state.cost, costs = rows[cost], front = data.frontier[cost], place = front.indexOf(row);
-  const [low, high] = interval(rows.correct[row]), picked = data.picks[cost].filter((pick) => pick.row === row);
+  const [low, high] = interval(row), picked = data.picks[cost].filter((pick) => pick.row === row);
   byId("selection-kind").textContent = kindOf(row);
   byId("selection-title").textContent =
-    `${top1[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
+    `${scores[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
   const { better, cheaperAndBetter } = ranks(row);
   const why = picked.map((pick) => `${pick.label}: ${pick.why}.`);
   if (!why.length && row === data.dense) why.push("All tokens, no sharing: the base model as timm has it.");
@@ -65,15 +65,15 @@ function showSelection() {
   byId("architecture").textContent = rows.architecture[row];
   byId("picture").replaceChildren(drawPicture(rows.architecture[row]));
 
-  const lost = rows.correct[row] - rows.correct[data.dense];
+  const lost = rows.correct ? rows.correct[row] - rows.correct[data.dense] : null;
   const facts = [
-    [scoreLabel, `${top1[row].toFixed(2)} %`, `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}`],
-    ["Against dense", `${signed(top1[row] - top1[data.dense], 2)} points`,
-      lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
+    [scoreLabel, `${scores[row].toFixed(2)} %`, known(row) ? `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}` : ""],
+    ["Against dense", `${signed(scores[row] - scores[data.dense], 2)} points`,
+      lost === null ? "" : lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
   if (rows.loss) {
     const margin = rows.loss_margin ? `±${rows.loss_margin[row].toFixed(4)}, ` : "";
-    facts.push(["Loss", `${rows.loss[row].toFixed(4)} nats`, `${margin}the ${data.loss}`]);
+    facts.push(["Loss", `${rows.loss[row].toFixed(4)} ${data.unit}`, `${margin}the ${data.loss}`]);
   }
   for (const { name, label } of data.costs) {
     const here = rows[name][row], there = rows[name][data.dense];
@@ -95,7 +95,7 @@ function step(id, word, row) {
   button.disabled = row === undefined;
   button.onclick = () => row === undefined || select(row);
   if (row === undefined) return button.replaceChildren(id === "cheaper" ? "Cheapest already" : "Nothing better");
-  const points = top1[row] - top1[state.row], share = 100 * (costs[row] / costs[state.row] - 1);
+  const points = scores[row] - scores[state.row], share = 100 * (costs[row] / costs[state.row] - 1);
   button.replaceChildren(id === "cheaper" ? `← ${word}` : `${word} →`,
     make("small", {}, `${signed(points, 2)} points, ${signed(share, share > -10 && share < 10 ? 1 : 0)} % cost`));
 }
@@ -104,7 +104,7 @@ function showCommands() {
   const row = state.row, text = rows.architecture[row];
   const out = `${data.run}-export${data.numbers ? `-${data.numbers[row]}` : ""}`;
   byId("take-which").textContent =
-    `The selected architecture, ${top1[row].toFixed(2)} % at ${quantity(rows[state.cost][row], state.cost)}. ` +
+    `The selected architecture, ${scores[row].toFixed(2)} % at ${quantity(rows[state.cost][row], state.cost)}. ` +
     "Run these where the search ran.";
   byId("export").textContent =
     `poolshare export ${shellQuote(data.run)} --architecture ${shellQuote(text)} --out ${shellQuote(out)}`;
@@ -133,7 +133,7 @@ function showPicks() {
   byId("picks").replaceChildren(...picks.map((pick) => {
     const share = ((100 * costs[pick.row]) / costs[data.dense]).toFixed(0);
     const button = make("button", { type: "button", "data-row": pick.row, "aria-pressed": "false" },
-      make("b", {}, pick.label), make("span", {}, `${top1[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
+      make("b", {}, pick.label), make("span", {}, `${scores[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
     button.addEventListener("click", () => select(pick.row));
     return button;
   }));
@@ -149,7 +149,7 @@ function nearest(cost) {
   const cheaper = data.frontier[cost].filter((row) => rows[cost][row] < rows[cost][data.dense]), row = cheaper.at(-1);
   if (row === undefined) return `Nothing that was scored costs fewer ${costLabel(cost)} than dense.`;
   return `Nothing that was scored comes within half a point of dense; the nearest loses ` +
-    `${(top1[data.dense] - top1[row]).toFixed(1)} points at ${((100 * rows[cost][row]) / rows[cost][data.dense]).toFixed(0)} % of its ` +
+    `${(scores[data.dense] - scores[row]).toFixed(1)} points at ${((100 * rows[cost][row]) / rows[cost][data.dense]).toFixed(0)} % of its ` +
     `${costLabel(cost)}.`;
 }
 
@@ -162,12 +162,12 @@ function showTable() {
   }
   const body = make("tbody");
   for (const row of data.frontier[cost]) {
-    const [low, high] = interval(rows.correct[row]);
+    const [low, high] = interval(row);
     const line = make("tr", { "data-row": row, "aria-current": "false" },
       make("td", { class: "text" }, make("button", { type: "button" }, make("code", {}, rows.architecture[row]))),
       make("td", { class: "mini-cell" }, drawMini(rows.architecture[row])),
-      make("td", {}, make("b", {}, `${top1[row].toFixed(2)} %`)),
-      make("td", { class: "spare" }, `${low.toFixed(1)} to ${high.toFixed(1)}`),
+      make("td", {}, make("b", {}, `${scores[row].toFixed(2)} %`)),
+      make("td", { class: "spare" }, known(row) ? `${low.toFixed(1)} to ${high.toFixed(1)}` : ""),
       ...(rows.loss ? [make("td", {}, rows.loss[row].toFixed(4))] : []),
       ...data.costs.map(({ name }) =>
         make("td", name === cost ? {} : { class: "spare" }, quantity(rows[name][row], name))),

@@ -1,11 +1,12 @@
-/* Accuracy against cost: the crowd on a canvas, so that tens of thousands of points stay fluid, the rest as SVG. */
+/* Score against cost: the crowd on a canvas, so that tens of thousands of points stay fluid, the rest as SVG. */
 
 const rows = data.candidates;
 const total = rows.architecture.length;
-const top1 = Float64Array.from(rows.correct, (correct) => (100 * correct) / data.images);
+const scores = rows.correct ? Float64Array.from(rows.correct, (correct) => (100 * correct) / data.images) : rows.score;
 
-/* The 95 % interval of so many correct answers, in percent. */
-const interval = (correct) => data.intervals[correct];
+/* The 95 % interval of a row's score, in percent; of one that has none the score itself, twice. */
+const known = (row) => data.intervals[rows.correct ? rows.correct[row] : row];
+const interval = (row) => known(row) || [scores[row], scores[row]];
 
 /* Round numbers that divide low..high into some `wanted` steps. */
 function ticks(low, high, wanted) {
@@ -42,14 +43,14 @@ class Plot {
     for (let row = 0; row < total; row++) {
       left = Math.min(left, costs[row]);
       right = Math.max(right, costs[row]);
-      bottom = Math.min(bottom, top1[row]);
-      top = Math.max(top, top1[row]);
+      bottom = Math.min(bottom, scores[row]);
+      top = Math.max(top, scores[row]);
     }
     if (view === "frontier") {
       const shown = [...front, data.dense, ...data.included];
-      bottom = Math.min(...shown.map((row) => top1[row]), ...front.map((row) => interval(rows.correct[row])[0]));
+      bottom = Math.min(...shown.map((row) => scores[row]), ...front.map((row) => interval(row)[0]));
     }
-    top = Math.max(top, ...front.map((row) => interval(rows.correct[row])[1]));
+    top = Math.max(top, ...front.map((row) => interval(row)[1]));
     const limit = data.limits[cost];
     if (limit && limit.value < 1.2 * right) right = Math.max(right, limit.value);
     const padX = (right - left || right || 1) * 0.04, padY = (top - bottom || 1) * 0.06;
@@ -80,8 +81,8 @@ class Plot {
     const alpha = Math.min(0.75, Math.max(0.2, 22 / Math.sqrt(total))), radius = total > 3000 ? 2 : 3;
     let below = 0, over = 0;
     for (let row = 0; row < total; row++) {
-      const x = (this.x[row] = toX(costs[row])), y = (this.y[row] = toY(top1[row]));
-      if (top1[row] < y0) below++;
+      const x = (this.x[row] = toX(costs[row])), y = (this.y[row] = toY(scores[row]));
+      if (scores[row] < y0) below++;
       if (row >= data.scored) continue;
       const allowed = this.allowed(row);
       if (!allowed) over++;
@@ -130,18 +131,18 @@ class Plot {
     const step = (values) => front.map((row, index) =>
       `${index ? `H${toX(costs[row])}V` : `M${toX(costs[row])},`}${toY(values(row))}`).join("");
     const ends = Math.min(right, limit ? toX(limit.value) : right);
-    const low = (row) => interval(rows.correct[row])[0], up = (row) => interval(rows.correct[row])[1];
+    const low = (row) => interval(row)[0], up = (row) => interval(row)[1];
     const back = [...front].reverse().map((row, index, list) =>
       `V${Math.min(bottom, toY(low(row)))}` + `H${toX(costs[row])}`).join("");
     parts.push(make("path", { class: "band", d: `${step(up)}H${ends}${back}Z` }));
-    parts.push(make("path", { class: "front", d: `${step((row) => top1[row])}H${ends}` }));
+    parts.push(make("path", { class: "front", d: `${step((row) => scores[row])}H${ends}` }));
     for (const row of data.included) {
-      parts.push(make("rect", { class: "mine", x: toX(costs[row]) - 5.5, y: toY(top1[row]) - 5.5, width: 11, height: 11 }));
+      parts.push(make("rect", { class: "mine", x: toX(costs[row]) - 5.5, y: toY(scores[row]) - 5.5, width: 11, height: 11 }));
     }
     for (const row of front) {
-      parts.push(make("circle", { class: "point", cx: toX(costs[row]), cy: toY(top1[row]), r: front.length > 60 ? 3.5 : 5 }));
+      parts.push(make("circle", { class: "point", cx: toX(costs[row]), cy: toY(scores[row]), r: front.length > 60 ? 3.5 : 5 }));
     }
-    const [dx, dy] = [toX(costs[data.dense]), toY(top1[data.dense])];
+    const [dx, dy] = [toX(costs[data.dense]), toY(scores[data.dense])];
     parts.push(make("polygon", { class: "dense", points: `${dx},${dy - 9} ${dx + 9},${dy} ${dx},${dy + 9} ${dx - 9},${dy}` }));
     label(dx - 13, dy + 4, "dense", "end", "dense-text");
     this.marks = make("g");
@@ -149,10 +150,10 @@ class Plot {
     this.mark();
   }
 
-  /* The ring around the selected point, with the interval of its accuracy. */
+  /* The ring around the selected point, with the interval of its score. */
   mark() {
     if (!this.marks) return;
-    const row = this.state.row, x = this.x[row], y = this.y[row], [low, high] = interval(rows.correct[row]);
+    const row = this.state.row, x = this.x[row], y = this.y[row], [low, high] = interval(row);
     const floor = this.box.height - this.frame.bottom;
     const a = this.toY(high), b = Math.min(floor, this.toY(low));
     const visible = y <= floor;
@@ -185,7 +186,7 @@ class Plot {
       if (row < 0) return this.leave();
       const { cost } = this.state, costs = rows[cost];
       this.tip.replaceChildren(
-        make("b", {}, `${top1[row].toFixed(2)} %`),
+        make("b", {}, `${scores[row].toFixed(2)} %`),
         ` at ${quantity(costs[row], cost)}, ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense`,
         make("code", {}, rows.architecture[row]));
       this.tip.hidden = false;

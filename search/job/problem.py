@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from poolshare.space import Architecture
 
 from ..counts import Counts
-from ..study.loop import Task
+from ..study.loop import Problem
 from .prepare import Job
 from .together import score_together, search_batches
 
 
-def make_task(job: Job, record: Mapping[Architecture, Counts] | None = None) -> Task:
+def make_problem(job: Job, record: Mapping[Architecture, Counts] | None = None) -> Problem:
     """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
     batches, known = search_batches(job), dict(record or {})
 
@@ -24,4 +24,4 @@ def make_task(job: Job, record: Mapping[Architecture, Counts] | None = None) -> 
 
     latency, by_latency = job.latency and job.latency.table, job.config.objective == "latency"
     space, by = job.supernet.space, job.config.score
-    return Task(space, job.macs, job.parameters, job.allowed, score, latency, by_latency, known, by)
+    return Problem(space, job.macs, job.parameters, job.allowed, score, latency, by_latency, known, by, job.task)

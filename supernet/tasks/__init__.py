@@ -1,0 +1,7 @@
+"""What models are trained and judged for: poolshare's own tasks, and what those of users are made of."""
+
+from .classification import CLASSIFICATION, Classification
+from .registry import TASKS, task_named
+from .task import Task
+
+__all__ = ["CLASSIFICATION", "TASKS", "Classification", "Task", "task_named"]
