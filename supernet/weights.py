@@ -65,8 +65,16 @@ class Checkpoint:
     @property
     def head(self) -> Head | None:
         """The classifier among them; None where there is none."""
-        weight = self.tensors.get(f"{HEADS[0]}.weight", self.tensors.get(f"{HEADS[0]}.classify.weight"))
-        if weight is None or weight.ndim not in (2, 4) or not len(weight):
+        return self._head(f"{HEADS[0]}.weight", 2)
+
+    @property
+    def map_head(self) -> Head | None:
+        """The head for every pixel among them; None where there is none."""
+        return self._head(f"{HEADS[0]}.classify.weight", 4)
+
+    def _head(self, key: str, dimensions: int) -> Head | None:
+        weight = self.tensors.get(key)
+        if weight is None or weight.ndim != dimensions or not len(weight):
             return None
         names = self.names if self.names is not None and len(self.names) == len(weight) else None
         return Head(len(weight), self.name, names, self.said_by if names else "")

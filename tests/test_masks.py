@@ -245,9 +245,11 @@ def test_other_faults_of_folders_are_said(root):
     Image.open(root / "train" / "images" / "3.png").save(root / "train" / "images" / "3.jpg")
     with pytest.raises(DataError, match="share a mask"):
         opened(root)
-    shutil.rmtree(root / "val" / "masks")
     os.remove(root / "train" / "images" / "3.jpg")
-    with pytest.raises(DataError, match=r"has no folder masks: segmentation reads"):
+    shutil.rmtree(root / "val" / "masks")
+    assert any("val' is not read" in note for note in opened(root).notes)
+    shutil.rmtree(root / "train" / "masks")
+    with pytest.raises(DataError, match="has no folder images: segmentation reads"):
         opened(root)
     with pytest.raises(DataError, match="digits has no masks"):
         open_data(Place("digits", targets="pixels"), FORMAT)

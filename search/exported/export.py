@@ -63,6 +63,7 @@ class Facts(BaseModel):
     parameters: int = Field(gt=0)
     task: str
     targets: Targets
+    ignore_index: int = 255  # of masks
     metric: str  # what the scores are called
     search_score: Score | None = None
     test_score: Score | None = None
@@ -170,6 +171,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "task": config.task,
         "targets": task["targets"],
+        "ignore_index": config.ignore_index,
         "metric": task["metric"],
         **({"search_score": float(score[0])} if score and summary.get("labelled", True) else {}),
         **_loss_facts(summary, scored),

@@ -407,6 +407,7 @@ def _open(
                 search_data=facts.get("search_data") if same else None,
                 scale_16bit=facts.get("scale_16bit", False),
                 targets=facts["targets"],
+                ignore_index=facts.get("ignore_index", 255),
             ),
             image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
@@ -442,7 +443,13 @@ def _open_tests(source: Exported, data: str, data_dir: str | None, download: boo
             return _open(source, data, data_dir, download, ("test",), console)
     with checking_images(console) as progress:
         opened = open_tests(
-            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False), targets=facts["targets"]),
+            Place(
+                data,
+                data_dir,
+                scale_16bit=facts.get("scale_16bit", False),
+                targets=facts["targets"],
+                ignore_index=facts.get("ignore_index", 255),
+            ),
             facts["classes"],
             image_format(source.data_config),
             progress=progress,

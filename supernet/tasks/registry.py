@@ -7,9 +7,10 @@ from typing import Any
 from poolshare.space import ConfigError
 
 from .classification import CLASSIFICATION
+from .segmentation import SEGMENTATION
 from .task import Task, check_task
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION,)}
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, SEGMENTATION)}
 
 
 def task_named(task: Any) -> Task:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.pictures import IGNORED
+from .classification import most_probable
 from .task import Task
 
 
@@ -69,20 +70,32 @@ class Segmentation(Task):
     def details(
         self, contributions: np.ndarray, targets: Tensor, outputs: Tensor, classes: Sequence[str]
     ) -> dict[str, Any]:
-        """pixel_accuracy and mean_class_accuracy in percent, and per_class: name, pixels and iou of each class."""
+        """pixel_accuracy and mean_class_accuracy in percent, and per_class: of each class its name, the images it is in, and as
+        score its intersection over union in percent; without classes that are neither there nor found."""
         sums = contributions.sum(axis=0)
         right, _, there = np.split(sums, 3)
+        images = (np.split(contributions, 3, axis=1)[2] > 0).sum(axis=0)
         with np.errstate(invalid="ignore"):
             recalls = right / there
-        per_class = [
-            {"class": name, "pixels": int(count), "iou": None if np.isnan(iou) else 100 * float(iou)}
-            for name, count, iou in zip(classes, there, _iou(sums), strict=True)
-        ]
         return {
             "pixel_accuracy": 100 * float(right.sum() / there.sum()),
             "mean_class_accuracy": 100 * float(_mean(recalls)),
-            "per_class": per_class,
+            "per_class": [
+                {"class": name, "images": int(count), "score": 100 * float(iou)}
+                for name, count, iou in zip(classes, images, _iou(sums), strict=True)
+                if not np.isnan(iou)
+            ],
         }
+
+    def predictions(self, outputs: Tensor, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
+        """The `top` classes of most pixels, as "classes", with their shares of the image, 0 to 1."""
+        found, count = outputs.argmax(dim=1).flatten(1), outputs.shape[1]
+        shares = [torch.bincount(image, minlength=count) / len(image) for image in found]
+        answers = most_probable(torch.stack(shares), classes, top)
+        return [{"classes": [one for one in answer["classes"] if one["probability"]]} for answer in answers]
+
+
+SEGMENTATION = Segmentation()
 
 
 def _iou(sums: np.ndarray) -> np.ndarray:
