@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from poolshare.supernet.tasks import Classification as Classification
+    from poolshare.supernet.tasks import Embedding as Embedding
+    from poolshare.supernet.tasks import MultiLabel as MultiLabel
     from poolshare.supernet.tasks import Task as Task
 
     from .api import SearchResult as SearchResult
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
     from .exported.retrain import retrain as retrain
 
 _PLACES = {
-    "poolshare.supernet.tasks": ("Classification", "Task"),
+    "poolshare.supernet.tasks": ("Classification", "Embedding", "MultiLabel", "Task"),
     "poolshare.search.api": ("SearchResult", "search", "work"),
     "poolshare.search.exported.predict": ("predict",),
     "poolshare.search.exported.regions": ("draw_regions",),
     "poolshare.search.exported.retrain": ("evaluate", "retrain"),
 }
-__all__ = ["Classification", "SearchResult", "Task", "draw_regions", "evaluate", "predict", "retrain", "search", "work"]
+__all__ = sorted(name for names in _PLACES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,12 @@ class SearchConfig(BaseModel):
         ...,
         "A timm Vision Transformer, or local-dir:FOLDER or hf-hub:NAME, with its weights. Default: vit_tiny_patch16_224.",
     )
-    task: str = option("classification", "What the model is trained and judged for: classification.", metavar="NAME")
+    task: str = option(
+        "classification",
+        "What the model is trained and judged for: classification, multilabel (--data with a labels.csv), segmentation "
+        "(with images/ and masks/), or embedding (the dense model's features, without labels).",
+        metavar="NAME",
+    )
     head: Literal["linear", "conv"] | None = option(
         None,
         "What answers for every pixel: a linear or a light convolutional head. Default: conv with --task segmentation.",

@@ -214,7 +214,7 @@ def test_a_worker_is_refused_other_data_or_another_metric_than_the_searchs(parts
     small = [TensorDataset(part[:, :, 2:, 2:], labels[: len(part)]) for part in (images[:200], images[:100])]
     for data, options, says in [
         ((train, swapped), {"task": TOP3}, "not those"),
-        ((train, validation), {}, "scored by top3"),
+        ((train, validation), {}, "task 'top3' is unknown"),
         ((train, validation), {"task": TOP3, "classes": list("abcdefghij")}, "not those"),
         (small, {"task": TOP3}, "1×6×6 here, and 1×8×8 in the search"),
         (None, {"task": TOP3}, "`poolshare.search.work`"),

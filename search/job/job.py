@@ -27,15 +27,17 @@ from poolshare.supernet.training.checkpoint import load_state_facts, save_tensor
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_supernet
 from poolshare.supernet.training.recipe import Recipe
 
+from ..analysis.intervals import difference_interval, score_interval
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
 from ..counts import Counts
 from ..progress import advance_loss, progress_bar
+from ..report.report import load_report
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..scoring import SCORING_BATCH, score_counts
+from ..scoring import SCORING_BATCH, image_scores, score_counts
 from ..study.loop import GENERATION, Problem, run_study
 from ..study.open import check_storage, open_store
 from ..untrained.offered import offered
@@ -367,6 +369,26 @@ def task_words(task: Task, labelled: bool) -> dict[str, str]:
     }
 
 
+def shown_intervals(job: Job, folder: RunFolder) -> dict[str, list[float]]:
+    """95 % intervals of the scores on the frontiers, and of their differences from the dense model's: four numbers each.
+
+    Only of scores that are no shares, which come from a bootstrap over images: those are looked at once more, one by one.
+    """
+    report = load_report(folder)
+    texts = dict.fromkeys(str(text) for cost in report.costs for text in report.by(cost)["architecture"])
+    shown = [job.dense, *map(Architecture.parse, texts), *job.include]
+    if job.config.races:
+        record = Record(folder).losses
+        parts = [record[architecture].contributions[0] for architecture in shown]
+    else:
+        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
+        parts = list(image_scores(job.supernet, shown, batches, task=job.task).contributions)
+    return {
+        str(architecture): [*score_interval(job.task, part), *difference_interval(job.task, part, parts[0])]
+        for architecture, part in zip(shown, parts, strict=True)
+    }
+
+
 def conclude(
     job: Job,
     folder: RunFolder,
@@ -401,43 +423,43 @@ def conclude(
         both = [(by_dense[text], score) for text, score in pairs if text in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
-    write_json(
-        folder.summary,
-        {
-            "format": FORMAT,
-            "dense": {
-                "architecture": str(job.dense),
-                **dense,
-                "macs": job.macs.total(job.dense),
-                "parameters": job.parameters.total(job.dense),
-                **({"latency_ms": job.latency.table.value(job.latency.table.total(job.dense))} if job.latency else {}),
-            },
-            "objective": job.config.objective,
-            "score": job.config.score,
-            "task": task_words(job.task, job.data.labelled),
-            **{f"budget_{column}": limit if cost == column else None for column in ("macs", "latency_ms")},
-            "budget": job.config.budget,
-            **({"timed": timed.to_json()} if timed else {}),
-            "included": list(map(str, job.include)),
-            "classes": list(job.data.classes),
-            "outputs": job.supernet.num_classes,
-            "images": {
-                name: job.data.split(name).images_of(len(job.data.classes))
-                for name in (("train", "search") if job.config.training else ("search",))
-                if job.data.labelled and job.data.classes and not job.data.of_pixels
-            },
-            "notes": list(folder.notes),
-            "certified": len(candidates) == job.supernet.space.size,
-            "space": job.supernet.space.to_json(),
-            "space_size": job.supernet.space.size,
-            "cheapest": _cheapest(job),
-            **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
-            **path,
-            "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
-            "versions": versions(),
-            **(more or {}),
+    facts = {
+        "format": FORMAT,
+        "dense": {
+            "architecture": str(job.dense),
+            **dense,
+            "macs": job.macs.total(job.dense),
+            "parameters": job.parameters.total(job.dense),
+            **({"latency_ms": job.latency.table.value(job.latency.table.total(job.dense))} if job.latency else {}),
         },
-    )
+        "objective": job.config.objective,
+        "score": job.config.score,
+        "task": task_words(job.task, job.data.labelled),
+        **{f"budget_{column}": limit if cost == column else None for column in ("macs", "latency_ms")},
+        "budget": job.config.budget,
+        **({"timed": timed.to_json()} if timed else {}),
+        "included": list(map(str, job.include)),
+        "classes": list(job.data.classes),
+        "outputs": job.supernet.num_classes,
+        "images": {
+            name: job.data.split(name).images_of(len(job.data.classes))
+            for name in (("train", "search") if job.config.training else ("search",))
+            if job.data.labelled and job.data.classes and not job.data.of_pixels
+        },
+        "notes": list(folder.notes),
+        "certified": len(candidates) == job.supernet.space.size,
+        "space": job.supernet.space.to_json(),
+        "space_size": job.supernet.space.size,
+        "cheapest": _cheapest(job),
+        **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
+        **path,
+        "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+        "versions": versions(),
+        **(more or {}),
+    }
+    write_json(folder.summary, facts)
+    if not job.task.proportion:
+        write_json(folder.summary, facts | {"intervals": shown_intervals(job, folder)})
     write_regions(job, folder)
     report = write_report(folder)
     write_csv(folder.pareto, report.by(report.cost))

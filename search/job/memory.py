@@ -59,12 +59,13 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
         return tensor
 
     images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
+    with torch.no_grad():
+        targets = job.task.as_targets(net(images))  # of the right shape, which is all that matters
     training = net.training
     with ExitStack() as stack:
         for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
             stack.enter_context(context)
         stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-        targets = job.task.as_targets(net(images, [sandwich.largest])[0].detach())
         sandwich.loss(net.train(), images, targets, 0, teacher=net if sandwich.guided else None, task=job.task)
     net.train(training)
     return sum(kept.values())

@@ -270,7 +270,7 @@ def prepare(
 
 def check_same_task(config: SearchConfig, task: Task | None) -> Task:
     """The task of a configuration. Raises ConfigError where that was given in Python, and is not given again."""
-    task = task_named(config.task) if task is None else task
+    task = task_named(config.task if task is None else task)
     if task.name != config.task:
         raise ConfigError(
             f"the task of this run is {config.task}, and {task.name} was given: go on with what `poolshare.search.search` "

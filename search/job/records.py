@@ -62,7 +62,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
     The checksum is of values, whatever their quotes and line ends; a table without one is read as it is.
     """
-    frame = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), float_precision="round_trip")
+    frame = pd.read_csv(StringIO(path.read_text(encoding="utf-8")))
     column = str(frame.columns[-1])
     if column.startswith(CHECKSUM):
         frame = frame.drop(columns=column)

@@ -74,6 +74,9 @@ def page_data(report: Report) -> dict[str, Any]:
         "loss": report.loss_words or None,
         "unit": report.unit,
         "intervals": _intervals(report, rows),
+        "gaps": {
+            index[text]: list(map(_short, found[2:])) for text, found in report.intervals.items() if text in index
+        },
         "numbers": _numbers_in_space(report, rows),
         # The report's own cost first: the page opens with it.
         "costs": [

@@ -109,7 +109,8 @@ class Report:
     looked_at: int | None = None  # without training: how many were scored, most of them on some images only
     labelled: bool = True  # without labels the score is agreement with the dense network
     metric: str = TOP1.metric  # what the score is called
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of architectures, where not a share's
+    # Of architectures whose score is no share: low and high end of the 95 % interval, and of the difference from dense.
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     loss_words: str = ""  # what architectures are compared by, where not by the score, and its unit
     unit: str = "nats"
     objective: str = "macs"  # the cost column that the search weighed against accuracy
@@ -147,7 +148,8 @@ class Report:
         if "correct" in row:
             low, high = binomial_interval(int(row["correct"]), int(row["total"]))
             return float(low), float(high)
-        return self.intervals.get(str(row["architecture"]), (None, None))
+        found = self.intervals.get(str(row["architecture"]))
+        return (None, None) if found is None else (found[0], found[1])
 
     @property
     def cost(self) -> str:
@@ -217,11 +219,12 @@ class Report:
         chosen = self.pick()
         row = self.candidates[self.candidates["architecture"] == chosen.architecture].iloc[0]
         score = max(float(row[self.column]), self.with_dense.get(chosen.architecture, -math.inf))
-        high = self.interval(row)[1]
         if "correct" in row:
             high = float(binomial_interval(round(score * self.images / 100), self.images)[1])
+        else:  # of the same images, by which both were scored
+            high = self.dense_score + self.intervals.get(chosen.architecture, (math.inf,))[-1]
         share = float(row["macs"]) / float(self.dense["macs"])
-        return against_dense(score, math.inf if high is None else high, self.dense_score, share)
+        return against_dense(score, high, self.dense_score, share)
 
     @property
     def warnings(self) -> list[str]:

@@ -12,8 +12,9 @@ from rich.console import Console
 from poolshare.space import ConfigError
 from poolshare.space.data_kind import DataKind
 from poolshare.supernet.data import Place
-from poolshare.supernet.data.listing import is_image, subfolders
+from poolshare.supernet.data.listing import is_image
 from poolshare.supernet.data.loaders import loader_batch
+from poolshare.supernet.data.opening import READERS
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import computing_with
@@ -23,7 +24,7 @@ from poolshare.supernet.training.checkpoint import save_tensors
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
 from ..job.folder import RunFolder
 from ..job.job import conclude, race, time_models, timed_job, with_threads
-from ..job.prepare import Job, load_weights, prepare
+from ..job.prepare import Job, check_same_task, load_weights, prepare
 from ..job.trained_head import checked_head
 from ..progress import time_text
 from .record import Record, drawn, seconds_per_unit
@@ -47,7 +48,8 @@ def run_untrained(
     Raises a PoolshareError for whatever the user can mend.
     """
     console = console or Console(quiet=True, markup=False)
-    config = _checked(config, data)
+    task = check_same_task(config, task)
+    config = _checked(config, data, task)
     if storage is not None:
         console.print("--storage is not used: without training there is no study", soft_wrap=True)
     config = RunFolder.continued(out, config)
@@ -59,7 +61,7 @@ def run_untrained(
         return _run(job, Path(out), console, dry_run)
 
 
-def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
+def _checked(config: SearchConfig, data: Data | None, task: Task) -> SearchConfig:
     """The configuration, knowing whether its images have labels. Raises ConfigError for what only a training has."""
     usual = checked_config(
         data=config.data, training=False, weights=config.weights, pretrained=config.pretrained, model=config.model
@@ -73,6 +75,11 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
     if config.score == "metric":
         raise ConfigError(
             "--score metric tells too little apart without training: give loss or divergence, or leave it out"
+        )
+    if task.targets == "dense" and (config.score == "loss" or config.unlabelled):
+        wrong = "--unlabelled" if config.unlabelled else "--score loss"
+        raise ConfigError(
+            f"{wrong}: --task {task.name} never has labels, its targets are the dense model's outputs: leave it out"
         )
     if not config.warm:
         raise ConfigError(
@@ -93,7 +100,7 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
             )
         return config
     root = Place(config.data, data_dir=config.data_dir).path
-    if root.is_dir() and not subfolders(root) and any(is_image(one.name) for one in root.iterdir()):
+    if root.is_dir() and not READERS[task.targets].holds(root) and any(is_image(one.name) for one in root.iterdir()):
         config = config.changed(unlabelled=True)
     if config.unlabelled and config.score == "loss":
         raise ConfigError(

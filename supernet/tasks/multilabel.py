@@ -44,8 +44,7 @@ class MultiLabel(Task):
         return (outputs > 0).to(torch.uint8)
 
     def contributions(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        predicted, wanted = outputs > 0, targets > 0
-        return torch.cat([predicted & wanted, predicted & ~wanted, ~predicted & wanted], dim=1).to(torch.uint8)
+        return confusions(outputs, targets)
 
     def number(self, sums: np.ndarray, images: int) -> Any:
         return 100 * f1_of_classes(sums).mean(axis=-1)
@@ -56,7 +55,7 @@ class MultiLabel(Task):
         """Micro F1, mean average precision over the classes that have images, and each class's F1 and average precision."""
         from sklearn.metrics import average_precision_score  # slow to import
 
-        sums = contributions.sum(axis=0, dtype=np.int64)
+        sums = confusions(outputs, targets).sum(dim=0, dtype=torch.int64).numpy()
         wanted = targets.numpy() > 0
         present = np.flatnonzero(wanted.any(axis=0))
         scores = outputs.sigmoid().numpy()
@@ -85,6 +84,12 @@ class MultiLabel(Task):
             named = [{"class": name, "probability": value} for value, name in sorted(chosen, reverse=True)]
             found.append({"classes": named})
         return found
+
+
+def confusions(outputs: Tensor, targets: Tensor) -> Tensor:
+    """True positives, false positives and false negatives of each image, (B, 3 · classes) uint8."""
+    predicted, wanted = outputs > 0, targets > 0
+    return torch.cat([predicted & wanted, predicted & ~wanted, ~predicted & wanted], dim=1).to(torch.uint8)
 
 
 def f1_of_classes(sums: np.ndarray) -> np.ndarray:

@@ -44,6 +44,12 @@ function kindOf(row) {
   return "Scored, not on the frontier";
 }
 
+/* The 95 % interval of a difference from dense, in points, where it is known. */
+function gapOf(row) {
+  const gap = data.gaps[row];
+  return gap && row !== data.dense ? `95 %: ${signed(gap[0], 2)} to ${signed(gap[1], 2)}` : "";
+}
+
 function showSelection() {
   const row = state.row, cost = state.cost, costs = rows[cost], front = data.frontier[cost], place = front.indexOf(row);
   const [low, high] = interval(row), picked = data.picks[cost].filter((pick) => pick.row === row);
@@ -69,7 +75,7 @@ function showSelection() {
   const facts = [
     [scoreLabel, `${scores[row].toFixed(2)} %`, known(row) ? `95 %: ${low.toFixed(1)} to ${high.toFixed(1)}` : ""],
     ["Against dense", `${signed(scores[row] - scores[data.dense], 2)} points`,
-      lost === null ? "" : lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
+      lost === null ? gapOf(row) : lost ? `${grouped(Math.abs(lost))} of ${grouped(data.images)} images ${lost < 0 ? "fewer" : "more"}` : "as many images right"],
   ];
   if (rows.loss) {
     const margin = rows.loss_margin ? `±${rows.loss_margin[row].toFixed(4)}, ` : "";
