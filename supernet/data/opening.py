@@ -164,7 +164,7 @@ def open_tests(
     once, as a check. Raises DataError and BrokenDataError as `open_data`.
     """
     root = place.path
-    reader = _reader(place)
+    reader = reader_of(place)
     layout = find_layout(root, reader)
     if layout.test is None and layout.train != root:
         raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
@@ -190,7 +190,7 @@ def open_source(place: Place) -> Found:
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
     if kind is DataKind.FOLDER:
-        found = open_folder(place, _reader(place))
+        found = open_folder(place, reader_of(place))
     elif place.targets == "classes":
         raise DataError(
             f"{name} has one class per image, and this task needs any number of them: give a folder with labels.csv, or data "
@@ -205,7 +205,7 @@ def open_source(place: Place) -> Found:
     return found
 
 
-def _reader(place: Place) -> Reader:
+def reader_of(place: Place) -> Reader:
     """How a folder is read, by what its images need."""
     if place.targets == "pixels":
         return mask_reader(place.ignore_index)
