@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from poolshare.space import CostTable, ModelError
+from poolshare.space.operators import Grid, grid_of
 
 from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
@@ -231,7 +232,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     relative = None if relative is None else torch.zeros_like(relative)
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        tokens = Tokens(x, relative=relative)
+        tokens = _made_up(x, x.shape[1] - prefix, supernet.patch_embed.grid_size, supernet.carry, relative=relative)
         return run_block(block, x, bias=added(supernet, 0, tokens), turned=rotation(supernet, 0, tokens))[0]
 
     def embed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -265,14 +266,29 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
                 return classify, (zeros(patches, supernet.embed_dim),) * len(taps) if taps else (tokens(level),)
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
-                return _pooling(module, supernet.carry), (tokens(before), *attended(before))
+                return _pooling(module, supernet.carry, before), (tokens(before), *attended(before))
         raise ValueError(f"{kind!r} is not a kind of edge")
 
     return part
 
 
-def _pooling(module: Pooling, carry: Carry) -> _Part:
-    return _Part(lambda x, *left: module.pool(Tokens(x), Attended(*left), carry).features, _size(module), module)
+def _pooling(module: Pooling, carry: Carry, before: int) -> _Part:
+    """A reduction of `before` patch tokens by itself."""
+
+    def pool(x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
+        return module.pool(_made_up(x, before, module.grid, carry), Attended(*left), carry).features
+
+    return _Part(pool, _size(module), module)
+
+
+def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, **more: torch.Tensor | None) -> Tokens:
+    """Tokens of which `count` are patch tokens: cells of the grid `whole`, or else some that a path has merged somehow."""
+    if grid_of(count, whole) is not None:
+        return Tokens(x, **more)
+    patches = x[:, -count:]
+    sources = torch.zeros(len(x), math.prod(whole), dtype=torch.int64, device=x.device)
+    known = torch.ones_like(patches[:, :, 0]), torch.zeros_like(patches[:, :, :2]), sources
+    return Tokens(x, *known[: int(carry)], **more)
 
 
 def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:

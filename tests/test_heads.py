@@ -109,6 +109,18 @@ def test_the_tables_are_those_of_the_exported_model_head_included(head: str, kin
         assert parameters.total(architecture) == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("kind", "head"), [("cls", "conv"), ("rotary", ""), ("relative", "")])
+def test_levels_that_are_no_grids_are_counted_where_tokens_have_places(kind: str, head: str):
+    """Parts of the table begin in the middle of a path, where only the path knows the places of its tokens."""
+    name, options = MODELS[kind]
+    space = SearchSpace(4, (24, 11, 5), ("tome", "evit"), 2, None, WIDE)
+    net = SuperNet.from_timm(name, space, **{**TINY, **options, **HEADS.get(head, {})})
+    macs = measure_macs(net)
+    for text in ("24 11@tome 5@evit 5", "24 11@evit*2 5@tome"):
+        architecture = Architecture.parse(text)
+        assert macs.total(architecture) == count_macs(Subnet.from_supernet(net, architecture), (images_for(1),))
+
+
 def test_a_head_costs_what_hand_arithmetic_says():
     pixels, patches, width = 64 * 96, 24, 32
     upsampling = 4 * 3 * pixels  # as fvcore has it, four per value
