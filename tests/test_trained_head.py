@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from poolshare.search.config import checked_config
 from poolshare.search.job.prepare import prepare
 from poolshare.search.job.trained_head import head_notes
-from poolshare.search.scoring import class_report
+from poolshare.supernet.tasks.classification import class_report
 
 CLASSES = [f"kind {index}" for index in range(10)]
 

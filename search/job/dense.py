@@ -118,15 +118,15 @@ def load_dense(supernet: SuperNet, path: Path) -> None:
 
 
 def answered(job: Job, folder: RunFolder | None) -> Job:
-    """The job with the dense model's outputs as targets, for a task that has no others and a supernet that was trained.
+    """The job with the dense model's outputs as targets, where its task has no others.
 
-    folder: None in a process that only helps the first one.
+    folder: None in a process that only helps the first one. Before any training the supernet's weights are the dense model's.
     """
-    if job.task.targets != "dense" or job.config.races:
+    if job.task.targets != "dense":
         return job
     model = Subnet.from_supernet(job.supernet, job.dense)
     device = next(job.supernet.parameters()).device
-    if folder:
+    if folder and folder.dense.exists():
         model.load_state_dict(load_tensors(folder.dense, shapes_of(model))[0])
     model.to(device).load_state_dict(distributed.tensors_from_first(model.state_dict(), device))
     return replace(job, data=job.data.answered_by(model))

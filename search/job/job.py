@@ -130,7 +130,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, 
         announce(job, pace, trained, console, tuned=folder.dense.exists())
         with distributed.joined(next(job.supernet.parameters()).device):
             job, trying = _train(job, folder, console)
-            job = answered(job, folder)
+            job = job if job.config.races else answered(job, folder)
             start, more = time.monotonic(), dict[str, Any]()
             candidates = None if job.config.races else _score(job, folder, console, storage)
         if candidates is None:

@@ -219,6 +219,10 @@ def prepare(
                 f"--task {task.name} makes a trained model cheaper, and {config.model} has no weights yet: give --pretrained or "
                 "--weights FILE"
             )
+        if config.tune_epochs and "tune_epochs" in config.given:
+            raise ConfigError(
+                f"--tune-epochs {config.tune_epochs}: task {task.name} has nothing to tune on: leave it out"
+            )
         matched = Matched((), (), False)  # there is no head
     else:
         matched = matched_classes(begin, data, found, classes)

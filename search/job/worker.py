@@ -81,8 +81,7 @@ def work(
     job = prepare(config, console, own, task, folder.classes)
     folder.check_same(job.data.fingerprint, kind, job.data.files)
     load_weights(job.supernet, folder.supernet)
-    if folder.dense.exists():
-        job = answered(job, folder)
+    job = answered(job, folder)
     latency = folder.read_latency()
     if latency:
         job = job.with_latency(latency)

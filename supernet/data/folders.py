@@ -164,7 +164,10 @@ def read_folder(
     """
     names, folders = list_classes(root)
     if not folders:
-        raise DataError(f"no class folders in {str(root)!r}: images go into ROOT/CLASS/, a folder for each class")
+        other = ", but a labels.csv: --task multilabel reads that" if (root / "labels.csv").is_file() else ""
+        raise DataError(
+            f"no class folders in {str(root)!r}{other or ': images go into ROOT/CLASS/, a folder for each class'}"
+        )
     if known is not None and not {*names} <= {*known}:
         raise DataError(_foreign(root, known))
     listing = list_folder(root, depth=1)
