@@ -82,10 +82,15 @@ class SearchConfig(BaseModel):
     )
     task: str = option(
         "classification",
-        "What the model is trained and judged for: classification, multilabel (--data with a labels.csv), or embedding (the "
-        "dense model's features, without labels).",
+        "What the model is trained and judged for: classification, multilabel (--data with a labels.csv), segmentation "
+        "(with images/ and masks/), or embedding (the dense model's features, without labels).",
         metavar="NAME",
     )
+    head: Literal["linear", "conv"] | None = option(
+        None,
+        "What answers for every pixel: a linear or a light convolutional head. Default: conv with --task segmentation.",
+    )
+    ignore_index: int = option(255, "The value of a mask's pixels that count for nothing.", ge=0)
     training: bool = True  # False: search the model as it is, see `search.untrained`
     unlabelled: bool = option(False, "With --no-training: take all pictures below --data, and no labels.")
     pretrained: bool = option(False, "Begin with timm's pretrained weights.")

@@ -20,6 +20,7 @@ from torch import nn
 from poolshare.space import ModelError
 
 from .block import Attends, Blocks
+from .heads.maps import head_map, tapped, with_map_head
 from .operators.relative import RELATIVE, shared_bias
 from .operators.rotary import unsupported_rotation
 from .tokens import Tokens
@@ -79,6 +80,10 @@ def outline(name: str, options: dict[str, Any]) -> Any:
 
 def make_base(name: str, options: dict[str, Any], pretrained: bool = False) -> Any:
     """timm's model, on the default device. Raises ModelError where timm cannot make it."""
+    options = dict(options)
+    kind, blocks = options.pop("head", None), options.pop("head_blocks", None)
+    if blocks is not None and kind is None:
+        raise ModelError(f"head_blocks={blocks} belongs to a head for every pixel: give head=linear or head=conv too")
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # what odd options raise inside timm may be anything
@@ -90,6 +95,8 @@ def make_base(name: str, options: dict[str, Any], pretrained: bool = False) -> A
         model.has_class_token = model.cls_token is not None  # as VisionTransformer says it
     if isinstance(model, RELATIVE):
         _complete(model)
+    if kind is not None and type(model) in SUPPORTED:
+        with_map_head(model, kind, blocks, options.get("num_classes", model.num_classes))
     return model
 
 
@@ -171,7 +178,7 @@ def unsupported_part(model: Any) -> str | None:
         return (
             f"its patch embedding is {type(model.patch_embed).__name__}; only PatchEmbed and HybridEmbed are supported"
         )
-    if model.global_pool == "":
+    if model.global_pool == "" and not tapped(model):
         return "it has no pooled head to classify with; choose global_pool='avg' or 'token'"
     if not isinstance(model.patch_drop, (nn.Identity, type(None))):
         return "patch dropout changes the token count in training; set patch_drop_rate=0"
@@ -227,4 +234,8 @@ def _check_shapes(model: VisionTransformer) -> None:
     wanted = (1, model.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
     if tuple(tokens.features.shape) != wanted:
         raise ValueError(f"its stem gives tokens of shape {tuple(tokens.features.shape)} where {wanted} are expected")
-    model.forward_head(model.norm(model.blocks[0](tokens.features)))
+    after = model.blocks[0](tokens.features)
+    if taps := tapped(model):
+        model.head([head_map(model, tokens._replace(features=after)) for _ in taps])
+    else:
+        model.forward_head(model.norm(after))

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from poolshare.space import CostTable, ModelError
+from poolshare.space.operators import Grid, grid_of
 
 from .block import Attended, SharedAttention, run_block
 from .counting import counted, level_terms, reduction_class, reduction_terms
+from .heads.maps import normed_map, tapped
 from .model import SuperNet, added
 from .operators.pooling import Pooling, pooling_name
 from .operators.relative import shared_bias
@@ -30,13 +32,26 @@ from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
-    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm"),  # per element
+    (
+        "add",
+        "add_",
+        "sub",
+        "rsub",
+        "mul",
+        "mul_",
+        "div",
+        "neg",
+        "sum",
+        "mean",
+        "linalg_vector_norm",
+        "square",
+    ),  # per element
     ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),  # functions of elements
     ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
     ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
     ("elu_", "celu_", "selu_", "leaky_relu_"),
     ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
-    ("eq", "le", "clamp_min", "sort"),  # comparisons
+    ("eq", "le", "clamp_min", "sort", "bitwise_or", "__or__"),  # comparisons
     ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
     (
         "pad",
@@ -213,7 +228,7 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     relative = None if relative is None else torch.zeros_like(relative)
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        tokens = Tokens(x, relative=relative)
+        tokens = _made_up(x, x.shape[1] - prefix, supernet.patch_embed.grid_size, supernet.carry, relative=relative)
         return run_block(block, x, bias=added(supernet, 0, tokens), turned=rotation(supernet, 0, tokens))[0]
 
     def embed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -226,7 +241,13 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
     rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
     images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
     source = _Part(embed, _size(supernet) - rest, supernet)
-    classify = _Part(supernet.classify, head_size, supernet)
+    taps = tapped(supernet)
+
+    def answer(*features: torch.Tensor) -> torch.Tensor:
+        """Of a head for every pixel, which takes the features of all patches after each of its blocks, or the classifier."""
+        return supernet.head([normed_map(supernet, one) for one in features]) if taps else supernet.classify(*features)
+
+    classify = _Part(answer, head_size, supernet)
 
     def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
         match kind:
@@ -237,17 +258,33 @@ def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Pa
             case ("shared", level):
                 return shared, (tokens(level), *left(level))
             case ("sink", level):
-                return classify, (tokens(level),)
+                patches = supernet.patch_embed.num_patches  # whatever the level, maps are of the full grid
+                return classify, (zeros(patches, supernet.embed_dim),) * len(taps) if taps else (tokens(level),)
             case ("pool", operator, before, after):
                 module = supernet.poolings[pooling_name(operator, before, after)]
-                return _pooling(module, supernet.carry), (tokens(before), *attended(before))
+                return _pooling(module, supernet.carry, before), (tokens(before), *attended(before))
         raise ValueError(f"{kind!r} is not a kind of edge")
 
     return part
 
 
-def _pooling(module: Pooling, carry: Carry) -> _Part:
-    return _Part(lambda x, *left: module.pool(Tokens(x), Attended(*left), carry).features, _size(module), module)
+def _pooling(module: Pooling, carry: Carry, before: int) -> _Part:
+    """A reduction of `before` patch tokens by itself."""
+
+    def pool(x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
+        return module.pool(_made_up(x, before, module.grid, carry), Attended(*left), carry).features
+
+    return _Part(pool, _size(module), module)
+
+
+def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, **more: torch.Tensor | None) -> Tokens:
+    """Tokens of which `count` are patch tokens: cells of the grid `whole`, or else some that a path has merged somehow."""
+    if grid_of(count, whole) is not None:
+        return Tokens(x, **more)
+    patches = x[:, -count:]
+    sources = torch.zeros(len(x), math.prod(whole), dtype=torch.int64, device=x.device)
+    known = torch.ones_like(patches[:, :, 0]), torch.zeros_like(patches[:, :, :2]), sources
+    return Tokens(x, *known[: int(carry)], **more)
 
 
 def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:

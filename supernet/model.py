@@ -19,6 +19,7 @@ from poolshare.space.operators import grid_of
 
 from .base import embed, make_base, needs_places, outline
 from .block import Attended, Sharing, left_for, run_block
+from .heads.maps import head_map, tapped
 from .operators.pooling import make_poolings, pooling_name
 from .operators.relative import relative_bias
 from .operators.rotary import rotation
@@ -73,7 +74,7 @@ class SuperNet(_Timm):
         # An own class over timm's own module: no weight is renamed, no method is lost.
         model.__class__ = KINDS[type(model)]
         model.space, model.sharing, model.base = space, sharing, (name, options)
-        model.carry = carried(space.operators, needs_places(model))
+        model.carry = Carry.SOURCES if tapped(model) else carried(space.operators, needs_places(model))
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -81,18 +82,19 @@ class SuperNet(_Timm):
         """Run a part of the space alone, by the same weights. Raises SpaceError for one that has more."""
         if not set(space.reductions) <= set(self.space.reductions) or space.depth != self.space.depth:
             raise SpaceError(f"{space} is no part of {self.space}")
-        self.space, self.carry = space, carried(space.operators, getattr(self, "rope", None) is not None)
+        self.space = space
+        self.carry = Carry.SOURCES if tapped(self) else carried(space.operators, needs_places(self))
 
     def forward(self, images: torch.Tensor, architectures: Sequence[Architecture] | None = None) -> torch.Tensor:  # type: ignore[override]
-        """Logits of all architectures: (B, channels, H, W) → (architectures, B, classes).
+        """Logits of all architectures: (B, channels, H, W) → (architectures, B, classes), or of every pixel, see `MapHead`.
 
-        Equal, bit for bit on CPU, to running them one by one. Without architectures: timm's own forward, (B, classes).
-        Raises ArchitectureError for an architecture outside the space.
+        Equal, bit for bit on CPU, to running them one by one. Without architectures: timm's own forward, (B, classes), or of
+        every pixel the dense one. Raises ArchitectureError for an architecture outside the space.
         """
         if architectures is None:
-            return super().forward(images)
+            return self(images, [self.space[0]])[0] if tapped(self) else super().forward(images)
         if not architectures:
-            return images.new_empty(0, len(images), self.num_classes)
+            return images.new_empty(0, len(images), self.num_classes, *(images.shape[2:] if tapped(self) else ()))
         logits: list[torch.Tensor | None] = [None] * len(architectures)
         for positions, output in self.leaves(images, architectures):
             for position in positions:
@@ -100,7 +102,11 @@ class SuperNet(_Timm):
         return torch.stack(logits)  # type: ignore[arg-type]  # every architecture ends at a leaf
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head, as timm's; exported models get it too."""
+        """A fresh head, as timm's, or one of the same kind for every pixel; exported models get it too."""
+        if tapped(self):
+            self.num_classes, self.head = num_classes, self.head.renewed(num_classes)
+            self.base = self.base[0], self.base[1] | {"num_classes": num_classes}
+            return
         super().reset_classifier(num_classes, global_pool)
         changed: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:  # timm leaves the norms where they are
@@ -123,7 +129,7 @@ class SuperNet(_Timm):
         """
         for architecture in architectures:
             self.space.check(architecture)
-        return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None)
+        return self._walk(PrefixTree.of(architectures), 0, self.embed(images), None, ())
 
     def embed(self, images: torch.Tensor) -> Tokens:
         """Everything before the first block: (B, channels, H, W) → (B, prefix + P, C)."""
@@ -134,15 +140,24 @@ class SuperNet(_Timm):
         return self.forward_head(self.norm(tokens))
 
     def _walk(
-        self, tree: PrefixTree, index: int, tokens: Tokens, attended: Attended | None
+        self,
+        tree: PrefixTree,
+        index: int,
+        tokens: Tokens,
+        attended: Attended | None,
+        maps: tuple[torch.Tensor, ...],
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """maps: those that a head for every pixel has taken so far."""
+        taps = tapped(self)
+        if index - 1 in taps:
+            maps = (*maps, head_map(self, tokens))
         if tree.ends:
-            yield tree.ends, self.classify(tokens.features)
+            yield tree.ends, self.head(maps) if taps else self.classify(tokens.features)
         for layer, child in tree.children.items():
             for branch in self._branches(layer, child):
                 leave = left_for(branch.children, self.sharing)
                 after, used = self.run_layer(index, layer, tokens, attended, leave)
-                yield from self._walk(branch, index + 1, after, used if leave else None)
+                yield from self._walk(branch, index + 1, after, used if leave else None, maps)
 
     def _branches(self, layer: Layer, tree: PrefixTree) -> list[PrefixTree]:
         """The tree after a layer, in two where some follow its written map: it leaves the fused kernel for them alone."""

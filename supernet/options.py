@@ -17,6 +17,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from poolshare.space import ModelError
 from poolshare.space.architecture import MAX_DEPTH
 
+from .heads.maps import HeadKind
+
 # Values below these pass timm's checks, or fail deep inside it.
 AT_LEAST = {"img_size": 1, "patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1}
 AT_LEAST |= {"num_classes": 0, "reg_tokens": 0, "mlp_ratio": 0}
@@ -60,6 +62,7 @@ def model_option_types() -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for kind in (VisionTransformerRelPos, Beit, Eva, VisionTransformer):
         hints |= get_type_hints(kind.__init__)
+    hints |= {"head": HeadKind | None, "head_blocks": int | None}  # ours, see `heads.maps`
     names = hints.keys() - {"self", "device", "dtype", "return"}
     return {name: hints[name] for name in sorted(names)}
 

@@ -22,6 +22,7 @@ from poolshare.space.operators import Grid, grid_of
 
 from .base import make_base, needs_places, outline
 from .block import SharedAttention, Sharing
+from .heads.maps import head_map, tapped
 from .model import SuperNet, check_fit, check_sharing, run_layers
 from .operators.pooling import make_poolings
 from .options import read_options
@@ -103,8 +104,19 @@ class Subnet(_Timm):
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             if maps == "reduced":
                 info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
-        model.carry = carried((layer.operator for layer in parsed.layers), needs_places(model))
+        asked = carried((layer.operator for layer in parsed.layers), needs_places(model))
+        model.carry = Carry.SOURCES if tapped(model) else asked
         return model  # type: ignore[no-any-return]
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """(B, channels, H, W) → (B, classes), or with a head for every pixel (B, classes, H, W)."""
+        _refuse_masks(attn_mask, is_causal)
+        if not (taps := tapped(self)):
+            return super().forward(x)
+        tokens = run_layers(self, self.architecture.layers, x, wanted=taps)
+        return self.head([head_map(self, after) for after in tokens])
 
     def forward_features(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False

@@ -90,7 +90,7 @@ def keep(tokens: Tokens, features: torch.Tensor, kept: torch.Tensor, whole: Grid
     left = None if places is None else take(places, kept)
     lost = tokens.lost
     if places is not None and left is not None and sources is not None:
-        dropped = torch.ones_like(sizes, dtype=torch.bool).scatter(1, kept, False).gather(1, sources)
+        dropped = torch.ones_like(sizes).scatter(1, kept, 0.0).gather(1, sources) == 1  # no bool is traced here
         lost = dropped if lost is None else lost | dropped
         distances = (places[:, :, None] - left[:, None]).square().sum(dim=3)  # (B, P, K)
         sources = distances.min(dim=2).indices.gather(1, sources)
@@ -115,16 +115,22 @@ def restore(tokens: Tokens, num_prefix_tokens: int, whole: Grid, bilinear: bool 
     bilinear: cells of a smaller grid are interpolated between their centres instead; merged tokens have none.
     tokens: with their sources, which were asked for from the first block on. whole: the grid of all patches.
     """
-    features = tokens.features[:, num_prefix_tokens:]
-    shape = grid_of(int(features.shape[1]), whole)
-    if tokens.sources is not None:
-        features = take(features, tokens.sources)
-    elif bilinear and shape != whole:
-        cells = features.transpose(1, 2).unflatten(2, shape)
+    shape = grid_of(int(tokens.features.shape[1]) - num_prefix_tokens, whole)
+    if bilinear and tokens.sources is None and shape != whole:
+        cells = tokens.features[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, shape)
         return F.interpolate(cells, size=whole, mode="bilinear", align_corners=False)
-    elif shape != whole:
-        features = features.index_select(1, grid_sources(int(features.shape[1]), whole, features.device))
-    return features.transpose(1, 2).unflatten(2, whole).contiguous()
+    return spread(tokens, num_prefix_tokens, whole).transpose(1, 2).unflatten(2, whole).contiguous()
+
+
+def spread(tokens: Tokens, num_prefix_tokens: int, whole: Grid) -> torch.Tensor:
+    """For each patch the features of the token that holds it, as in `restore`. (B, patches, C)"""
+    features = tokens.features[:, num_prefix_tokens:]
+    if tokens.sources is not None:
+        return take(features, tokens.sources)
+    count = int(features.shape[1])
+    if count == whole[0] * whole[1]:
+        return features
+    return features.index_select(1, grid_sources(count, whole, features.device))
 
 
 def regions(tokens: Tokens, num_prefix_tokens: int, whole: Grid) -> torch.Tensor:

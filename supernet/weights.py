@@ -65,8 +65,16 @@ class Checkpoint:
     @property
     def head(self) -> Head | None:
         """The classifier among them; None where there is none."""
-        weight = self.tensors.get(f"{HEADS[0]}.weight")
-        if weight is None or weight.ndim != 2 or not len(weight):
+        return self._head(f"{HEADS[0]}.weight", 2)
+
+    @property
+    def map_head(self) -> Head | None:
+        """The head for every pixel among them; None where there is none."""
+        return self._head(f"{HEADS[0]}.classify.weight", 4)
+
+    def _head(self, key: str, dimensions: int) -> Head | None:
+        weight = self.tensors.get(key)
+        if weight is None or weight.ndim != dimensions or not len(weight):
             return None
         names = self.names if self.names is not None and len(self.names) == len(weight) else None
         return Head(len(weight), self.name, names, self.said_by if names else "")
@@ -158,9 +166,9 @@ def load_base_weights(
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("poolings.")}
     adapted, notes = _adapt(model, found)
     if fresh_head:
-        heads = {f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")}
-        adapted = {key: value for key, value in adapted.items() if key not in heads}
-        adapted |= {key: wanted[key] for key in heads if key in wanted}
+        old = (*(f"{head}." for head in HEADS), *(("attn_pool.",) if model.attn_pool is None else ()))
+        adapted = {key: value for key, value in adapted.items() if not key.startswith(old)}
+        adapted |= {key: value for key, value in wanted.items() if key.startswith(old)}
     has, needs = ({key: tuple(value.shape) for key, value in one.items()} for one in (adapted, wanted))
     _compare(found.name, name, has, needs)
     model.load_state_dict(adapted, strict=False)  # only poolings can be missing

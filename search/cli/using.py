@@ -202,11 +202,14 @@ def predict(
     exported: Annotated[Path, typer.Argument(help="An exported folder.", metavar="DIR")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE…")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for predicted masks, and these over their images.", metavar="DIR")
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """What an exported model says of images: of classification their most probable classes.
+    """What an exported model says of images: their most probable classes, or a mask of the class of every pixel.
 
     Images that cannot be read are named at the end, with exit status 1.
     """
@@ -214,7 +217,9 @@ def predict(
 
     aside = PlainConsole(stderr=True, soft_wrap=True)
     console = progress_console(False)
-    answers = run_predict(exported, images, top=top, device=device, threads=threads, say=aside.print, console=console)
+    answers = run_predict(
+        exported, images, top=top, out=out, device=device, threads=threads, say=aside.print, console=console
+    )
     broken = [one["error"] for one in answers if "error" in one]
     if as_json:
         print_json(answers)

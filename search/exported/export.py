@@ -22,6 +22,7 @@ from poolshare.space import Architecture, PoolshareError, RunError
 from poolshare.space.data_kind import DataKind
 from poolshare.space.files import check_folder, digest_of, remedy, sync, usual_permissions
 from poolshare.supernet import Subnet, SuperNet, count_macs
+from poolshare.supernet.heads.maps import tapped
 from poolshare.supernet.tasks.task import Targets
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
@@ -62,6 +63,7 @@ class Facts(BaseModel):
     parameters: int = Field(gt=0)
     task: str
     targets: Targets
+    ignore_index: int = 255  # of masks
     metric: str  # what the scores are called
     search_score: Score | None = None
     test_score: Score | None = None
@@ -169,6 +171,7 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "task": config.task,
         "targets": task["targets"],
+        "ignore_index": config.ignore_index,
         "metric": task["metric"],
         **({"search_score": float(score[0])} if score and summary.get("labelled", True) else {}),
         **_loss_facts(summary, scored),
@@ -235,7 +238,9 @@ def save_export(
             **{key: _plain(value) for key, value in data_config.items()},
             "num_classes": model.num_classes,
             "fixed_input_size": True,
-            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},  # type: ignore[index]
+            "first_conv": model.pretrained_cfg["first_conv"],  # type: ignore[index]
+            # what timm makes anew for another number of classes
+            "classifier": "head.classify" if tapped(model) else model.pretrained_cfg["classifier"],  # type: ignore[index]
         },
     }
     try:

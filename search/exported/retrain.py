@@ -417,6 +417,7 @@ def _open(
                 search_data=facts.get("search_data") if same else None,
                 scale_16bit=facts.get("scale_16bit", False),
                 targets=facts["targets"],
+                ignore_index=facts.get("ignore_index", 255),
             ),
             image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
@@ -444,7 +445,13 @@ def _open(
 def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
     """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
     facts = source.facts
-    place = Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False), targets=facts["targets"])
+    place = Place(
+        data,
+        data_dir,
+        scale_16bit=facts.get("scale_16bit", False),
+        targets=facts["targets"],
+        ignore_index=facts.get("ignore_index", 255),
+    )
     searched = data == facts["data"]
     if searched or place.kind not in (DataKind.FOLDER, DataKind.SHARDS) or not place.path.is_dir():
         return _open(source, data, data_dir, download, ("test",), console)

@@ -26,7 +26,14 @@ from .records import FORMAT, read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
 
-BY_MODEL = ("levels", "operators", "max_run", "img_size", "in_chans")  # not decided until the model has been made:
+BY_MODEL = (
+    "head",
+    "levels",
+    "operators",
+    "max_run",
+    "img_size",
+    "in_chans",
+)  # not decided until the model has been made:
 UNDECIDED = (None, "even", "auto")
 # Of candidates, after the architecture and its score, whose column is called as the metric of the task.
 SUMS = ("correct", "sums")  # right answers, or what else the images contribute

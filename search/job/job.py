@@ -448,7 +448,7 @@ def conclude(
         "images": {
             name: job.data.split(name).images_of(len(job.data.classes))
             for name in (("train", "search") if job.config.training else ("search",))
-            if job.data.labelled and job.data.classes
+            if job.data.labelled and job.data.classes and not job.data.of_pixels
         },
         "notes": list(folder.notes),
         "certified": len(candidates) == job.supernet.space.size,

@@ -178,6 +178,7 @@ def prepare(
     task = check_same_task(config, task)
     if config.training and config.unlabelled:
         raise ConfigError("--unlabelled goes with --no-training: give that too, or leave this out")
+    config = with_head(config, task)
     options, recipe = model_options(config), supernet_recipe(config)
     if config.budget is not None:  # one that cannot be read is refused first
         parse_budget(config.budget, 1, config.objective)
@@ -195,6 +196,7 @@ def prepare(
                 search_data=config.search_data,
                 scale_16bit=config.scale_16bit,
                 targets=task.targets,
+                ignore_index=config.ignore_index,
             )
             if config.unlabelled:
                 when = config.check_images
@@ -281,6 +283,22 @@ def check_same_task(config: SearchConfig, task: Task | None) -> Task:
     return task
 
 
+def with_head(config: SearchConfig, task: Task) -> SearchConfig:
+    """The configuration with the head that its task needs. Raises ConfigError for one that does not fit."""
+    if task.targets == "pixels":
+        return config.changed(head=config.head or "conv")
+    if config.head is not None:
+        raise ConfigError(
+            f"a {config.head} head answers for every pixel, and the task is {task.name}: leave out --head, or give --task "
+            "segmentation and images with masks"
+        )
+    if "ignore_index" in config.given:
+        raise ConfigError(
+            f"--ignore-index {config.ignore_index} is of masks, and the task is {task.name}: leave it out"
+        )
+    return config
+
+
 @torch.inference_mode()
 def _try_task(task: Task, supernet: SuperNet) -> None:
     """Raise ConfigError for a task given in Python whose contributions or score cannot be used."""
@@ -315,7 +333,9 @@ def matched_classes(
     config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
 ) -> Matched:
     """The classes of the model and which of them the data's are; see `match_classes`."""
-    head = found.head if found else _pretrained_head(config)
+    head = (
+        (found.map_head if config.head else found.head) if found else None if config.head else _pretrained_head(config)
+    )
     trained = config.trains
     if config.warm and head is None and not trained:
         if found and not any(name.endswith("patch_embed.proj.weight") for name in found.tensors):
@@ -393,7 +413,9 @@ def with_card(options: Mapping[str, Any], own: bool = False) -> dict[str, Any]:
         given |= {"model": model or card.model}
     if card is None:
         return given
-    given["model_args"] = card.model_args | dict(given.get("model_args", {}))
+    of_card = dict(card.model_args)
+    given = {name: of_card.pop(name) for name in ("head",) if name in of_card} | given
+    given["model_args"] = of_card | dict(given.get("model_args", {}))
     if not own:
         images = {"img_size": card.img_size, "in_chans": card.in_chans, "preprocessing": card.preprocessing}
         given = {name: value for name, value in images.items() if value is not None} | given
@@ -441,13 +463,13 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
     if config.pretrained and config.weights is not None:
         raise ConfigError(f"--pretrained and --weights {config.weights} are two beginnings; leave one out")
     decided = {"img_size": "--img-size", "num_classes": "the data", "pretrained_cfg": "--pretrained"}
-    decided |= {"drop_path_rate": "--recipe drop_path of retrain"}
+    decided |= {"drop_path_rate": "--recipe drop_path of retrain", "head": "--head"}
     if config.in_chans not in (None, config.model_args.get("in_chans")):  # own data have said it already
         decided["in_chans"] = "--in-chans"
     for name, instead in decided.items():
         if name in config.model_args:
             raise ModelError(f"--model-args {name}={config.model_args[name]}: leave it out, {instead} decides it")
-    given = {"img_size": config.img_size, "in_chans": config.in_chans}
+    given = {"img_size": config.img_size, "in_chans": config.in_chans, "head": config.head}
     return dict(config.model_args) | {name: value for name, value in given.items() if value is not None}
 
 
@@ -483,6 +505,8 @@ def input_config(
     channels = options.get("in_chans", config["input_size"][0])
     height, width = to_2tuple(options.get("img_size") or config["input_size"][1:])
     keys = ("mean", "std", "interpolation", "crop_pct")
+    if "head" in options:  # whose images are whole
+        config |= {"crop_pct": 1.0}
     return as_trained({"input_size": (channels, height, width)} | {key: config[key] for key in keys}, recipe)
 
 

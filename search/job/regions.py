@@ -96,7 +96,7 @@ def write_regions(job: Job, folder: RunFolder) -> None:
 def _some_images(job: Job) -> tuple[torch.Tensor, list[str]]:
     """A few search-validation images of different classes, and what these are called; without labels, numbers."""
     labels = job.data.split("search").labels
-    named = job.data.labelled and labels.ndim == 1 and bool(job.data.classes)
+    named = job.data.labelled and labels.ndim == 1 and bool(job.data.classes) and not job.data.of_pixels
     _, first = np.unique(labels, return_index=True)
     if len(first) < IMAGES or not named:
         first = np.arange(len(labels))

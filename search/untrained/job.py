@@ -14,7 +14,7 @@ from poolshare.space.data_kind import DataKind
 from poolshare.supernet.data import Place
 from poolshare.supernet.data.listing import is_image
 from poolshare.supernet.data.loaders import loader_batch
-from poolshare.supernet.data.opening import READERS
+from poolshare.supernet.data.opening import reader_of
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
 from poolshare.supernet.threads import computing_with
@@ -99,8 +99,9 @@ def _checked(config: SearchConfig, data: Data | None, task: Task) -> SearchConfi
                 f"--unlabelled goes with a folder of pictures, and the data are {config.data}: leave it out"
             )
         return config
-    root = Place(config.data, data_dir=config.data_dir).path
-    if root.is_dir() and not READERS[task.targets].holds(root) and any(is_image(one.name) for one in root.iterdir()):
+    place = Place(config.data, data_dir=config.data_dir, targets=task.targets)
+    root = place.path
+    if root.is_dir() and not reader_of(place).holds(root) and any(is_image(one.name) for one in root.iterdir()):
         config = config.changed(unlabelled=True)
     if config.unlabelled and config.score == "loss":
         raise ConfigError(

@@ -74,7 +74,7 @@ def _narrower(job: Job, operators: list[str], max_run: int) -> SearchSpace:
     dense = space.levels[0]
     levels = [dense, *(n for n in space.levels if any(OPERATORS[name].can_reduce(dense, n) for name in operators))]
     try:
-        narrower = SearchSpace(space.depth, tuple(levels), tuple(operators), max_run, space.has_cls)
+        narrower = SearchSpace(space.depth, tuple(levels), tuple(operators), max_run, space.has_cls, space.grid)
         narrower.within(job.objective, None, job.allowed.high)
     except (BudgetError, SpaceError):
         return space

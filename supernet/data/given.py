@@ -57,6 +57,10 @@ def open_own(
 
     Raises DataError for what cannot be used, BrokenDataError for images that cannot be read.
     """
+    if targets == "pixels":
+        raise DataError(
+            "images with masks are read from a folder: give ROOT with train/images/ and train/masks/ as data"
+        )
     _check_parts(parts)
     found = _read_parts(parts, seed, workers, progress, targets)
     channels, height, width = _common_shape(found)

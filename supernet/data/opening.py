@@ -12,6 +12,7 @@ from poolshare.space.errors import DataError
 
 from .folders import CLASS_FOLDERS, PICTURES, Reader, class_notes, find_layout, held_out, open_folder, read_pictures
 from .listing import some
+from .masks import mask_reader
 from .named import open_digits, open_hub, open_torch
 from .pictures import Progress
 from .shards import open_shards, read_tests
@@ -24,11 +25,11 @@ from .transforms import (
     ImageFormat,
     Prepare,
     digits_transform,
+    mask_transform,
     picture_transform,
     random_numbers,
 )
 
-READERS = {"class": CLASS_FOLDERS, "classes": LABEL_TABLES, "dense": PICTURES}  # of folders, by what their images need
 _SEARCH, _TEST = range(2)  # one stream of random numbers for each cut; `splits` has others of the same seed
 
 
@@ -74,18 +75,19 @@ def open_data(
     found = open_source(place)
     labelled = place.targets != "dense"
     classes = found.classes if labelled else ()
+    strata = () if place.targets == "pixels" else classes  # what cuts keep the shares of
     splits, notes, full = {}, found.notes, found.train
     whole_count = len(full)
-    if found.open_test is None and not training and _too_rare(full, classes):
+    if found.open_test is None and not training and _too_rare(full, strata):
         notes += (
             f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
         )
     elif found.open_test is None:
         count, how = (
             round(test_fraction * len(full)),
-            "class by class" if full.labels.ndim == 1 and classes else "at random",
+            "class by class" if full.labels.ndim == 1 and strata else "at random",
         )
-        splits["test"], full = full.cut(count, classes, random_numbers(seed, _TEST), f"{name}, test")
+        splits["test"], full = full.cut(count, strata, random_numbers(seed, _TEST), f"{name}, test")
         notes += (
             f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
             f"set aside as test, {how}, with seed {seed}; another seed sets aside others.",
@@ -98,13 +100,13 @@ def open_data(
             notes += (
                 f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",
             )
-            search = search.drawn(search_images, classes, rng)
+            search = search.drawn(search_images, strata, rng)
     elif training:
         count = round(search_fraction * len(full))
         if search_images is not None and count > search_images:
             notes += (f"architectures are scored on {search_images:,} training images: see --search-images",)
             count = search_images
-        search, train = full.cut(count, classes, rng, f"{name}, search")
+        search, train = full.cut(count, strata, rng, f"{name}, search")
     else:
         search = train = full
     splits |= {"train": train, "search": search, "train_full": full}
@@ -158,7 +160,7 @@ def open_tests(
         folder = place.path
         source, notes = read_tests(place, classes)
     else:
-        reader = READERS[place.targets]
+        reader = reader_of(place)
         folder = _test_folder(place.path, reader)
         _, source, notes = reader.read(folder, classes, place.scale_16bit)
         notes += class_notes(folder, classes, reader)
@@ -190,12 +192,14 @@ def open_source(place: Place) -> Found:
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
     if kind is DataKind.FOLDER:
-        found = open_folder(place, READERS[place.targets])
+        found = open_folder(place, reader_of(place))
     elif place.targets == "classes":
         raise DataError(
             f"{name} has one class per image, and this task needs any number of them: give a folder with labels.csv, or data "
             "in Python"
         )
+    elif place.targets == "pixels":
+        raise DataError(f"{name} has no masks: give a folder with train/images and train/masks")
     else:
         openers = {
             DataKind.DIGITS: open_digits,
@@ -204,9 +208,16 @@ def open_source(place: Place) -> Found:
             DataKind.TORCH: open_torch,
         }
         found = openers[kind](place)
-    if place.targets == "class" and len(found.classes) < 2:
+    if place.targets in ("class", "pixels") and len(found.classes) < 2:
         raise DataError(f"{name} has fewer than 2 classes ({some(found.classes)}): there is nothing to learn")
     return found
+
+
+def reader_of(place: Place) -> Reader:
+    """How a folder is read, by what its images need."""
+    if place.targets == "pixels":
+        return mask_reader(place.ignore_index)
+    return {"class": CLASS_FOLDERS, "classes": LABEL_TABLES, "dense": PICTURES}[place.targets]
 
 
 def _too_rare(split: Split, classes: Sequence[str]) -> bool:
@@ -215,6 +226,8 @@ def _too_rare(split: Split, classes: Sequence[str]) -> bool:
 
 
 def _transform(place: Place, images: ImageFormat, augmentation: Augmentation) -> Prepare:
+    if place.targets == "pixels":
+        return mask_transform(images, augmentation)
     if place.kind is DataKind.DIGITS:
         return digits_transform(images, augmentation.shift)
     return picture_transform(images, augmentation)

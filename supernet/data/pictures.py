@@ -7,9 +7,9 @@ import io
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from poolshare.space.processes import usable_cores
 
 PIXELS_VARIABLE = "POOLSHARE_MAX_PIXELS"  # unset: Pillow's own limit, 179 million
 PILLOWS_PIXELS = Image.MAX_IMAGE_PIXELS
+IGNORED = -100  # the class of a pixel that counts for nothing: what torch's losses leave out
+INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow's, those with one whole number per pixel
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -100,11 +102,21 @@ class Images:
     items: Any
     name: str
     scale_16bit: bool = False
+    remedy: ClassVar[str] = "replace or remove them"  # where some are broken
 
-    def __call__(self, index: int) -> Image.Image:
+    @property
+    def how(self) -> tuple[object, ...]:
+        """What decides, beside the files, whether they can be used."""
+        return (self.scale_16bit,)
+
+    def joined(self, other: Self) -> Self:
+        """The images of both, as files, the other's after these."""
+        return replace(self, items=self.items + other.items)
+
+    def __call__(self, index: int) -> Any:
         return self.read(index)[0]
 
-    def read(self, index: int) -> tuple[Image.Image, bytes]:
+    def read(self, index: int) -> tuple[Any, bytes]:
         """The image, and the bytes of its file where the items are `Files`.
 
         Raises BrokenDataError for what cannot be decoded.
@@ -123,6 +135,81 @@ class Images:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else _reason(error, item)
         where = repr(item) if isinstance(item, str) else f"{self.name}, image {index}"
         raise BrokenDataError(f"cannot read {where} ({reason})")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(Images):
+    """Reads images and, for each, its mask: (H, W) int64, the class of each pixel, or IGNORED.
+
+    masks: their files, by the same indices. classes: how many there are; an index from there on is a fault. ignore_index:
+    the value of pixels that count for nothing. table: (classes,) what each index is called by a model that has others.
+    """
+
+    masks: Any = None
+    ignore_index: int = 255
+    classes: int = 0
+    table: np.ndarray | None = None
+    remedy: ClassVar[str] = (
+        "mend them: a mask is a PNG of its image's size that holds the class index of each pixel, 0, 1, 2 …, or "
+        "--ignore-index; of colours make indices, as in Image.fromarray((colours[:, None, None] == mask[None])"
+        ".all(-1).argmax(0).astype('uint8')) with colours (classes, 3) and mask (H, W, 3)"
+    )
+
+    @property
+    def how(self) -> tuple[object, ...]:
+        return (*super().how, "masks", self.classes, self.ignore_index)
+
+    def joined(self, other: Self) -> Self:
+        return replace(super().joined(other), masks=self.masks + other.masks)
+
+    def relabelled(self, indices: Sequence[int]) -> Self:
+        """The same under the classes of a model, of which class i of these is the one at `indices[i]`."""
+        table = np.asarray(indices, dtype=np.int64)
+        return replace(self, table=table if self.table is None else table[self.table])
+
+    def read(self, index: int) -> tuple[tuple[Image.Image, np.ndarray], bytes]:
+        """Image and mask, and the bytes of both files. Raises BrokenDataError for what cannot be decoded or used."""
+        image, content = super().read(index)
+        path = self.masks[index][0]
+        mask, of_mask = _read_mask(path)
+        ignored = mask == self.ignore_index
+        labelled = mask[~ignored]
+        fault = ""
+        if mask.shape != (image.height, image.width):
+            fault = f"{mask.shape[1]}×{mask.shape[0]} pixels, its image has {image.width}×{image.height}"
+        elif not len(labelled):
+            fault = f"all of its pixels are ignored, being {self.ignore_index}"
+        elif labelled.min() < 0 or labelled.max() >= self.classes:
+            value = labelled.min() if labelled.min() < 0 else labelled.max()
+            fault = f"it holds {value}, which is neither one of the {self.classes} classes 0 to {self.classes - 1} nor ignored"
+        if fault:
+            raise BrokenDataError(f"cannot read {path!r} ({fault})")
+        mask[ignored] = 0
+        mask = mask if self.table is None else self.table[mask]
+        mask[ignored] = IGNORED
+        return (image, mask), content + of_mask
+
+    def highest(self, index: int) -> int:
+        """The highest class index in a mask; −1 where all is ignored."""
+        mask, _ = _read_mask(self.masks[index][0])
+        return int(mask[mask != self.ignore_index].max(initial=-1))
+
+
+def _read_mask(path: str) -> tuple[np.ndarray, bytes]:
+    """The values of a mask, (H, W) int64, and the bytes of its file. Raises BrokenDataError for colours."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        _set_limit()
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "JPEG":
+                raise DataError("a JPEG, which changes values: save masks as PNG")
+            if image.mode not in INDEX_MODES:
+                raise DataError(f"colours, mode {image.mode}, in place of class indices")
+            return np.array(image, dtype=np.int64), content
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else _reason(error, path)
+    raise BrokenDataError(f"cannot read {path!r} ({reason})")
 
 
 def as_seen(image: Image.Image, scale_16bit: bool = False) -> Image.Image:

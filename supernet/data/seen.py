@@ -62,7 +62,7 @@ class Seen:
     """
 
     def __init__(self, key: str, read: Images) -> None:
-        self.path = cached("images", key, str(read.scale_16bit), os.environ.get(PIXELS_VARIABLE, ""))
+        self.path = cached("images", key, *map(str, read.how), os.environ.get(PIXELS_VARIABLE, ""))
 
     def recall(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""

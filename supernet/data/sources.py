@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Place:
         ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
     search_data: a folder of class folders whose images are scored on; nothing is set aside for that then.
     scale_16bit: take 16-bit grey images, 65,535 as white.
-    targets: what is read for each image, see `supernet.tasks`.
+    targets: what is read for each image, see `supernet.tasks`. ignore_index: the value of a mask's pixels that count for
+        nothing.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Place:
     search_data: StrPath | None = None
     scale_16bit: bool = False
     targets: Targets = "class"
+    ignore_index: int = 255
 
     @property
     def kind(self) -> DataKind:
@@ -179,7 +181,7 @@ def scored_on(
     """A data set whose images to score on are files of their own, as those to train on are; they become one source."""
     columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (train, search)]
     labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
-    read: Any = replace(train.read, items=train.read.items + search.read.items)  # type: ignore[attr-defined,type-var]
+    read = train.read.joined(search.read)  # type: ignore[attr-defined]
     names = Names.joined(Names.of(one.names or ()) for one in (train, search))
     joint = Source(read, labels, names, sizes, digests, times)
     rows, count = np.arange(len(joint)), len(train)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from poolshare.space.errors import BrokenDataError, DataError
 
 from .listing import some
-from .pictures import Files, Images, Progress, advance, check_images
+from .pictures import Files, Images, Pairs, Progress, advance, check_images
 from .seen import keep, recall
 from .sources import Source, Split
 from .transforms import Prepare, random_numbers
@@ -31,7 +31,10 @@ _ORDER, _AUGMENT = 2, 3  # one stream of random numbers for each use of the seed
 
 
 class Batches(Protocol):
-    """What a loader gives: (images float32 (B, C, H, W), labels int64 (B,) or uint8 (B, classes)), always the same."""
+    """What a loader gives: (images float32 (B, C, H, W), labels), the same at every iteration.
+
+    Labels are int64 (B,), or uint8 (B, classes); of images with masks int64 (B, H, W), the class of each pixel or IGNORED.
+    """
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -67,6 +70,11 @@ class Data:
             raise DataError(f"no split {name!r} in {self.name}: take train, search, train_full or test")
         return self._splits[name]
 
+    @property
+    def of_pixels(self) -> bool:
+        """Whether every pixel has a class of its own."""
+        return isinstance(self.split("train_full" if "train_full" in self._splits else "test").source.read, Pairs)
+
     def check(self, parts: Sequence[str], progress: Progress | None = None, when: Checking = "once") -> None:
         """Decode all images of files that `train` (with it `search`, and what was set aside) or `test` consist of.
 
@@ -96,7 +104,7 @@ class Data:
             done += len(indices)
         if broken:
             what = f"{len(broken)} of {total} images in {self.name!r} cannot be read"
-            raise BrokenDataError(f"{what}: {some(broken)}; replace or remove them")
+            raise BrokenDataError(f"{what}: {some(broken)}; {source.read.remedy}")  # type: ignore[attr-defined]
 
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
@@ -104,6 +112,8 @@ class Data:
         sources = {id(split.source): split.source for split in self._splits.values()}
 
         def moved_to(source: Source) -> Source:
+            if isinstance(source.read, Pairs):
+                return replace(source, read=source.read.relabelled(indices))
             if source.labels.ndim == 1:
                 return replace(source, labels=table[source.labels] if self.labelled else source.labels)
             labels = np.zeros((len(source), len(classes)), source.labels.dtype)
@@ -228,7 +238,8 @@ class Data:
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size} is not a number of images: give --batch-size 1 or more")
         if split not in self._tensors:
-            if 4 * len(self.split(split)) * self.in_chans * math.prod(self.img_size) > CACHE_BYTES:
+            channels = self.in_chans + 2 * self.of_pixels  # a mask takes 8 bytes per pixel
+            if 4 * len(self.split(split)) * channels * math.prod(self.img_size) > CACHE_BYTES:
                 return self._answered(self._batches(split, batch_size, workers, start, stop))
             images, labels = zip(*self._answered(self._batches(split, batch_size, workers)), strict=True)
             self._tensors[split] = torch.cat(images), torch.cat(labels)
@@ -306,8 +317,10 @@ class _Items(Dataset):
     def __getitem__(self, row: _Row) -> tuple[Tensor, Any]:
         index, epoch = row
         draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
-        label = self.source.labels[index]
-        return self.prepare(self.source.read(index), draw), int(label) if label.ndim == 0 else torch.from_numpy(label)
+        prepared, label = self.prepare(self.source.read(index), draw), self.source.labels[index]
+        if isinstance(prepared, tuple):  # an image with its mask
+            return prepared
+        return prepared, int(label) if label.ndim == 0 else torch.from_numpy(label)
 
 
 @dataclass(frozen=True, eq=False)

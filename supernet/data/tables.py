@@ -32,7 +32,7 @@ def read_table(
     a line, or else all that occur, sorted. Raises DataError for a table that names a missing image, or an unknown class.
     """
     rows = _rows(root / TABLE)
-    stated = known if known is not None else _stated(root / CLASSES)
+    stated = known if known is not None else class_names(root / CLASSES)
     classes = tuple(
         stated if stated is not None else sorted({label for _, labels in rows.values() for label in labels})
     )
@@ -94,8 +94,8 @@ def _rows(path: Path) -> dict[str, tuple[int, list[str]]]:
     return found
 
 
-def _stated(path: Path) -> list[str] | None:
-    """The names in classes.txt; None where there is no such file."""
+def class_names(path: Path) -> list[str] | None:
+    """The names in a file, in the order of their indices; None where there is no such file."""
     if not path.is_file():
         return None
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -15,11 +15,14 @@ from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.nn.functional import pad
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from poolshare.space.errors import DataError
 
 Draw = tuple[int, ...] | None  # what keys an image's augmentation; None: as evaluation sees it
-Prepare = Callable[[Any, Draw], Tensor]  # what a source reads → (C, H, W)
+# What a source reads → (C, H, W); of an image with its mask also (H, W) int64.
+Prepare = Callable[[Any, Draw], Tensor | tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,62 @@ class _Pictures:
             return self.evaluate(image)
         with keyed_generators(*draw):
             return self.train(image)
+
+
+def mask_transform(images: ImageFormat, augmentation: Augmentation) -> Prepare:
+    """For images with masks, by torchvision's v2 transforms, which treat both alike; whole images in evaluation.
+
+    Of `augmentation` crops keep the shape of the images, within a third; colours change in the image alone. Masks take the
+    nearest pixel. Raises DataError for policies, which know nothing of masks.
+    """
+    means, stds = images.statistics
+    if augmentation.auto_augment is not None:
+        raise DataError(
+            f"auto_augment {augmentation.auto_augment!r} would move the image and not its mask: leave it out where there are "
+            "masks, and vary hflip, crop_scale, color_jitter and re_prob"
+        )
+    modes = {mode.value: mode for mode in v2.InterpolationMode}
+    if images.interpolation not in modes:
+        raise DataError(f"torchvision has no interpolation {images.interpolation!r}: take for instance 'bicubic'")
+    mode, (height, width) = modes[images.interpolation], images.size
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(means, stds)]
+    evaluate = v2.Compose([v2.Resize(images.size, mode), *to_tensor])
+    train = evaluate
+    if augmentation != Augmentation.none():
+        shape, jitter = width / height, augmentation.color_jitter
+        train = v2.Compose(
+            [
+                v2.RandomResizedCrop(images.size, augmentation.scale, (shape * 3 / 4, shape * 4 / 3), mode),
+                v2.RandomHorizontalFlip(augmentation.hflip),
+                *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+                *to_tensor,
+                *([v2.RandomErasing(augmentation.re_prob)] if augmentation.re_prob else []),
+            ]
+        )
+    return _Masked("RGB" if images.in_chans == 3 else "L", train, evaluate)
+
+
+@dataclass(frozen=True, eq=False)
+class _Masked:
+    """PIL image and (H, W) classes → (C, H, W) and (H, W), by v2 transforms, the training one keyed.
+
+    An image without a mask is one of evaluation, → (C, H, W).
+    """
+
+    mode: str
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+    def __call__(self, pair: Any, draw: Draw) -> Tensor | tuple[Tensor, Tensor]:
+        if not isinstance(pair, tuple):
+            return self.evaluate(pair.convert(self.mode)).as_subclass(Tensor)  # type: ignore[no-any-return]
+        image, mask = pair[0].convert(self.mode), tv_tensors.Mask(torch.from_numpy(pair[1]))
+        if draw is None:
+            image, mask = self.evaluate(image, mask)
+        else:
+            with keyed_generators(*draw):
+                image, mask = self.train(image, mask)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
 @dataclass(frozen=True, eq=False)

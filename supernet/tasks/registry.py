@@ -9,9 +9,10 @@ from poolshare.space import ConfigError
 from .classification import CLASSIFICATION
 from .embedding import EMBEDDING
 from .multilabel import MULTILABEL
+from .segmentation import SEGMENTATION
 from .task import Task, check_task
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABEL, EMBEDDING)}
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABEL, SEGMENTATION, EMBEDDING)}
 
 
 def task_named(task: Any) -> Task:

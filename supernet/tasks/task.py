@@ -29,9 +29,9 @@ from torch import Tensor
 
 from poolshare.space import ConfigError
 
-# What the data bring for each image: the index of its class; a 0 or 1 for every class; nothing: the dense model's output is
-# the target.
-Targets = Literal["class", "classes", "dense"]
+# What the data bring for each image: the index of its class; a 0 or 1 for every class; a mask, the class of every pixel;
+# nothing: the dense model's output is the target.
+Targets = Literal["class", "classes", "pixels", "dense"]
 
 
 class Task:

@@ -1,0 +1,1 @@
+"""Heads that timm's ViTs do not have."""
