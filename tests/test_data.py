@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from test_sources import write_digits
 from timm.data import ImageDataset, create_transform
 
-import poolshare.supernet.data.named as named
+import poolshare.supernet.data.formats.named as named
 import poolshare.supernet.data.splits as module
 from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.supernet.data.transforms import Augmentation, keyed_generators

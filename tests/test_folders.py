@@ -12,6 +12,7 @@ import torch
 from conftest import randomise
 from opened import open_data, open_source
 from PIL import Image, ImageOps
+from reports import FACTS
 from rich.console import Console
 from test_sources import write_digits
 
@@ -264,10 +265,7 @@ def exported(out: Path, data: Path) -> Path:
     opened = open_data(str(data), **GREY)
     model = randomise(Subnet.from_base("vit_tiny_patch16_224", "1", **SMALL)).eval()
     config = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
-    facts = {
-        "macs": 1, "dense_macs": 2, "parameters": 3, "data": str(data), "data_dir": None,
-        "data_fingerprint": opened.fingerprint, "seed": 0, "batch_size": 8, "pretrained": False, "weights": "a test",
-    }  # fmt: skip
+    facts = FACTS | {"data": str(data), "data_fingerprint": opened.fingerprint, "batch_size": 8}
     save_export(out, model, opened.classes, config, facts)
     return out
 

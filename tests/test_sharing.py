@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import randomise
+from reports import FACTS
 from safetensors.torch import load_file
 
 from poolshare.search.exported.export import load_export, save_export
@@ -120,8 +121,7 @@ def test_the_sharing_of_an_exported_folder_is_kept_and_can_be_changed_when_it_is
     model = Subnet.from_supernet(net, architecture)
     data_config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     data_config |= {"interpolation": "bicubic"}
-    facts = {"macs": measure_macs(net).total(architecture), "dense_macs": 10**7, "parameters": 1, "data": "digits"}
-    facts |= {"data_dir": None, "data_fingerprint": "", "seed": 0, "batch_size": 1, "pretrained": False, "weights": ""}
+    facts = FACTS | {"macs": measure_macs(net).total(architecture)}
     save_export(tmp_path / "out", model, tuple("abcdefg"), data_config, facts)
     written = load_export(tmp_path / "out").model.eval()
     changed = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, sharing="qk").eval()

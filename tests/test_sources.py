@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageDataset
 
-import poolshare.supernet.data.named as named
+import poolshare.supernet.data.formats.named as named
 from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.supernet.data.sources import stratified
 

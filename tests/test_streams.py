@@ -27,8 +27,8 @@ from poolshare.search.config import checked_config, moved, short_name
 from poolshare.search.job.folder import RunFolder
 from poolshare.space import BrokenDataError, DataError, RunError
 from poolshare.supernet.data import Data, seen
+from poolshare.supernet.data.formats.shards import find_parts, read_shard
 from poolshare.supernet.data.given import open_own
-from poolshare.supernet.data.shards import find_parts, read_shard
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
 
@@ -89,7 +89,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 def place_of(kind: str, places: dict[str, str]) -> str:
     """Makes tables when they are asked for, so that tests without them run where `datasets` is missing."""
     if kind.startswith("hf") and "table" not in places:
-        Path(places["root"], "table").mkdir()
+        Path(places["root"], "table").mkdir(exist_ok=True)
         places["table"] = str(write_table(Path(places["root"], "table"), Path(places["folder"])))
     return f"{kind}/{places['table']}" if kind.startswith("hf") else places[kind]
 

@@ -457,7 +457,7 @@ def check_outside(out: Path, data: str) -> None:
     """Raise RunError for a folder among the class folders of the data, where it would count as a class itself."""
     if not data or DataKind.of(data) is not DataKind.FOLDER:
         return
-    from poolshare.supernet.data.folders import TEST_FOLDERS, TRAIN_FOLDERS
+    from poolshare.supernet.data.formats.folders import TEST_FOLDERS, TRAIN_FOLDERS
 
     root, out = Path(data).expanduser().resolve(), out.expanduser().resolve()
     parts = [root]  # whose folders are classes

@@ -10,15 +10,24 @@ import numpy as np
 from poolshare.space.data_kind import DataKind
 from poolshare.space.errors import DataError
 
-from .folders import CLASS_FOLDERS, PICTURES, Reader, class_notes, find_layout, held_out, open_folder, read_pictures
+from .formats.folders import (
+    CLASS_FOLDERS,
+    PICTURES,
+    Reader,
+    class_notes,
+    find_layout,
+    held_out,
+    open_folder,
+    read_pictures,
+)
+from .formats.masks import mask_reader
+from .formats.named import open_digits, open_hub, open_torch
+from .formats.shards import open_shards, read_tests
+from .formats.tables import LABEL_TABLES
 from .listing import some
-from .masks import mask_reader
-from .named import open_digits, open_hub, open_torch
 from .pictures import Progress
-from .shards import open_shards, read_tests
 from .sources import Found, Place, Split, whole
 from .splits import Checking, Data
-from .tables import LABEL_TABLES
 from .transforms import (
     DEFAULT_AUGMENTATION,
     Augmentation,

@@ -10,9 +10,9 @@ import numpy as np
 
 from poolshare.space.errors import DataError
 
+from ..listing import Names, list_folder, readable, some
+from ..sources import Source
 from .folders import Reader, source_of
-from .listing import Names, list_folder, readable, some
-from .sources import Source
 
 TABLE, CLASSES = "labels.csv", "classes.txt"
 HEADER = ["file", "labels"]

@@ -17,10 +17,10 @@ from timm.data import create_dataset
 from poolshare.space.data_kind import DataKind, split_name
 from poolshare.space.errors import DataError
 
+from ..listing import Names
+from ..pictures import Files, Images, digest
+from ..sources import Found, Place, Source, Split, known, scored_on, stratified, whole
 from .folders import TEST_FOLDERS, VALIDATION_FOLDERS
-from .listing import Names
-from .pictures import Files, Images, digest
-from .sources import Found, Place, Source, Split, known, scored_on, stratified, whole
 
 DIGITS_TEST = 540  # of 1,797 images
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from poolshare.space.errors import DataError
 
-from .listing import ENDINGS, Listing, Names, class_name, list_folder, readable, some, subfolders
-from .pictures import Files, Folder, Images
-from .sources import Found, Place, Source, scored_on, whole
+from ..listing import ENDINGS, Listing, Names, class_name, list_folder, readable, some, subfolders
+from ..pictures import Files, Folder, Images
+from ..sources import Found, Place, Source, scored_on, whole
 
 TRAIN_FOLDERS = ("train", "training")  # in upper or lower case, like the two below
 TEST_FOLDERS = ("test", "testing")

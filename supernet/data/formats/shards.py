@@ -20,11 +20,11 @@ import numpy as np
 
 from poolshare.space.errors import DataError
 
+from ..listing import Names, natural_key, some
+from ..pictures import Files, Images
+from ..seen import cached, is_settled, load, save
+from ..sources import Found, Place, Source, known, scored_on, whole
 from .folders import TEST_FOLDERS, TRAIN_FOLDERS, VALIDATION_FOLDERS
-from .listing import Names, natural_key, some
-from .pictures import Files, Images
-from .seen import cached, is_settled, load, save
-from .sources import Found, Place, Source, known, scored_on, whole
 
 INFO = ("_info.json", "info.json")  # where timm looks for which shard belongs to what
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -14,10 +14,10 @@ import numpy as np
 from poolshare.space.errors import BrokenDataError, DataError
 from poolshare.space.processes import usable_cores
 
+from ..listing import Listing, Names, list_folder, readable, some
+from ..pictures import Files, Folder, Pairs
+from ..sources import Source
 from .folders import Reader
-from .listing import Listing, Names, list_folder, readable, some
-from .pictures import Files, Folder, Pairs
-from .sources import Source
 from .tables import CLASSES, class_names
 
 IMAGES, MASKS = "images", "masks"  # the two folders of a part
