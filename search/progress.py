@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Column
 from rich.text import Text
 
+from .console import print_line
+
 SECONDS_BETWEEN_LINES = 10  # at first; later a twentieth of the time spent, so that a day's log stays readable
 
 Advance = Callable[..., None]  # (units done so far, note="", total=None)
@@ -124,8 +126,6 @@ def _lines(console: Console, title: str, total: float, unit: str) -> Advance:
             parts.append(rate_text(rate, unit))
             if done < whole:
                 parts.append(f"about {time_text((whole - done) / rate)} left")
-        console.print(
-            f"{title}: {', '.join(parts)}{note and f', {note}'}", markup=False, highlight=False, soft_wrap=True
-        )
+        print_line(console, f"{title}: {', '.join(parts)}{note and f', {note}'}")
 
     return advance
