@@ -78,9 +78,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_timings() -> Iterator[None]:
-    """A latency table is made of the rounds that fit into two seconds, not into a minute."""
+    """A latency table is made of the rounds that fit into half a second, not into a minute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("poolshare.supernet.latency.SPEND", 2.0)
+        patch.setattr("poolshare.supernet.latency.SPEND", 0.5)
         yield
 
 
