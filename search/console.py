@@ -63,11 +63,6 @@ class PlainConsole(Console):
         super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
 
 
-def print_line(console: Console, text: str) -> None:
-    """Print a message as it is, on one line however narrow the terminal."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def progress_console(quiet: bool) -> PlainConsole:
     """Where progress goes: standard error; nowhere from the processes that torchrun started to help the first."""
     return PlainConsole(stderr=True, quiet=quiet or launched_rank() > 0)

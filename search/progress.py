@@ -11,8 +11,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Column
 from rich.text import Text
 
-from .console import print_line
-
 SECONDS_BETWEEN_LINES = 10  # at first; later a twentieth of the time spent, so that a day's log stays readable
 
 Advance = Callable[..., None]  # (units done so far, note="", total=None)
@@ -126,6 +124,8 @@ def _lines(console: Console, title: str, total: float, unit: str) -> Advance:
             parts.append(rate_text(rate, unit))
             if done < whole:
                 parts.append(f"about {time_text((whole - done) / rate)} left")
-        print_line(console, f"{title}: {', '.join(parts)}{note and f', {note}'}")
+        console.print(
+            f"{title}: {', '.join(parts)}{note and f', {note}'}", markup=False, highlight=False, soft_wrap=True
+        )
 
     return advance

@@ -22,7 +22,6 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
-from ..console import print_line
 from ..exported.export import better_with_dense, load_supernet
 from ..job.folder import FINALISTS, RunFolder
 from ..job.prepare import Job, checked_recipe, prepare, supernet_recipe
@@ -88,7 +87,7 @@ def train_finalists(
             check_batches(job.data, recipe, 1)
             chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
             if chosen_threads.note:
-                print_line(console, chosen_threads.note)
+                console.print(chosen_threads.note, markup=False, soft_wrap=True)
             with computing_with(chosen_threads.number):
                 rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner

@@ -24,7 +24,6 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..config import RETRAIN_EPOCHS_GUIDED
-from ..console import print_line
 from ..job.dense import load_dense
 from ..job.folder import RunFolder
 from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
@@ -107,7 +106,7 @@ def measure_trust(
         _check_drawn(folder, rows, drawn)
         chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
         if chosen.note:
-            print_line(console, chosen.note)
+            console.print(chosen.note, markup=False, soft_wrap=True)
         with computing_with(chosen.number):
             return _measure(folder, plan, job, drawn, recipe, header, rows, console)
 

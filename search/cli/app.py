@@ -16,7 +16,7 @@ from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
 from poolshare.space.processes import launched_rank
 
-from ..console import PlainConsole, never_fail, print_line, printable, progress_console
+from ..console import PlainConsole, never_fail, printable, progress_console
 from . import judging, looking, sizing, using
 from .options import (
     DataDir,
@@ -134,7 +134,7 @@ def worker(
         return print_json(result)
     console = PlainConsole()
     console.print(f"{run}: {result['scored']:,} of its {result['candidates']:,} architectures were scored here")
-    print_line(console, "the `poolshare search` command of this run shows the frontier and writes the report")
+    console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
 
 
 app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)

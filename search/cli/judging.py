@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import PlainConsole, print_line, progress_console
+from ..console import PlainConsole, progress_console
 from .options import (
     Budget,
     DataDir,
@@ -78,7 +78,7 @@ def trust(
         cells = [
             f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
         ]
-        print_line(console, f"{title:<20} {'  '.join(cells)}")
+        console.print(f"{title:<20} {'  '.join(cells)}", soft_wrap=True)
 
 
 def _with_interval(estimate: dict[str, float | None]) -> str:
@@ -130,4 +130,4 @@ def finalists(
     out = PlainConsole()
     out.print(finalists_table(rows, out.width, load_report(folder).baseline))
     name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
-    print_line(out, f"export: poolshare export {name} --architecture {best} --out {name}-export")
+    out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 
 from poolshare.space.errors import ConfigError
 
-from ..console import PlainConsole, print_line
+from ..console import PlainConsole
 from .options import Budget, ImgSize, InChans, Json, ModelArgs, option, print_json, read_options
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ def pareto(
     console = PlainConsole()
     for path in (csv, png, png and png.with_suffix(".csv"), folder.report if refresh else None):
         if path is not None:
-            print_line(console, f"written: {path}")
+            console.print(f"written: {path}", soft_wrap=True)
     if chosen is not None:
-        print_line(console, f"{chosen.how}: {chosen.architecture}")
+        console.print(f"{chosen.how}: {chosen.architecture}", soft_wrap=True)
         console.print(f"why: {chosen.why}")
-        print_line(console, report.export_command(chosen.architecture))
+        console.print(report.export_command(chosen.architecture), soft_wrap=True)
     else:
         hint(folder, report, budget)
 
@@ -148,13 +148,13 @@ def show(
         value = {"architecture": str(architecture), **architecture.to_json(), "layers": layers}
         return print_json(value | ({"regions": str(drawn)} if drawn else {}))
     console = PlainConsole()
-    print_line(console, draw_architecture(architecture, min(console.width, 100)))
+    console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
     if facts:
         share = facts["macs"] / facts["dense_macs"]
         macs, parameters = (COSTS[name].format(facts[name]) for name in ("macs", "parameters"))
         console.print(f"{macs}, {share:.1%} of dense; {parameters}")
     if drawn:
-        print_line(console, f"written: {drawn}")
+        console.print(f"written: {drawn}", soft_wrap=True)
 
 
 def _draw(what: str, images: list[Path] | None, out: Path | None, model: dict[str, Any]) -> Path | None:
@@ -194,7 +194,7 @@ def present(report: Report, cost: str, others: list[Report] | None = None) -> No
     if others:
         console.print(comparison_table([report, *others], cost))
     for warning in report.warnings:
-        print_line(console, warning)
+        console.print(warning, soft_wrap=True)
     width = max(40, min(78, console.width))
     print(terminal_plot(report, width, colour=console.is_terminal, cost=cost, others=others or ()))
 
@@ -209,5 +209,5 @@ def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
     if picks[0] == "finalist" or not budget:
         wishes.append(f"--pick {picks[0]}")  # finalist, or else half-point where there is one
     wish = " ".join(wishes)
-    print_line(console, f"report: {folder.report}")
-    print_line(console, f"export: poolshare export {run} {wish} --out {run}-export")
+    console.print(f"report: {folder.report}", soft_wrap=True)
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)

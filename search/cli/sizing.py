@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import SearchConfig, checked_config
-from ..console import PlainConsole, print_line
+from ..console import PlainConsole
 from .options import (
     Budget,
     Device,
@@ -164,4 +164,4 @@ def _print(net: SuperNet, macs: CostTable, facts: dict[str, Any], head: str, bud
         *facts["notes"],
     ]
     for line in lines:
-        print_line(PlainConsole(), line)
+        PlainConsole().print(line, soft_wrap=True)

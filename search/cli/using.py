@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ import typer
 from poolshare.space.errors import BrokenDataError, ConfigError
 from poolshare.space.processes import launched_rank
 
-from ..console import PlainConsole, print_line, progress_console
+from ..console import PlainConsole, progress_console
 from .options import (
     Amp,
     Budget,
@@ -70,7 +69,7 @@ def export(
     console = PlainConsole()
     console.print(f"{out}: {facts['architecture']}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
-    print_line(console, f"next: poolshare retrain {shlex.quote(str(out))}")
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
 
 
 def retrain(
@@ -131,7 +130,7 @@ def retrain(
     )
     PlainConsole().print(_beside(facts["test_balanced_top1"], facts["test_baseline"]))
     if facts["against_dense"]:
-        print_line(PlainConsole(), facts["against_dense"])
+        PlainConsole().print(facts["against_dense"], soft_wrap=True)
     if quiet:  # otherwise they were printed at the beginning
         print_notes(facts["notes"])
 
@@ -139,7 +138,7 @@ def retrain(
 def print_notes(notes: list[str]) -> None:
     """Notes on data and weights, which belong to the result, quiet or not."""
     for note in notes:
-        print_line(PlainConsole(), note)
+        PlainConsole().print(note, soft_wrap=True)
 
 
 def _beside(balanced: float, baseline: float) -> str:
@@ -178,11 +177,11 @@ def evaluate(
         f"top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
     if result["against_dense"]:
-        print_line(console, result["against_dense"])
+        console.print(result["against_dense"], soft_wrap=True)
     console.print(_beside(result["balanced_top1"], result["baseline"]))
     worst_first = sorted(result["per_class"], key=lambda one: (one["top1"], -one["images"]))
     for one in worst_first[:CLASSES_SHOWN]:
-        print_line(console, f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images")
+        console.print(f"  {one['class']}: {one['top1']:.2f} % of {one['images']:,} images", soft_wrap=True)
     if len(worst_first) > CLASSES_SHOWN:
         console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes with a higher accuracy; --json lists all")
     print_notes(result["notes"])
@@ -207,10 +206,9 @@ def predict(
     """
     from ..exported.predict import predict as run_predict
 
+    aside = PlainConsole(stderr=True, soft_wrap=True)
     console = progress_console(False)
-    answers = run_predict(
-        exported, images, top=top, device=device, threads=threads, say=partial(print_line, console), console=console
-    )
+    answers = run_predict(exported, images, top=top, device=device, threads=threads, say=aside.print, console=console)
     broken = [one["error"] for one in answers if "error" in one]
     if as_json:
         print_json(answers)
@@ -219,6 +217,6 @@ def predict(
         if "error" in one:
             continue
         named = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in one["classes"])
-        print_line(console, f"{one['image']}: {named}")
+        console.print(f"{one['image']}: {named}", soft_wrap=True)
     if broken:
         raise BrokenDataError(f"{len(broken)} of {len(answers)} images cannot be read: {'; '.join(broken)}")

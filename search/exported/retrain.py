@@ -30,7 +30,6 @@ from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_ep
 from ..analysis.guard import against_dense
 from ..analysis.pareto import binomial_interval
 from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, WARM_LR, WARM_LR_PRETRAINED, moved, short_name
-from ..console import print_line
 from ..job.folder import check_outside
 from ..job.images import difference
 from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
@@ -89,7 +88,7 @@ def retrain(
     opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
     opened = replace(opened, seed=seed)
     for note in opened.notes:
-        print_line(console, note)
+        console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)
     model: Any = source.model
     if from_scratch:
@@ -116,7 +115,7 @@ def retrain(
             stack.enter_context(distributed.joined(place))
             chosen = distributed.from_first(_threads(threads, state, source, model, recipe) if first else Threads(None))
             if chosen.note:
-                print_line(console, chosen.note)
+                console.print(chosen.note, markup=False, soft_wrap=True)
             stack.enter_context(computing_with(chosen.number))
             advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
@@ -129,7 +128,7 @@ def retrain(
                 state=state,
                 settings=settings,
                 progress=partial(advance_loss, advance),
-                say=partial(print_line, console),
+                say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise=f"give --restart to discard these epochs and start {out.name} again, or choose another --out",
             )
         if not first:

@@ -22,7 +22,6 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 
-from ..console import print_line
 from ..counts import Counts
 from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
@@ -92,7 +91,7 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
                 state=folder and folder.tuning,
                 settings={"tuning": recipe.epochs},
                 progress=partial(advance_loss, advance),
-                say=partial(print_line, console),
+                say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise="search into a new folder",
             )
     if folder is None:
@@ -105,10 +104,11 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
     save_tensors(folder.dense, model.state_dict(), facts)
     for state in folder.path.glob(f"{folder.tuning.stem}*{folder.tuning.suffix}"):  # nothing goes on from it
         state.unlink()
-    print_line(
-        console,
+    console.print(
         f"the dense model{f', tuned for {recipe.epochs} epochs,' if recipe.epochs else ''} is right on "
         f"{100 * correct / images:.2f} % of the {images:,} search-validation images",
+        markup=False,
+        soft_wrap=True,
     )
 
 

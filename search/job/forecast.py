@@ -19,7 +19,6 @@ from poolshare.supernet.training.loop import attention_of, precision_of, steps_p
 from poolshare.supernet.training.sandwich import GUIDED, LEAST, Sandwich
 
 from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
-from ..console import print_line
 from ..progress import time_text
 from ..scoring import count_correct
 from ..untrained.search import expected_cost
@@ -30,7 +29,7 @@ from .prepare import Job
 def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool = False) -> None:
     """Say what is to be known, what will be done and about how long it takes. trained: epochs that are done. tuned: so is the
     dense model."""
-    say = partial(print_line, console)
+    say = partial(console.print, markup=False, soft_wrap=True)
     for note in job.notes:
         say(note)
     space, macs, recipe = job.supernet.space, job.macs, job.recipe

@@ -30,7 +30,6 @@ from poolshare.supernet.training.recipe import Recipe
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
-from ..console import print_line
 from ..counts import MICRONATS, Counts
 from ..losses import score_counts
 from ..progress import advance_loss, progress_bar
@@ -216,7 +215,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 workers=job.config.workers,
                 state=folder and folder.training,
                 progress=partial(advance_loss, advance),
-                say=partial(print_line, console),
+                say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise="search into a new folder",
             )
     if folder:

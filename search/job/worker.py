@@ -20,7 +20,6 @@ from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 
 from ..config import SearchConfig
-from ..console import print_line
 from ..scoring import Metric, top1
 from ..study.open import check_storage
 from .folder import RunFolder
@@ -99,7 +98,7 @@ def work(
 
     chosen = choose_threads(threads, folder.config.threads, job.supernet)
     if chosen.note:
-        print_line(console, chosen.note)
+        console.print(chosen.note, markup=False, soft_wrap=True)
     with computing_with(chosen.number), scoring_together(job):
         task = make_task(job)
         found = score_candidates(job, replace(task, score=score), folder, console, storage, publish=False)
@@ -128,9 +127,10 @@ def _wait_for_folder(run: Path, console: Console) -> None:
 
     start = time.monotonic()
     if absent():
-        minutes = PATIENCE_SECONDS // 60
-        print_line(
-            console, f"{run} is not a run folder yet: waiting {minutes} minutes for `poolshare search` to begin it"
+        console.print(
+            f"{run} is not a run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
+            markup=False,
+            soft_wrap=True,
         )
     while absent() and time.monotonic() - start < PATIENCE_SECONDS:
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -141,8 +141,10 @@ def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
     announced = False
     while not is_trained(folder):
         if not announced:
-            print_line(
-                console, f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it"
+            console.print(
+                f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",
+                markup=False,
+                soft_wrap=True,
             )
             announced = True
         time.sleep(SECONDS_BETWEEN_LOOKS)

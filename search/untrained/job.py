@@ -20,7 +20,6 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import save_tensors
 
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
-from ..console import print_line
 from ..job.folder import RunFolder
 from ..job.job import conclude, race, time_models, timed_job, with_threads
 from ..job.prepare import Job, load_weights, prepare
@@ -50,7 +49,7 @@ def run_untrained(
     console = console or Console(quiet=True, markup=False)
     config = _checked(config, data)
     if storage is not None:
-        print_line(console, "--storage is not used: without training there is no study")
+        console.print("--storage is not used: without training there is no study", soft_wrap=True)
     if config.unlabelled and metric is not top1:
         raise ConfigError(
             f"the metric {config.metric} needs labels, and the images of {config.data} have none; leave it out, or give "
@@ -113,7 +112,7 @@ def _checked(config: SearchConfig, data: Data | None) -> SearchConfig:
 
 def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
     job = timed_job(job, RunFolder(out, job.config), console)
-    say = partial(print_line, console)
+    say = partial(console.print, markup=False, soft_wrap=True)
     if dry_run:
         folder = RunFolder(out, job.config)
         _announce(job, Record(folder), say)

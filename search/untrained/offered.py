@@ -9,7 +9,6 @@ from rich.console import Console
 from poolshare.space import OPERATORS, Architecture, BudgetError, SearchSpace, SpaceError, forecast
 from poolshare.supernet.training import distributed
 
-from ..console import print_line
 from ..job.folder import RunFolder
 from ..job.prepare import Job
 from ..progress import progress_bar
@@ -30,7 +29,7 @@ def offered(job: Job, folder: RunFolder | None, console: Console) -> Job:
     space, note = distributed.from_first(_least_damaging(job, folder, console) if folder else (job.supernet.space, ""))
     narrower = job.narrowed(space)
     if folder and note:
-        print_line(console, note)
+        console.print(note, markup=False, soft_wrap=True)
         folder.decide(narrower.config, note)
     return narrower
 
