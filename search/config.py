@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from poolshare.space import COSTS, ConfigError, budget_quantity
-from poolshare.space.data_kind import DataKind
+from poolshare.space.data_kind import DataKind, is_place, split_name
 from poolshare.space.presets import UNTRAINED
 
 SEARCHING = (
@@ -53,7 +53,7 @@ IMAGES = 1000  # scored on, at most, where nothing is trained: more add little a
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
 # Between two calls on one run folder.
-MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", "check_images", *SEARCHING, *PLACES)
+MAY_DIFFER = ("trials", "epochs", "workers", "device", "threads", "check_images", "log", *SEARCHING, *PLACES)
 LOCAL = "local-dir:"  # begins a folder in timm's words
 ADDRESSES = ("hf-hub:", "hf_hub:", LOCAL)  # begin weights that are no plain path
 
@@ -72,7 +72,9 @@ class SearchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     data: str = option(
-        ..., "digits, a folder of class folders, torch/fashion_mnist, torch/cifar10, hfds/….", metavar="DATA"
+        ...,
+        "digits, a folder of class folders, wds/FOLDER of WebDataset shards, torch/fashion_mnist, torch/cifar10, hfds/….",
+        metavar="DATA",
     )
     model: str = option(
         ...,
@@ -177,6 +179,9 @@ class SearchConfig(BaseModel):
     metric: str = "top1"  # name of the function that says which answers are right
     workers: int = option(0, "Processes that load images.", ge=0)
     amp: Literal["none", "bf16"] = option("none", "Automatic mixed precision in training.")
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(
+        (), "tensorboard, wandb or mlflow show the training too, from files in RUN; repeatable.", metavar="NAME"
+    )
     recipe: dict[str, Any] = option(
         {},
         "More of how to train: mixup=0.8,cutmix=1,label_smoothing=0.1,ema=0.999,accumulate=2,warmup=0.1,…; supernet/README.md "
@@ -323,10 +328,15 @@ def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:
         kind = DataKind.of(data)
         if kind is DataKind.DIGITS:
             normal["data_dir"] = None
-        elif kind is DataKind.FOLDER:
-            normal |= {"data": _absolute(Path(data_dir or "", data)), "data_dir": None}
-        elif data_dir:
-            normal["data_dir"] = _absolute(data_dir)
+        elif kind in (DataKind.FOLDER, DataKind.SHARDS):
+            prefix, path = split_name(data)
+            normal |= {"data": prefix + _absolute(Path(data_dir or "", path)), "data_dir": None}
+        else:
+            prefix, path = split_name(data)
+            if kind is DataKind.HUB and os.path.isdir(os.path.expanduser(path)):
+                normal["data"] = prefix + _absolute(path)
+            if data_dir:
+                normal["data_dir"] = _absolute(data_dir)
     for name in ("weights", "search_data", "class_map"):
         place = normal.get(name)
         if isinstance(place, str | os.PathLike) and os.fspath(place):
@@ -339,7 +349,7 @@ def moved(data: str, data_dir: str | None, now: str | None, now_dir: str | None)
 
     Raises ConfigError for a folder of data sets alone where the images are a folder of their own.
     """
-    if now is None and now_dir is not None and DataKind.of(data) in (DataKind.DIGITS, DataKind.FOLDER):
+    if now is None and now_dir is not None and DataKind.of(data) not in (DataKind.TORCH, DataKind.HUB):
         raise ConfigError(f"--data-dir {now_dir} belongs to torch/… and hfds/… data; give --data FOLDER instead")
     wished = normal_places({"data": now or data, "data_dir": now_dir})
     same = wished["data"] == data
@@ -358,7 +368,7 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 def short_name(data: str) -> str:
     """What data are called where their place does not matter: the folder's own name."""
-    return (Path(data).name or data) if DataKind.of(data) is DataKind.FOLDER else data
+    return (Path(data).name or data) if is_place(data) else data
 
 
 def check_recipe_names(recipe: Mapping[str, Any]) -> None:

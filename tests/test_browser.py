@@ -3,6 +3,7 @@
 import shlex
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import LAPTOP, PHONE, Opened
 from reports import ATTACK, SPACE, candidates, make_report
@@ -35,6 +36,12 @@ def many(count: int = 400, **changes):
     }
     dense = {**make_report().dense, "top1": 95.0, "latency_ms": 11.0}
     fields = {"dense": dense, "limits": {"macs": 30e6}, "included": [rows["architecture"][WORST]], "trust": trust}
+    steps = np.arange(1, 801)
+    curve = {"epoch": steps / 20, "loss": 2.3 * steps**-0.3 + generator.normal(0, 0.02, 800)}
+    fields["curves"] = {
+        "Tuning the dense model": pd.DataFrame(curve)[:100],
+        "Training the supernet": pd.DataFrame(curve),
+    }
     return make_report(rows, **(fields | changes))
 
 
@@ -249,6 +256,20 @@ def test_progress_trust_budget_and_hand_made_architectures_are_shown(opened, rep
     assert opened.text("#architecture") == report.included[0]
     assert opened.text("#selection-kind") == "Included by hand"
     assert "included by hand" in opened.text("#legend")
+
+
+def test_trainings_are_drawn_where_there_were_any(opened, report, browser, tmp_path):
+    assert opened.page.locator("#curves-card").is_visible()
+    captions = opened.texts("#curves figcaption")
+    last = report.curves["Training the supernet"]["loss"].iloc[-100:].mean()
+    assert captions[0].startswith("Tuning the dense model: loss over epochs. It ended at ")
+    assert float(captions[1].removesuffix(".").rsplit(" ", 1)[1]) == pytest.approx(last, rel=0.1)
+    ends = [shape.bounding_box() for shape in opened.page.locator("#curves path.front").all()]
+    assert all(box["width"] > 100 and box["height"] > 50 for box in ends)
+    write_html(many(curves={}), tmp_path / "report.html")
+    without = Opened(browser, tmp_path / "report.html")
+    assert not without.page.locator("#curves-card").is_visible()
+    without.context.close()
 
 
 def test_where_half_a_point_is_out_of_reach_the_page_says_what_the_nearest_loses(browser, tmp_path):

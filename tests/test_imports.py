@@ -1,6 +1,8 @@
 """Imports run one way, search → supernet → space, and space is integers only; read from the syntax trees."""
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +147,15 @@ def test_importing_space_loads_neither_torch_nor_any_other_package():
     assert "poolshare" in loaded
     assert loaded - {"poolshare"} <= set(sys.stdlib_module_names)
     assert done.stderr == ""
+
+
+def test_scripts_of_results_import_what_there_is():
+    missing = []
+    for path in sorted((Path(__file__).parents[1] / "results").glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("poolshare"):
+                module = importlib.import_module(str(node.module))
+                inside = {one.name for one in pkgutil.iter_modules(getattr(module, "__path__", ()))}
+                names = {alias.name for alias in node.names} - inside
+                missing += [f"{path.name}: {node.module}.{name}" for name in names if not hasattr(module, name)]
+    assert not missing

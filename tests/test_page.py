@@ -8,10 +8,12 @@ import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from reports import ATTACK, SPACE, candidates, make_report
 
-from poolshare.search.report.page import SCRIPTS, page_data, write_html
+from poolshare.search.report.page import POINTS, SCRIPTS, page_data, write_html
 from poolshare.search.report.report import Report
 from poolshare.space import RunError
 
@@ -118,6 +120,20 @@ def test_page_data_are_the_runs_numbers():
     [shares] = [row["shares"] for row in data["layers"]["all"]["rows"] if row["kind"] == "shares"]
     table = report.layer_shares()
     assert shares == pytest.approx(table[(table["cost"] == "all") & (table["kind"] == "shares")]["share"], abs=1e-4)
+
+
+def test_a_curve_is_shown_in_means_of_as_many_points_as_there_is_room_for():
+    rows = pd.DataFrame({"epoch": np.arange(1, 2001) / 100, "loss": 1 / np.arange(1, 2001)})
+    curves = {"Tuning the dense model": rows[:7], "Training the supernet": rows}
+    short, long = page_data(make_report(curves=curves))["curves"]
+    assert (short["title"], short["loss"]) == ("Tuning the dense model", pytest.approx(rows["loss"][:7], rel=1e-5))
+    parts = np.array_split(rows["loss"], POINTS)
+    assert (len(long["loss"]), len(long["epoch"])) == (POINTS, POINTS)
+    assert sum(len(part) * loss for part, loss in zip(parts, long["loss"], strict=True)) == pytest.approx(
+        rows["loss"].sum(), rel=0.05
+    )
+    assert long["loss"] == sorted(long["loss"], reverse=True)
+    assert page_data(make_report())["curves"] == []
 
 
 def test_page_tells_the_verdict_and_the_facts_without_its_script(tmp_path):

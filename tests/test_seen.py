@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from opened import open_data
 from test_sources import write_digits
 
@@ -18,7 +20,8 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.images import difference
 from poolshare.space import BrokenDataError, RunError
 from poolshare.supernet.data import pictures, seen
-from poolshare.supernet.data.pictures import Files, Images, check_images
+from poolshare.supernet.data.listing import Names
+from poolshare.supernet.data.pictures import Files, Folder, Images, check_images
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
 
@@ -129,7 +132,7 @@ def test_a_damaged_cache_is_made_again_and_one_that_cannot_be_written_is_no_erro
 def test_many_images_are_decoded_by_processes_to_the_same_digests(folder, monkeypatch):
     paths = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*.png"))]
     some_image(folder, 5).write_bytes(b"no image")
-    read, indices, shown = Images(Files(((str(folder), paths),)), "test"), np.arange(59, -1, -1), list[int]()
+    read, indices, shown = Images(Files(Folder(str(folder), paths)), "test"), np.arange(59, -1, -1), list[int]()
     digests, broken = check_images(read, indices)
     assert (digests == 0).sum() == len(broken) == 1
     monkeypatch.setattr(pictures, "FEW", 1)
@@ -140,10 +143,25 @@ def test_many_images_are_decoded_by_processes_to_the_same_digests(folder, monkey
 
 
 def test_files_are_paths_put_together_when_asked_for():
-    both = Files((("a", ["x/1", "x/2"]),)) + Files((("b", ["y"]),))
+    both = Files(Folder("a", ["x/1", "x/2"]), Folder("e", [])) + Files(Folder("b", ["y"]))
     assert [both[index] for index in range(len(both))] == [("a/x/1",), ("a/x/2",), ("b/y",)]
+    for outside in (3, -1):
+        with pytest.raises(IndexError):
+            both[outside]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)))
+def test_names_in_one_text_are_the_names(names):
+    packed = Names.of(names)
+    assert (list(packed), len(packed)) == (names, len(names))
+    assert [packed[index] for index in range(-len(names), len(names))] == names * 2
+    assert packed[1:] == names[1:]
+    assert list(Names(packed.column.tobytes()).beginning("a/")) == [f"a/{name}" for name in names]
+    assert list(Names.joined([packed, Names(b""), packed])) == names * 2
+    assert all(name in packed for name in names)
     with pytest.raises(IndexError):
-        both[3]
+        packed[len(names)]
+    assert list(Names.of([os.fsdecode(b"\xff.png")])) == [os.fsdecode(b"\xff.png")]  # no UTF-8, as file names may be
 
 
 def test_an_image_that_breaks_while_training_stops_it_saved_and_the_same_call_goes_on(folder, tmp_path):

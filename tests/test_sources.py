@@ -229,50 +229,6 @@ def test_a_changed_file_of_a_torchvision_set_that_is_not_in_memory_changes_its_f
     assert open_data("torch/some", data_dir=".", **GREY).fingerprint != before
 
 
-@pytest.mark.parametrize(("made_from", "same"), [("abc", True), ("abd", False)])
-def test_a_hub_set_is_known_by_what_it_was_made_from(monkeypatch, made_from, same):
-    def fingerprint(of):
-        columns = HubColumns(label=[0, 1] * 10)
-        columns.info, columns._fingerprint = SimpleNamespace(splits=("train", "test")), of
-        reader = HubReader(first=0, dataset=columns, class_to_idx={"a": 0, "b": 1})
-        monkeypatch.setattr(named, "create_dataset", lambda *_, **__: SimpleNamespace(reader=reader))
-        return open_data("hfds/some", **GREY).fingerprint
-
-    assert (fingerprint("abc") == fingerprint(made_from)) == same
-
-
-class HubReader(SimpleNamespace):
-    """As timm's reader of a Hugging Face set: grey images whose value is their number."""
-
-    def __getitem__(self, index):
-        return Image.new("L", (8, 8), self.first + index), self.dataset["label"][index]
-
-
-class HubColumns(dict):
-    info = SimpleNamespace(splits=("train", "validation", "test"))
-
-
-def test_validation_images_of_a_hub_set_beside_test_images_are_scored_on(monkeypatch):
-    counts = {"train": (0, 20), "validation": (50, 6), "test": (100, 4)}
-
-    def create(*_, split, **__):
-        first, count = counts[split]
-        columns = HubColumns(label=[0, 1] * (count // 2))
-        return SimpleNamespace(reader=HubReader(first=first, dataset=columns, class_to_idx={"a": 0, "b": 1}))
-
-    monkeypatch.setattr(named, "create_dataset", create)
-    data = open_data("hfds/some", **GREY)
-    values = {
-        name: [np.asarray(part.source.read(int(index)))[0, 0] for index in part.indices]
-        for name, part in ((name, data.split(name)) for name in ("train", "search", "train_full", "test"))
-    }
-    assert values["train"] == list(range(20))
-    assert values["search"] == list(range(50, 56))
-    assert values["train_full"] == values["train"] + values["search"]
-    assert values["test"] == list(range(100, 104))
-    assert "scored on its 6 validation images" in data.notes[0]
-
-
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_hugging_face_sets(tmp_path, multi_label):
     datasets = pytest.importorskip("datasets")

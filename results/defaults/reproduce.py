@@ -31,7 +31,7 @@ from poolshare.search.job.dense import read_tuned
 from poolshare.search.job.records import write_csv
 from poolshare.search.untrained.search import gradual
 from poolshare.space import OPERATORS, Architecture, SearchSpace
-from poolshare.space.operators import is_square
+from poolshare.space.operators import grid_of
 from poolshare.space.presets import even_levels
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs
 
@@ -143,7 +143,7 @@ class Ways:
         """The most expensive schedule within the share that loses about as many tokens before every block."""
         levels = even_levels(self.tokens)
         if OPERATORS[operator].needs_grid:
-            levels = tuple(level for level in levels if is_square(level))
+            levels = tuple(level for level in levels if grid_of(level))
         space = SearchSpace(self.depth, levels, (operator,), max_run=1)
         base, options = load_export(self.dense_export).model.base
         costs = measure_macs(SuperNet.from_timm(base, space, **options))

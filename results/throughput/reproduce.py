@@ -1,13 +1,16 @@
 """Do fewer MACs mean less time? Exported models beside the dense one, at batch 1, 16, 64 and more.
 
     python results/throughput/reproduce.py                                     # some 20 minutes on one core
+    python results/throughput/reproduce.py --keep-memory --sizes 224 --name cpu-kept                  # some 15
     python results/throughput/reproduce.py --device cuda --sizes 224 --batches 1,64,512 --rounds 9 --name gpu    # some 3
 
 ViT-Tiny at 224 pixels (196 tokens) and at 112 (49). Models that share do so by queries and keys ("qk", all in the
 fused kernel) and by written maps ("map"), side by side. Each runs in float32 and bfloat16 (weights and images; the
 latter where the CPU has units for it), and on a GPU also replayed as a CUDA graph; `kind` is what was fastest for it.
 All models of a size take turns in one process, in another order each time; the figures are ratios of medians. Weights
-are random: they do not change the time. Writes <name>.csv.
+are random: they do not change the time. With --keep-memory glibc gives no memory back to the system between
+operations, as tcmalloc and jemalloc would not either; `page_faults` counts what is fetched anew in a forward, by
+operations and by chance. Writes <name>.csv.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import os
 import random
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,14 +59,17 @@ MODELS = {
 }
 
 
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # of glibc, read when a process begins
+
+
 @torch.inference_mode()
-def milliseconds(run: Callable[[], object], device: str) -> float:
-    """One forward; on one CPU thread by its own clock, which other programs do not disturb."""
+def measured(run: Callable[[], object], device: str) -> tuple[float, int]:
+    """Milliseconds of one forward, on one CPU thread by its own clock, which other programs do not disturb; page faults."""
     clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, clock()
     run()
     wait_for(torch.device(device))
-    return (clock() - start) * 1e3
+    return (clock() - start) * 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 
 @torch.inference_mode()
@@ -98,7 +107,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--name", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--keep-memory", action="store_true", help="glibc gives no memory back between operations")
     given = parser.parse_args()
+    if given.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(given.threads)
     console, rng, rows = Console(stderr=True), random.Random(0), []
     for size in map(int, given.sizes.split(",")):
@@ -111,6 +123,7 @@ def main() -> None:
         for batch in map(int, given.batches.split(",")):
             images = torch.randn(batch, 3, size, size, device=given.device)
             times: dict[tuple[str, str], list[float]] = {}
+            faults: dict[tuple[str, str], list[int]] = {}
             kinds = (
                 ["float32"] + ["bfloat16"] * has_bfloat16(given.device) + ["bfloat16 graph"] * (given.device != "cpu")
             )
@@ -120,9 +133,10 @@ def main() -> None:
                 for turn in range(rounds + 1):
                     # in another order each time: a model may find the memory as the one before it left it
                     for (name, kind), run in rng.sample([*ready.items()], len(ready)):
-                        spent = milliseconds(run, given.device)
+                        spent, fetched = measured(run, given.device)
                         if turn:
                             times.setdefault((name, kind), []).append(spent)
+                            faults.setdefault((name, kind), []).append(fetched)
                     advance(turn)
             medians = {key: statistics.median(values) for key, values in times.items()}
             fastest = {name: min((medians[name, kind], kind) for kind in kinds) for name in models}
@@ -134,6 +148,7 @@ def main() -> None:
                     f"speed_up_{kind.replace(' ', '_')}": medians["dense", kind] / medians[name, kind] for kind in kinds
                 }
                 row |= {"milliseconds": fastest[name][0]}
+                row |= {"page_faults": round(statistics.median(faults[name, fastest[name][1]]))}
                 rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
             write_csv(given.out / f"{given.name}.csv", pd.DataFrame(rows))
             gc.collect()

@@ -158,7 +158,9 @@ def main() -> None:
         name = f"{options.setting}-{split}" + ("" if options.loss == "divergence" else f"-{options.loss}")
         name += "" if options.searched is None else f"-{options.searched}"
         kept = {
-            key: value for key, value in result.items() if key not in ("folder", "weights", "work", "out", "splits")
+            key: value
+            for key, value in result.items()
+            if key not in ("folder", "weights", "more_test", "work", "out", "splits")
         }
         (options.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -2,8 +2,8 @@
 
 imagenet: timm's vit_tiny_patch16_224 and a folder with one sub-folder of pictures for each of the 1,000 classes, in the
 order of their synsets; of the 1,000 images a split takes 300 to search and 700 to test.
-eurosat: the same model at 112 pixels, tuned on 3,200 of 4,000 training images (see README.md); the other 800 are there to
-search, and the 1,000 test images to test.
+eurosat, eurosat-224: the same model at 112 and 224 pixels, tuned on 3,200 of 4,000 training images (see README.md); the
+other 800 are there to search, and the 1,000 test images to test, with --more-test further ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.data import create_transform
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from poolshare.search.counts import MICRONATS
@@ -27,9 +28,9 @@ from poolshare.supernet import SuperNet, measure_macs
 from poolshare.supernet.data import ImageFormat, Place, open_data
 
 MODEL, DEPTH, WIDTH = "vit_tiny_patch16_224", 12, 192
-SIDE = {"imagenet": 224, "eurosat": 112}
-SEARCHED = {"imagenet": 300, "eurosat": 800}  # images; the others are for testing
-LEVELS = {"imagenet": tuple(range(196, 15, -12)), "eurosat": even_levels(49)}
+SIDE = {"imagenet": 224, "eurosat": 112, "eurosat-224": 224}
+SEARCHED = {"imagenet": 300, "eurosat": 800, "eurosat-224": 800}  # images; the others are for testing
+LEVELS = {"imagenet": tuple(range(196, 15, -12)), "eurosat": even_levels(49), "eurosat-224": tuple(range(196, 15, -12))}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -40,6 +41,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS")
     parser.add_argument("--work", type=Path, default=Path("runs/training-free"), help="decoded images, losses so far")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument(
+        "--more-test", type=Path, metavar="FOLDER", help="of EuroSAT: a folder of classes, tested on too"
+    )
     parser.add_argument("--operators", nargs="+", default=UNTRAINED)
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--loss", default="divergence", choices=("divergence", "cross-entropy"))
@@ -64,7 +68,8 @@ class Setting:
         options.work.mkdir(exist_ok=True, parents=True)
         cache = options.work / f"{options.setting}.pt"
         if not cache.exists():
-            torch.save((_imagenet if options.setting == "imagenet" else _eurosat)(options.folder), cache)
+            side = SIDE[options.setting]
+            torch.save(_imagenet(options.folder) if options.setting == "imagenet" else _eurosat(options, side), cache)
         return cls(options, *torch.load(cache, weights_only=True, mmap=True))
 
     @property
@@ -95,13 +100,17 @@ def _imagenet(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([data[index][0] for index in order]), labels
 
 
-def _eurosat(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _eurosat(options: argparse.Namespace, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Those that `poolshare search` sets aside with seed 0, then the test images; as its tuning saw images."""
     half = (0.5, 0.5, 0.5)
-    data = open_data(
-        Place(str(folder)), ImageFormat((112, 112), 3, half, half, "bicubic", 0.9), search_fraction=0.2, check=()
-    )
+    form = ImageFormat((side, side), 3, half, half, "bicubic", 0.9)
+    data = open_data(Place(str(options.folder)), form, search_fraction=0.2, check=())
     batches = [batch for split in ("search", "test") for batch in data.eval_loader(split, 100)]
+    if options.more_test:
+        transform = create_transform(
+            (3, side, side), mean=half, std=half, interpolation="bicubic", crop_pct=form.crop_pct
+        )
+        batches += DataLoader(ImageFolder(str(options.more_test), transform), 100)
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 

@@ -73,6 +73,10 @@ LatencyDtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, option("latency
 Threads = Annotated[int | None, option("threads")]
 Workers = Annotated[int, option("workers")]
 Amp = Annotated[Literal["none", "bf16"], option("amp")]
+Log = Annotated[
+    list[str] | None,
+    option("log", help="tensorboard, wandb or mlflow show the training too, from the folder DIR-logs; repeatable."),
+]
 Seed = Annotated[int, option("seed")]
 OtherData = Annotated[str | None, option("data", "--data", help="Default: what the model was searched on.")]
 DataHere = Annotated[
@@ -114,7 +118,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         annotation, default = annotation | None, None
     if name in READERS:
         annotation, default = str | None, None
-    elif name == "include":
+    elif default == ():  # repeatable
         annotation, default = list[str] | None, None
     return inspect.Parameter(
         name,

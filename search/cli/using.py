@@ -19,6 +19,7 @@ from .options import (
     Device,
     Download,
     Json,
+    Log,
     OtherData,
     Quiet,
     RecipeChanges,
@@ -100,6 +101,7 @@ def retrain(
     download: Download = False,
     workers: Workers = 0,
     amp: Amp = "none",
+    log: Log = None,
     seed: Seed = 0,
     device: Device = None,
     threads: Threads = None,
@@ -117,7 +119,7 @@ def retrain(
     changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp} | recipe_of(recipe)
     facts = run_retrain(
         exported, target, data=data, data_dir=data_dir, download=download, from_scratch=from_scratch, restart=restart,
-        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads,
+        teacher=teacher, seed=seed, recipe_changes=changes, workers=workers, device=device, threads=threads, log=log or (),
         console=progress_console(quiet),
     )  # fmt: skip
     if launched_rank():

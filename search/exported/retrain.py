@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from poolshare.space import ConfigError, DataError, RunError
+from poolshare.space.data_kind import DataKind
 from poolshare.space.files import digest_of, held
 from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet, count_macs, measure_latency
@@ -25,6 +26,7 @@ from poolshare.supernet.data.transforms import DEFAULT_AUGMENTATION, Augmentatio
 from poolshare.supernet.threads import Threads, choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors
+from poolshare.supernet.training.loggers import check_loggers, watching
 from poolshare.supernet.training.loop import Recipe, check_batches, steps_per_epoch, train_model
 
 from ..analysis.guard import against_dense
@@ -58,6 +60,7 @@ def retrain(
     workers: int = 0,
     device: str | None = None,
     threads: int | None = None,
+    log: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train an exported model on the full training split, test it, and keep it in the new folder `out`.
@@ -66,6 +69,7 @@ def retrain(
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
     the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
+    log: "tensorboard", "wandb" or "mlflow", which show the training from a folder beside `out`, of its name and "-logs".
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
     its state lies in a hidden folder beside `out`, which one process at a time holds. Where torchrun started several
     processes they train together; the first one tests and writes, the others return nothing.
@@ -73,6 +77,7 @@ def retrain(
     """
     check_whole(0, workers=workers, seed=seed)
     check_whole(1, threads=threads)
+    check_loggers(log)
     out, console = Path(out).resolve(), console or Console(quiet=True)
     if distributed.rank() == 0:
         _remove_finished(out)
@@ -117,6 +122,8 @@ def retrain(
             if chosen.note:
                 console.print(chosen.note, markup=False, soft_wrap=True)
             stack.enter_context(computing_with(chosen.number))
+            logs = out.with_name(f"{out.name}-logs") if first else None
+            watch = stack.enter_context(watching(log, logs, "retraining"))
             advance = stack.enter_context(progress_bar(console, "retraining", total, "steps"))
             train_model(
                 model,
@@ -128,6 +135,7 @@ def retrain(
                 state=state,
                 settings=settings,
                 progress=partial(advance_loss, advance),
+                watch=watch,
                 say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise=f"give --restart to discard these epochs and start {out.name} again, or choose another --out",
             )
@@ -164,6 +172,8 @@ def retrain(
             + (f" with {guide.name} as teacher" if guide else ""),
         }
         save_export(out, model.cpu(), opened.classes, source.data_config, facts)
+        if state is not None and (curve := state.with_suffix(".csv")).exists():
+            shutil.copy(curve, out)
     return facts
 
 
@@ -383,19 +393,16 @@ def _open(
 def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
     """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
     facts = source.facts
-    if data == facts["data"] or not Place(data, data_dir).path.is_dir():
+    place = Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False))
+    searched = data == facts["data"]
+    if searched or place.kind not in (DataKind.FOLDER, DataKind.SHARDS) or not place.path.is_dir():
         return _open(source, data, data_dir, download, ("test",), console)
     with suppress(DataError):  # not a folder to train on, as far as that can tell
         opened = _open(source, data, data_dir, download, (), console)
         if not difference(opened.fingerprint, facts["data_fingerprint"]):  # the search's, at another place
             return _open(source, data, data_dir, download, ("test",), console)
     with checking_images(console) as progress:
-        opened = open_tests(
-            Place(data, data_dir, scale_16bit=facts.get("scale_16bit", False)),
-            facts["classes"],
-            image_format(source.data_config),
-            progress=progress,
-        )
+        opened = open_tests(place, facts["classes"], image_format(source.data_config), progress=progress)
     if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
         raise DataError(
             f"{data} holds the images that {source.path} was searched on: give images it was not trained on"

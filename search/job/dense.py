@@ -20,6 +20,7 @@ from poolshare.space import OPERATORS, Architecture, RunError
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_state_facts, load_tensors, save_tensors, shapes_of
+from poolshare.supernet.training.loggers import watching
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 
 from ..counts import Counts
@@ -81,7 +82,8 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
     config, recipe = job.config, tuning_recipe(job.config)
     if recipe.epochs:
         total = recipe.epochs * steps_per_epoch(job.data, recipe)
-        with progress_bar(console, "tuning the dense model", total, "steps") as advance:
+        logs = watching(config.log, folder.path if folder else None, "tuning")
+        with logs as watch, progress_bar(console, "tuning the dense model", total, "steps") as advance:
             train_model(
                 model,
                 job.data,
@@ -91,6 +93,7 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
                 state=folder and folder.tuning,
                 settings={"tuning": recipe.epochs},
                 progress=partial(advance_loss, advance),
+                watch=watch,
                 say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise="search into a new folder",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from poolshare.space import Architecture, RunError
-from poolshare.space.data_kind import DataKind
+from poolshare.space.data_kind import DataKind, is_place
 from poolshare.space.files import check_folder, digest_of, held, reading
 
 from ..config import ADDRESSES, LOCAL, MAY_DIFFER, PLACES, SearchConfig, first_problem
@@ -117,7 +117,7 @@ class RunFolder:
                 and getattr(earlier, name) != getattr(config, name)
                 and not (name in BY_MODEL and getattr(config, name) in UNDECIDED)
             ]
-            if earlier.data != config.data and {*map(DataKind.of, (earlier.data, config.data))} != {DataKind.FOLDER}:
+            if earlier.data != config.data and not (is_place(earlier.data) and is_place(config.data)):
                 changed.append(f"data: {earlier.data!r} there, {config.data!r} now")  # a name is no place
             by_content = folder._fact("weights_sha256") and _weights_file(config.weights)
             if earlier.weights != config.weights and not by_content:
@@ -364,6 +364,15 @@ class RunFolder:
             if found.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             return found
+
+    def read_curves(self) -> dict[str, pd.DataFrame]:
+        """Columns epoch and loss of its trainings, by words for each; a table that cannot be read is as one that is not there."""
+        found: dict[str, pd.DataFrame] = {}
+        for words, state in (("Tuning the dense model", self.tuning), ("Training the supernet", self.training)):
+            with suppress(OSError, ValueError, KeyError):
+                rows = read_csv(state.with_suffix(".csv"))[["epoch", "loss"]].astype(float)
+                found[words] = rows[np.isfinite(rows).all(axis=1)]
+        return {words: rows for words, rows in found.items() if len(rows)}
 
     def read_regions(self) -> dict[str, Any] | None:
         """What `regions.write_regions` kept; None where there is nothing. Raises RunError for a damaged file."""

@@ -24,6 +24,7 @@ from poolshare.supernet.latency import device_name, measure_latency_table
 from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_state_facts, save_tensors
+from poolshare.supernet.training.loggers import check_loggers, watching
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_supernet
 from poolshare.supernet.training.recipe import Recipe
 
@@ -71,6 +72,7 @@ def run_job(
     one does all the rest.
     """
     console = console or Console(quiet=True, markup=False)
+    check_loggers(config.log)
     config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
     folder = RunFolder(Path(out), config)
     begun = is_trained(folder) or load_state_facts(folder.training) is not None or begun_tuning(folder)
@@ -204,7 +206,8 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 if scored.exists():  # with weights that now change
                     scored.rename(scored.with_stem(f"{scored.stem}-{earlier}-epochs"))
         bar = progress_bar(console, "training the supernet", total, "steps")
-        with computing_with(threads), bar as advance:
+        logs = watching(job.config.log, folder.path if folder else None, "training")
+        with computing_with(threads), logs as watch, bar as advance:
             train_supernet(
                 job.supernet,
                 job.data,
@@ -215,6 +218,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 workers=job.config.workers,
                 state=folder and folder.training,
                 progress=partial(advance_loss, advance),
+                watch=watch,
                 say=partial(console.print, markup=False, soft_wrap=True),
                 otherwise="search into a new folder",
             )

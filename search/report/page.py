@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from poolshare.space import BY_COLUMN, Architecture
@@ -22,6 +23,7 @@ from ..analysis.pareto import binomial_interval
 from ..counts import LOSS_WORDS
 from .report import Report
 
+POINTS = 300  # of a curve
 SCRIPTS = ("picture.js", "plot.js", "charts.js", "regions.js", "page.js")  # one script on the page, in this order
 
 
@@ -100,6 +102,7 @@ def page_data(report: Report) -> dict[str, Any]:
             group: {"rows": _heat_rows(part), "words": in_words(part)} for group, part in shares.groupby("cost")
         },
         "progress": {name: progress[name].round(6).tolist() for name in progress},
+        "curves": [_curve(words, rows) for words, rows in report.curves.items()],
         "reference": report.reference,
         "trust": report.trust,
         "retraining": report.retraining,
@@ -113,6 +116,12 @@ def _regions(report: Report, index: Mapping[str, int]) -> dict[str, Any] | None:
         return None
     steps = {index[text]: steps for text, steps in report.regions["architectures"].items() if text in index}
     return {"names": report.regions["names"], "images": report.regions["images"], "steps": steps} if steps else None
+
+
+def _curve(words: str, rows: pd.DataFrame) -> dict[str, Any]:
+    """A training as the page draws it: where there are more rows than it has room for, means of neighbours."""
+    points = rows.groupby(np.arange(len(rows)) * min(len(rows), POINTS) // len(rows)).mean()
+    return {"title": words} | {name: _numbers(points[name]) for name in ("epoch", "loss")}
 
 
 def _asset(name: str) -> str:

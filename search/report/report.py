@@ -107,6 +107,7 @@ class Report:
     labelled: bool = True  # without labels top1 is the share of images answered as the dense network does
     scored_by: str = "top1"  # what architectures are compared by, see `--score`
     objective: str = "macs"  # the cost column that the search weighed against accuracy
+    curves: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # words for a training → its epochs and losses
     regions: Mapping[str, Any] | None = None  # regions.json: images and their tokens; None: none were kept
     with_dense: Mapping[str, int] | None = (
         None  # right answers with the tuned dense model's weights; None: there is none
@@ -397,6 +398,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         untrained=folder.config.epochs == 0 and not folder.config.warm,
         with_dense=summary.get("with_dense_weights"),
         looked_at=summary.get("looked_at"),
+        curves=folder.read_curves(),
         regions=folder.read_regions(),
         labelled=summary.get("labelled", True),
         scored_by=summary.get("score", "top1"),

@@ -6,15 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from poolshare.space.errors import DataError
 
-from .listing import ENDINGS, Listing, class_name, list_folder, readable, some, subfolders
-from .pictures import Files, Images
-from .sources import Found, Place, Source, Split, whole
+from .listing import ENDINGS, Listing, Names, class_name, list_folder, readable, some, subfolders
+from .pictures import Files, Folder, Images
+from .sources import Found, Place, Source, scored_on, whole
 
 TRAIN_FOLDERS = ("train", "training")  # in upper or lower case, like the two below
 TEST_FOLDERS = ("test", "testing")
@@ -92,23 +91,13 @@ def open_folder(place: Place) -> Found:
     if layout.search is None:
         return Found(classes, whole(parts), open_test, None, notes)
     _, extra, more = read_folder(layout.search, classes, scale_16bit)
-    both, count = _both(parts, extra, layout.search.name), len(parts)
     notes += class_notes(layout.search, classes) + more
     notes += (
         f"architectures are scored on the {len(extra)} images of {str(layout.search)!r}, and trained on all "
-        f"{count} of {str(layout.train)!r}.",
+        f"{len(parts)} of {str(layout.train)!r}.",
     )
-    train, search = Split(both, np.arange(count)), Split(both, np.arange(count, len(both)))
-    return Found(classes, train, open_test, search, notes)
-
-
-def _both(first: Source, second: Source, prefix: str) -> Source:
-    """The images of two folders as those of one; `prefix` comes before the second one's names."""
-    columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (first, second)]
-    labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
-    names = [*(first.names or ()), *(f"{prefix}/{name}" for name in second.names or ())]
-    read: Any = replace(first.read, items=first.read.items + second.read.items)  # type: ignore[attr-defined,type-var]
-    return Source(read, labels, names, sizes, digests, times)
+    extra = replace(extra, names=Names.of(extra.names or ()).beginning(f"{layout.search.name}/"))
+    return scored_on(classes, parts, extra, open_test, notes)
 
 
 def list_classes(root: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
@@ -157,10 +146,8 @@ def read_folder(
         raise DataError(f"{nested!r} is inside a class folder: put images directly into ROOT/CLASS/")
     index_of = {name: index for index, name in enumerate(known or names)}
     label_of = {folder.name: index_of[name] for folder, name in zip(folders, names, strict=True)}
-    homes = (os.path.dirname(path) for path in listing.paths)
-    labels = np.fromiter((label_of.get(home, -1) for home in homes), dtype=np.int64, count=len(listing.paths))
-    used = {*np.unique(labels).tolist()}
-    empty = [folder for folder in folders if label_of[folder.name] not in used]
+    labels = np.repeat(np.array([label_of.get(home, -1) for home in listing.homes], dtype=np.int64), listing.counts)
+    empty = [folder for folder in folders if folder.name not in set(listing.homes)]
     if empty and known is None:
         raise DataError(f"no image ({' '.join(ENDINGS)}) in class folder {str(empty[0])!r}: add some, or remove it")
     inside = np.flatnonzero(labels >= 0)
@@ -172,7 +159,7 @@ def read_folder(
         )
     if not len(inside):
         raise DataError(f"no image ({' '.join(ENDINGS)}) in the class folders of {str(root)!r}: add some")
-    paths = listing.paths if not loose else [listing.paths[index] for index in inside]
+    paths = Names.of(listing.paths[index] for index in inside) if loose else listing.paths
     source = _source(root, paths, labels[inside], listing, inside, scale_16bit)
     return names if known is None else tuple(known), source, notes
 
@@ -187,9 +174,9 @@ def read_pictures(root: Path, scale_16bit: bool) -> tuple[Source, tuple[str, ...
 
 
 def _source(
-    root: Path, paths: list[str], labels: np.ndarray, listing: Listing, rows: np.ndarray, scale_16bit: bool
+    root: Path, paths: Names, labels: np.ndarray, listing: Listing, rows: np.ndarray, scale_16bit: bool
 ) -> Source:
     """The images at `rows` of a listing, whose paths and labels these are; nothing is known of their contents."""
     sizes, times = (np.frombuffer(column, dtype=np.int64)[rows] for column in (listing.sizes, listing.times))
-    read = Images(Files(((str(root), paths),)), str(root), scale_16bit)
+    read = Images(Files(Folder(str(root), paths)), str(root), scale_16bit)
     return Source(read, labels, paths, sizes, np.zeros(len(rows), dtype=np.uint64), times)

@@ -6,13 +6,66 @@ import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from poolshare.space.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+_NUMBERS = re.compile(r"(\d+)")  # `isdigit` accepts characters that are not decimal
+
+
+class Names(Sequence[str]):
+    """Many names in little memory: a million strings take 150 MB, and processes that read them would copy them.
+
+    text: all of them as the file system has them, with zeros between; no name is empty.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Those of any sequence."""
+        return names if isinstance(names, Names) else cls(os.fsencode("\0".join(names)))
+
+    @property
+    def column(self) -> np.ndarray:
+        """The text as numbers, for a file of arrays."""
+        return np.frombuffer(self.text, dtype=np.uint8)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Names]) -> Names:
+        """Those of several, one after the other."""
+        return cls(b"\0".join(part.text for part in parts if part.text))
+
+    def beginning(self, prefix: str) -> Names:
+        """The same names with something before each of them."""
+        first = os.fsencode(prefix)
+        return Names(first + self.text.replace(b"\0", b"\0" + first)) if self.text else self
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where each name ends, (N,) int64."""
+        zeros = np.flatnonzero(self.column == 0)
+        return np.append(zeros, len(self.text)) if self.text else zeros
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        return os.fsdecode(self.text[int(self._ends[at - 1]) + 1 if at else 0 : int(self._ends[at])])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.text.split(b"\0") if self.text else ())
 
 
 @dataclass(eq=False)
@@ -21,16 +74,23 @@ class Listing:
 
     paths: images, the folder's own before those of its folders, each in natural order. A link to an image that is not
     there is one of them, of -1 bytes: it is reported with those that cannot be decoded.
-    sizes: bytes of each image. times: of its last change, in nanoseconds. deeper: folders below the depth asked for.
+    homes: the folders that images lie in, in this order. counts: how many in each. sizes: bytes of each image. times: of its
+    last change, in nanoseconds. deeper: folders below the depth asked for.
     passed_over: files that are not images by their names.
     """
 
     root: str
-    paths: list[str] = field(default_factory=list)
+    homes: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     sizes: array[int] = field(default_factory=lambda: array("q"))  # a list of a million numbers is much larger
     times: array[int] = field(default_factory=lambda: array("q"))
     deeper: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    _names: list[Names] = field(default_factory=list)  # of the images in each home
+
+    @cached_property
+    def paths(self) -> Names:
+        return Names.joined(self._names)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -41,20 +101,22 @@ class Listing:
     def enter(self, relative: str, above: frozenset[tuple[int, int]], depth: int | None) -> None:
         """Add what lies in the folder `relative`. above: the folders it lies in, so that links in a ring end."""
         here = os.path.join(self.root, relative)
-        below = []
+        below, images = [], list[tuple[str, int, int]]()  # name, size, time
         for entry in _entries(here):
-            path = os.path.join(relative, entry.name)
-            image = is_image(entry.name)
-            if entry.name[0] == ".":
+            name = entry.name
+            image = is_image(name)
+            if image and name[0] != "." and _is(entry.is_file):  # as most are, so of these no more is asked
+                found = entry.stat()
+                images.append((name, found.st_size, found.st_ctime_ns))
+                continue
+            path = os.path.join(relative, name)
+            if name[0] == ".":
                 self.passed_over += [path] * image
             elif _is(entry.is_dir):
                 below.append((path, entry.path))
-            elif image and _is(entry.is_file):
-                found = entry.stat()
-                self._add(path, found.st_size, found.st_ctime_ns)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 if image:
-                    self._add(path, -1, 0)
+                    images.append((name, -1, 0))
                 elif depth and not os.path.splitext(entry.name)[1]:  # where folders stand: a class would be lost
                     target = os.readlink(entry.path)
                     raise DataError(f"{entry.path!r} is a link to {target!r}, which is not there: mend or remove it")
@@ -62,6 +124,13 @@ class Listing:
                     self.passed_over.append(path)
             else:
                 self.passed_over.append(path)
+        if images:
+            names, sizes, times = zip(*images, strict=True)
+            self.homes.append(relative)
+            self.counts.append(len(images))
+            self._names.append(Names.of(names).beginning(os.path.join(relative, "")))
+            self.sizes.extend(sizes)
+            self.times.extend(times)
         for path, absolute in below:
             if depth == 0:
                 self.deeper.append(path)
@@ -70,11 +139,6 @@ class Listing:
             place = status.st_dev, status.st_ino
             if place not in above:
                 self.enter(path, above | {place}, None if depth is None else depth - 1)
-
-    def _add(self, path: str, size: int, time: int) -> None:
-        self.paths.append(path)
-        self.sizes.append(size)
-        self.times.append(time)
 
 
 def list_folder(root: str | Path, depth: int | None = None) -> Listing:
@@ -111,15 +175,14 @@ def _is(asked: object) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name."""
-    return os.path.splitext(name)[1].lower() in ENDINGS
+    return name.lower().endswith(ENDINGS)
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sorts as timm does, "9" before "10", so that class indices are timm's; names that are equal so far by themselves."""
-    parts = re.split(
-        r"(\d+)", name.lower()
-    )  # text and numbers in turn; `isdigit` accepts characters that are not decimal
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+    parts: list[str | int] = [*_NUMBERS.split(name.lower())]  # text and numbers in turn
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
 
 
 def class_name(folder: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,8 @@ class LoaderData(Data):
         return _Epochs([one(now) for now in range(epoch, epoch + epochs)])
 
     def eval_share(self, split: str, batch_size: int, rank: int, world_size: int, *, workers: int = 0) -> Batches:
-        """Every so manieth batch; the loader gives no ranges."""
-        batches = self.eval_loader(split, batch_size, workers=workers)
-        return batches if world_size == 1 else [batch for at, batch in enumerate(batches) if at % world_size == rank]
+        """Every so manieth batch; the loader gives no ranges, so each process draws them all."""
+        return _Every(self.eval_loader(split, batch_size, workers=workers), rank, world_size)
 
     def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
         if (start, stop) != (0, None):
@@ -82,6 +82,21 @@ class LoaderData(Data):
         if split not in self.loaders:
             raise DataError(f"no loader of {split} images was given for {self.name}")
         return _Epoch(self.loaders[split], split, (self.seed, _EPOCH), places=self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Every:
+    """Every `step`th of some batches, from `first` on; none is kept."""
+
+    batches: Batches
+    first: int
+    step: int
+
+    def __len__(self) -> int:
+        return len(range(self.first, len(self.batches), self.step))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(self.batches, self.first, None, self.step)
 
 
 @dataclass(frozen=True, eq=False)

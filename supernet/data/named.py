@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import numpy as np
 import torch
 from timm.data import create_dataset
 
-from poolshare.space.data_kind import DataKind
+from poolshare.space.data_kind import DataKind, split_name
 from poolshare.space.errors import DataError
 
 from .folders import TEST_FOLDERS, VALIDATION_FOLDERS
-from .pictures import Images, digest
-from .sources import Found, Place, Source, Split, stratified, whole
+from .listing import Names
+from .pictures import Files, Images, digest
+from .sources import Found, Place, Source, Split, known, scored_on, stratified, whole
 
 DIGITS_TEST = 540  # of 1,797 images
 
@@ -37,101 +40,141 @@ def open_digits(place: Place) -> Found:
     return Found(classes, part(train), lambda: part(test))
 
 
-def open_timm(place: Place) -> Found:
-    """A data set of torchvision or the Hugging Face hub, as timm opens it. Raises DataError where it cannot be used."""
-    name, parts = place.name, _Parts(place)
-    items, found = parts.open("train")
-    names: Any = getattr(items, "classes", None) or getattr(items, "all_categories", ())
-    if parts.of_hub:
-        names = items.class_to_idx
-    train = parts.split(items, found, len(names) or None)
+def open_torch(place: Place) -> Found:
+    """A data set of torchvision, as timm opens it. Raises DataError where it cannot be used."""
+
+    def part(which: str) -> tuple[Any, Split]:
+        items, labels = _torch_part(place, which)
+        read, indices = Images(items, place.name, place.scale_16bit), _indices(labels, place)
+        count = len(indices)
+        digests = _digests(getattr(items, "data", None), count)
+        return items, whole(Source(read, indices, sizes=_sizes(items, count), digests=digests))
+
+    items, train = part("train")
+    names: Any = getattr(items, "classes", None) or getattr(items, "all_categories", None)
     names = names or range(int(train.labels.max()) + 1)
     classes = tuple(", ".join(one) if isinstance(one, tuple) else str(one) for one in names)
     # "validation" is timm's word for the test images of torchvision's sets
-    known = (items.dataset.info.splits or ()) if parts.of_hub else ("validation",)
-    others = [one for one in TEST_FOLDERS + VALIDATION_FOLDERS if one in known]
-    open_test = (lambda: parts.split(*parts.open(others[0]), len(classes))) if others else None
-    if len(others) == 1 or others[:1] != ["test"]:
-        return Found(classes, train, open_test)
-    search = parts.split(*parts.open(others[1]), len(classes))
-    sources, count = (train.source, search.source), len(train)
-    both = Source(
-        _Joined(*sources),  # neither is decoded yet
-        np.concatenate([one.labels for one in sources]),
-        sizes=_column([one.sizes for one in sources]),
-        digests=_column([one.digests for one in sources]),
+    return Found(classes, known(train, classes, place), lambda: known(part("validation")[1], classes, place))
+
+
+def _torch_part(place: Place, part: str) -> tuple[Any, Sequence[Any]]:
+    """Images by index, at [index][0], and their labels."""
+    name = place.name
+    if name in ("torch/folder", "torch/image_folder"):
+        raise DataError(f"{name} is a folder of images: give the path of the folder itself instead")
+    if place.data_dir is None:
+        raise DataError(f"{name}: no folder to find it in: give --data-dir, and --download to fetch it to there")
+    with _opening(place, part):
+        dataset = create_dataset(name, root=_root(place), split=part, download=place.download)
+        labels = getattr(dataset, "targets", None)
+        if labels is None or np.ndim(labels[0]) != np.ndim(dataset[0][1]):  # QMNIST's are 8 to an image
+            labels = [dataset[index][1] for index in range(len(dataset))]
+        return dataset, labels
+
+
+def open_hub(place: Place) -> Found:
+    """A data set of the Hugging Face hub, or of a form of theirs in a folder, as timm opens it, by index: hfids/ as hfds/.
+
+    Raises DataError where it cannot be used.
+    """
+    reader, train = _hub_part(place, "train")
+    classes = tuple(reader.class_to_idx) or tuple(map(str, range(int(train.labels.max()) + 1)))
+    train, there = known(train, classes, place), reader.dataset.info.splits or ()
+    tests, searches = (
+        next((name for name in names if name in there), None) for names in (TEST_FOLDERS, VALIDATION_FOLDERS)
     )
-    note = f"{name}: architectures are scored on its {len(search)} {others[1]} images."
-    return Found(classes, Split(both, np.arange(count)), open_test, Split(both, np.arange(count, len(both))), (note,))
+
+    def part(name: str) -> Split:
+        return known(_hub_part(place, name)[1], classes, place)
+
+    test = tests or searches
+    open_test = partial(part, test) if test else None
+    if tests is None or searches is None:
+        return Found(classes, train, open_test)
+    search = part(searches)
+    note = f"{place.name}: architectures are scored on its {len(search)} {searches} images."
+    return scored_on(classes, train.source, search.source, open_test, (note,))
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Opens the parts of a data set that timm knows, by name."""
-
-    place: Place
-
-    @property
-    def of_hub(self) -> bool:
-        return self.place.kind is DataKind.HUB
-
-    def open(self, part: str) -> tuple[Any, Sequence[Any]]:
-        """Images by index, at [index][0], and their labels."""
-        name, data_dir = self.place.name, self.place.data_dir
-        if name in ("torch/folder", "torch/image_folder"):
-            raise DataError(f"{name} is a folder of images: give the path of the folder itself instead")
-        if data_dir is None and not self.of_hub:
-            raise DataError(f"{name}: no folder to find it in: give --data-dir, and --download to fetch it to there")
-        root = None if data_dir is None else str(Path(data_dir).expanduser())
-        columns = {"input_key": self.place.image_key, "target_key": self.place.label_key} if self.of_hub else {}
-        try:
-            dataset = create_dataset(name, root=root, split=part, download=self.place.download, **columns)
-            if self.of_hub:  # timm's data set would put a neighbour in the place of a broken image, its reader does not
-                dataset.reader[0]  # an image column that is missing shows only here
-                return dataset.reader, list(dataset.reader.dataset[self.place.label_key])
-            labels = getattr(dataset, "targets", None)
-            if labels is None or np.ndim(labels[0]) != np.ndim(dataset[0][1]):  # QMNIST's are 8 to an image
-                labels = [dataset[index][1] for index in range(len(dataset))]
-            return dataset, labels
-        except AssertionError as error:
-            raise DataError(f"timm does not know {name} ({error}): torch/cifar10 is one that it does") from error
-        except Exception as error:  # whatever a download, an archive or a library that is missing raises
-            raise DataError(
-                f"{name}, {part} images, could not be opened in {root or 'the default cache'} ({error}): give the "
-                "folder that holds it as --data-dir or have it fetched with --download; hfds/ needs `datasets`"
-            ) from error
-
-    def split(self, items: Any, labels: Sequence[Any], num_classes: int | None) -> Split:
-        """All images of a part."""
-        read, indices = (
-            Images(items, self.place.name, self.place.scale_16bit),
-            _indices(labels, num_classes, self.place),
-        )
-        count = len(indices)
-        if self.of_hub:  # Hugging Face's own hash of what a data set was made from
-            made_from = getattr(items.dataset, "_fingerprint", None)
-            digests = None if made_from is None else np.full(count, digest(str(made_from).encode()), dtype=np.uint64)
-        else:
-            digests = _digests(getattr(items, "data", None), count)
-        return whole(Source(read, indices, sizes=_sizes(items, count), digests=digests))
+def _hub_part(place: Place, part: str) -> tuple[Any, Split]:
+    """timm's reader of a part, and its images with what is known of them."""
+    with _opening(place, part):
+        # timm's data set would put a neighbour in the place of a broken image, its reader does not
+        columns = {"input_key": place.image_key, "target_key": place.label_key}
+        name = f"hfds/{split_name(place.name)[1]}"
+        reader = create_dataset(name, root=_root(place), split=part, **columns).reader
+        labels = _indices(list(reader.dataset[place.label_key]), place)
+        sizes, times = _stored(reader)
+    rows = Rows(place.name, part, reader)
+    read = Images(Files(rows), place.name, place.scale_16bit)
+    return reader, whole(Source(read, labels, rows.names, sizes, np.zeros(len(labels), dtype=np.uint64), times))
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
-    """Reads from two sources, the second one after the first."""
+class Rows:
+    """The image files in a table of Hugging Face's, called by their row."""
 
-    first: Source
-    second: Source
+    data: str
+    part: str
+    reader: Any  # timm's
 
-    def __call__(self, index: int) -> Any:
-        count = len(self.first)
-        return self.first.read(index) if index < count else self.second.read(index - count)
+    @property
+    def key(self) -> str:
+        """What the table was made from, and how, by Hugging Face's own hash."""
+        return f"{self.data}, {self.part}, {self.reader.dataset._fingerprint}"
+
+    @cached_property
+    def names(self) -> Names:
+        return Names.of(f"{self.part}, row {row}" for row in range(len(self.reader)))
+
+    def place(self, index: int) -> str:
+        return f"{self.data}, {self.names[index]}"
+
+    def content(self, index: int) -> bytes:
+        with self.reader[index][0] as file:
+            return file.read()
 
 
-def _column(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """One after the other; None where one of them is unknown."""
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
+def _stored(reader: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of the images in a table, (N,) int64, and when they changed: 0, or of those that it has the paths of alone,
+    nanoseconds."""
+    from pyarrow import compute
+
+    column = reader.dataset.data.column(reader.image_key)
+    sizes = compute.binary_length(compute.struct_field(column, "bytes")).fill_null(0).to_numpy().astype(np.int64)
+    times, paths = np.zeros_like(sizes), compute.struct_field(column, "path")
+    for row in np.flatnonzero(sizes == 0).tolist():
+        status = os.stat(paths[row].as_py())
+        sizes[row], times[row] = status.st_size, status.st_ctime_ns
+    return sizes, times
+
+
+def _root(place: Place) -> str | None:
+    return None if place.data_dir is None else str(Path(place.data_dir).expanduser())
+
+
+@contextmanager
+def _opening(place: Place, part: str) -> Iterator[None]:
+    """Raise DataError for whatever a download, an archive or a library raises, or where that library is missing."""
+    name = place.name
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError as error:
+        if place.kind is not DataKind.HUB:
+            raise
+        raise DataError(
+            f"{name} needs Hugging Face's datasets, which is not installed: pip install '.[hfds]'"
+        ) from error
+    except AssertionError as error:
+        raise DataError(f"timm does not know {name} ({error}): torch/cifar10 is one that it does") from error
+    except Exception as error:
+        raise DataError(
+            f"{name}, {part} images, could not be opened in {_root(place) or 'the default cache'} ({error}): give the "
+            "folder that holds it as --data-dir or have it fetched with --download"
+        ) from error
 
 
 def _sizes(items: Any, count: int) -> np.ndarray | None:
@@ -151,16 +194,11 @@ def _digests(rows: Any, count: int | None = None) -> np.ndarray | None:
     return np.array([digest(np.ascontiguousarray(row).tobytes()) for row in np.asarray(rows)], dtype=np.uint64)
 
 
-def _indices(labels: Sequence[Any], num_classes: int | None, place: Place) -> np.ndarray:
+def _indices(labels: Sequence[Any], place: Place) -> np.ndarray:
     """Labels as class indices, (N,) int64. Raises DataError for anything else."""
     if any(np.ndim(label) for label in labels):
         raise DataError(f"{place.name} is multi-label (its labels are lists): take data with one class for each image")
     indices = np.asarray(labels)
     if indices.dtype.kind not in "iu":
         raise DataError(f"{place.name} has labels such as {labels[0]!r}: they must be class indices, 0, 1, 2 …")
-    foreign = indices[(indices < 0) | (indices >= (num_classes or np.inf))]
-    if len(foreign):
-        raise DataError(
-            f"{place.name} has images labelled {foreign[0]}, which is not a class: take data that are labelled"
-        )
     return indices.astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,8 +12,9 @@ from poolshare.space.errors import DataError
 
 from .folders import class_notes, find_layout, held_out, open_folder, read_folder, read_pictures
 from .listing import some
-from .named import open_digits, open_timm
+from .named import open_digits, open_hub, open_torch
 from .pictures import Progress
+from .shards import open_shards, read_tests
 from .sources import Found, Place, Split, whole
 from .splits import Checking, Data
 from .transforms import (
@@ -133,22 +135,31 @@ def open_tests(
     when: Checking = "once",
     progress: Progress | None = None,
 ) -> Data:
-    """A folder of images that a model was not trained on, as test images: those in its test folder, or else all of it.
+    """A folder of images or shards that a model was not trained on, as test images: those set aside for that, or else all.
 
     classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
     once, as a check. Raises DataError and BrokenDataError as `open_data`.
     """
-    root = place.path
-    layout = find_layout(root)
-    if layout.test is None and layout.train != root:
-        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
-    folder = layout.test or next(iter(held_out(root)), root)
-    _, source, notes = read_folder(folder, classes, place.scale_16bit)
-    notes += (*class_notes(folder, classes), f"all {len(source)} images of {str(folder)!r} are test images.")
+    if place.kind is DataKind.SHARDS:
+        folder = place.path
+        source, notes = read_tests(place, classes)
+    else:
+        folder = _test_folder(place.path)
+        _, source, notes = read_folder(folder, classes, place.scale_16bit)
+        notes += class_notes(folder, classes)
+    notes += (f"all {len(source)} images of {str(folder)!r} are test images.",)
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
     data.check(("test",), progress, when)
     return data
+
+
+def _test_folder(root: Path) -> Path:
+    """The part of a folder of images that is there to test on, or all of it."""
+    layout = find_layout(root)
+    if layout.test is None and layout.train != root:
+        raise DataError(f"{str(root)!r} has images to train on and none to test on: give the folder of those alone")
+    return layout.test or next(iter(held_out(root)), root)
 
 
 def open_source(place: Place) -> Found:
@@ -163,8 +174,14 @@ def open_source(place: Place) -> Found:
             f"{name}: these data were given in Python: go on with what `poolshare.search.search` returned, or give them to "
             "`poolshare.search.work`; of exported models --data FOLDER"
         )
-    openers = {DataKind.DIGITS: open_digits, DataKind.FOLDER: open_folder}
-    found = openers.get(kind, open_timm)(place)
+    openers = {
+        DataKind.DIGITS: open_digits,
+        DataKind.FOLDER: open_folder,
+        DataKind.SHARDS: open_shards,
+        DataKind.HUB: open_hub,
+        DataKind.TORCH: open_torch,
+    }
+    found = openers[kind](place)
     if len(found.classes) < 2:
         raise DataError(f"{name} has fewer than 2 classes ({some(found.classes)}): there is nothing to learn")
     return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,34 +26,73 @@ _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
+class Store(Protocol):
+    """Image files that lie together. key: what they are remembered by. names: of the files, among themselves."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    def place(self, index: int) -> str:
+        """Where a file is, for messages."""
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a file. Raises OSError."""
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """Files by their paths below `root`; whole paths are put together when they are asked for: a million take much memory."""
+
+    root: str
+    names: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        return os.path.realpath(self.root)
+
+    def place(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def content(self, index: int) -> bytes:
+        with open(self.place(index), "rb") as file:
+            return file.read()
+
+
 class Files(Sequence[tuple[str]]):
-    """Paths of files by index, each as (path,), put together when it is asked for: a million of them take little memory.
+    """Image files of several stores, one after the other; where each is, as (place,), by its index."""
 
-    parts: folders, and the paths below them.
-    """
-
-    def __init__(self, parts: tuple[tuple[str, Sequence[str]], ...]) -> None:
+    def __init__(self, *parts: Store) -> None:
         self.parts = parts
+        self.starts = [0, *accumulate(len(part.names) for part in parts)]
 
     def __add__(self, other: Files) -> Files:
-        return Files(self.parts + other.parts)
+        return Files(*self.parts, *other.parts)
 
     def __len__(self) -> int:
-        return sum(len(paths) for _, paths in self.parts)
+        return self.starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        for root, paths in self.parts:
-            if index < len(paths):
-                return (os.path.join(root, paths[index]),)
-            index -= len(paths)
-        raise IndexError(index)
+        part, position = self._find(index)
+        return (part.place(position),)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a file. Raises OSError."""
+        part, position = self._find(index)
+        return part.content(position)
+
+    def _find(self, index: int) -> tuple[Store, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self.starts, index) - 1
+        return self.parts[number], index - self.starts[number]
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
     """Reads the images of `items`, by index, each upright, on white and with 8 bits per channel.
 
-    items: a path, an open file or an image at [index][0]. name: of the data, for messages.
+    items: `Files`; or a path, an open file or an image at [index][0]. name: of the data, for messages.
     scale_16bit: scale 16-bit grey images to 8 bits, 65,535 to white; otherwise they are refused, since how
     many of the bits they use is unknown.
     """
@@ -64,20 +105,18 @@ class Images:
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Image.Image, bytes]:
-        """The image, and the bytes of its file; none where the data set gives images.
+        """The image, and the bytes of its file where the items are `Files`.
 
         Raises BrokenDataError for what cannot be decoded.
         """
         item, content = None, b""
         try:
-            item = self.items[index][0]
-            if isinstance(item, str):
-                with open(item, "rb") as file:
-                    content = file.read()
+            item = opened = self.items[index][0]
+            if isinstance(self.items, Files):
+                content = self.items.content(index)
+                opened = io.BytesIO(content)
             _set_limit()
-            with (
-                item if isinstance(item, Image.Image) else Image.open(io.BytesIO(content) if content else item) as image
-            ):
+            with item if isinstance(item, Image.Image) else Image.open(opened) as image:
                 image.load()
                 return as_seen(image, self.scale_16bit), content
         except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …

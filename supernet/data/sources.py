@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from poolshare.space.data_kind import DataKind
+from poolshare.space.data_kind import DataKind, split_name
 from poolshare.space.errors import DataError
 
-from .listing import some
+from .listing import Names, some
 
 StrPath = str | os.PathLike[str]
 
@@ -24,7 +24,8 @@ class Place:
 
     name: `digits` (scikit-learn's 1,797 images of 8×8, 540 of them test whatever the seed); timm's `torch/…`,
         found, or with `download` put, in `data_dir`; timm's `hfds/…`, cached in `data_dir`, its columns
-        `image_key` and `label_key`; or a path, below `data_dir` if that is given, to ROOT with
+        `image_key` and `label_key`, or the same of a folder, `hfds//home/me/birds`; `wds/PATH`, see `shards`; or a path,
+        below `data_dir` if that is given, to ROOT with
         ROOT/CLASS/*.png, or with ROOT/train/CLASS/*.png and the same in ROOT/test or ROOT/val; of both, those in
         ROOT/val are scored on. A folder whose name is like one of the others is reached as ./digits.
     search_data: a folder of class folders whose images are scored on; nothing is set aside for that then.
@@ -46,8 +47,8 @@ class Place:
 
     @property
     def path(self) -> Path:
-        """Of a folder of images."""
-        return Path(self.data_dir or "", self.name).expanduser()
+        """Of a folder of images or shards."""
+        return Path(self.data_dir or "", split_name(self.name)[1]).expanduser()
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,17 @@ def whole(source: Source) -> Split:
     return Split(source, np.arange(len(source)))
 
 
+def known(split: Split, classes: Sequence[str], place: Place) -> Split:
+    """The same. Raises DataError for labels that are none of the classes."""
+    labels = split.labels
+    foreign = labels[(labels < 0) | (labels >= len(classes))]
+    if len(foreign):
+        raise DataError(
+            f"{place.name} has images labelled {foreign[0]}, which is not a class: take data that are labelled"
+        )
+    return split
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """A data set as it was found; without `open_test` it has no test images of its own.
@@ -139,3 +151,20 @@ class Found:
     open_test: Callable[[], Split] | None
     search: Split | None = None
     notes: tuple[str, ...] = ()
+
+
+def scored_on(
+    classes: tuple[str, ...],
+    train: Source,
+    search: Source,
+    open_test: Callable[[], Split] | None,
+    notes: tuple[str, ...],
+) -> Found:
+    """A data set whose images to score on are files of their own, as those to train on are; they become one source."""
+    columns: list[Any] = [(one.labels, one.sizes, one.digests, one.times) for one in (train, search)]
+    labels, sizes, digests, times = map(np.concatenate, zip(*columns, strict=True))
+    read: Any = replace(train.read, items=train.read.items + search.read.items)  # type: ignore[attr-defined,type-var]
+    names = Names.joined(Names.of(one.names or ()) for one in (train, search))
+    joint = Source(read, labels, names, sizes, digests, times)
+    rows, count = np.arange(len(joint)), len(train)
+    return Found(classes, Split(joint, rows[:count]), open_test, Split(joint, rows[count:]), notes)

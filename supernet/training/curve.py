@@ -28,7 +28,7 @@ class Row(NamedTuple):
     gradient_norm: float  # before it is clipped
 
 
-Watch = Callable[[Row], None]  # told of each row as it is made
+Watch = Callable[[Row], None]  # told of each row as it is made, and at first of those before a stop
 
 
 class Curve:
@@ -38,6 +38,8 @@ class Curve:
         self.path, self.watch, self.steps_per_epoch = path, watch, steps_per_epoch
         self.every = max(1, math.ceil(total / ROWS))
         self.rows = [row for row in ([] if path is None else read_curve(path)) if row.step <= first]
+        for row in self.rows if watch else ():
+            watch(row)  # type: ignore[misc]
         self._begin()
 
     def _begin(self) -> None:

@@ -151,7 +151,7 @@ def fit(
     state: a file from which the next call continues as if nothing had happened. It is written after every epoch,
     every `save_seconds`, and when SIGINT or SIGTERM comes: that signal then takes its course. The state before it is
     kept beside it, and so is the `Curve` of the training, as a CSV file. Only the first process reads and writes them.
-    watch: told of each row of the curve.
+    watch: told of each row of the curve, where this goes on of the earlier ones too.
     settings: JSON values, beside seed and recipe, that a state must have been begun with, or RunError is raised; the
     epochs of the recipe may differ; `otherwise`: what the error offers. Raises TrainingError where loss or
     weights are not finite, and what `check_batches` does.

@@ -59,6 +59,20 @@ function drawProgress() {
     (data.certified ? " The whole space was scored in its own order, so this curve says nothing about a searcher." : ""));
 }
 
+/* Losses over epochs, a chart for each training. */
+function drawCurves() {
+  byId("curves-card").hidden = !data.curves.length;
+  byId("curves").replaceChildren(...data.curves.map(({ title, epoch, loss }) => {
+    const low = Math.min(...loss), high = Math.max(...loss), pad = (high - low || 1) * 0.06, last = loss.length - 1;
+    const { svg, toX, toY } = smallChart(`${title}: loss over epochs`, [0, epoch[last]],
+      [Math.max(0, low - pad), high + pad], (value) => String(+value.toFixed(2)), (value) => String(+value.toPrecision(3)));
+    svg.append(make("path", { class: "front",
+      d: loss.map((value, index) => `${index ? "L" : "M"}${toX(epoch[index]).toFixed(1)},${toY(value).toFixed(1)}`).join("") }));
+    if (!last) svg.append(make("circle", { class: "point", cx: toX(epoch[0]), cy: toY(loss[0]), r: 4 }));
+    return make("figure", {}, make("figcaption", {}, `${title}: loss over epochs. It ended at ${+loss[last].toPrecision(3)}.`), svg);
+  }));
+}
+
 /* A number with its interval: "0.62 (0.48 to 0.73)". */
 const withInterval = (each) => each && each.value != null
   ? `${each.value.toFixed(2)}${each.low != null ? ` (${each.low.toFixed(2)} to ${each.high.toFixed(2)})` : ""}`

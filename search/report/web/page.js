@@ -276,5 +276,6 @@ byId("plot").addEventListener("keydown", (event) => {
 const first = data.picks[state.cost].find((pick) => pick.how === "half-point") || data.picks[state.cost][0];
 state.row = first ? first.row : data.dense;
 drawProgress();
+drawCurves();
 drawTrust();
 showAll();
