@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -56,6 +57,7 @@ BLOCKS = {
 def outline(name: str, options: dict[str, Any]) -> Any:
     """The same model on the meta device: modules and shapes, no memory. options: as `read_options` gives them.
 
+    It is not to be changed: who asks again gets the same one, since checking it takes longer than making a small model.
     Raises ModelError for a model that timm does not know, that cannot be run faithfully, or that would not fit the
     machine's memory.
     """
@@ -63,6 +65,22 @@ def outline(name: str, options: dict[str, Any]) -> Any:
         close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(["vit_*", "deit*"]), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
         raise ModelError(f"timm knows no model {name!r}{hint}")
+    try:
+        key = name, timm.model_entrypoint(name), json.dumps(options, sort_keys=True)
+    except TypeError:  # a class or a function among them
+        return _outlined(name, options)
+    if key not in _OUTLINES:
+        if len(_OUTLINES) == MOST_OUTLINES:
+            _OUTLINES.clear()
+        _OUTLINES[key] = _outlined(name, options)
+    return _OUTLINES[key]
+
+
+_OUTLINES: dict[tuple[Any, ...], Any] = {}
+MOST_OUTLINES = 64  # that are kept
+
+
+def _outlined(name: str, options: dict[str, Any]) -> Any:
     with torch.device("meta"):
         model = make_base(name, options)
     reason = unsupported_part(model)

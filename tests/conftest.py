@@ -21,6 +21,7 @@ from filelock import FileLock
 from hypothesis import settings
 
 from poolshare.search import cli
+from poolshare.space.files import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,9 +78,29 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_timings() -> Iterator[None]:
-    """A latency table is made of the rounds that fit into two seconds, not into a minute."""
+    """A latency table is made of the rounds that fit into half a second, not into a minute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("poolshare.supernet.latency.SPEND", 2.0)
+        patch.setattr("poolshare.supernet.latency.SPEND", 0.5)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_picture_once() -> Iterator[None]:
+    """Of the runs that tests search, the PNG of each kind is drawn by the first; the others, half a second each, copy it."""
+    from poolshare.search.report import write
+
+    draw, drawn = write.figure_png, dict[tuple, bytes]()
+
+    def drawn_once(report: Any, path: Path, cost: str) -> None:
+        shown = report.title, cost, report.costs, report.limits.keys(), report.verdict.partition(":")[0]
+        kind = (*map(str, shown), bool(report.included))
+        if kind not in drawn:
+            draw(report, path, cost)
+            drawn[kind] = path.read_bytes()
+        write_whole(path, lambda part: part.write_bytes(drawn[kind]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "figure_png", drawn_once)
         yield
 
 

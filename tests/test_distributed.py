@@ -125,6 +125,12 @@ def together(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The supernet and its losses that one process trains, without a stop."""
+    return train(digits(), seed=0)
+
+
 @pytest.mark.parametrize("name", ["plain", "mixed in parts", "within"])
 def test_two_processes_give_the_gradients_of_one(name, together):
     alone = gradients(name, digits(), seed=0)
@@ -136,22 +142,21 @@ def test_two_processes_give_the_gradients_of_one(name, together):
         assert torch.equal(first[key], second[key]), key
 
 
-def test_both_processes_end_with_the_same_weights(together):
+def test_both_processes_end_with_the_same_weights(together, undisturbed):
     first, second = (load_file(together / f"end-{rank}.safetensors") for rank in (0, 1))
     # Their own, and the moving averages that they continued.
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     del first["alone"]
     assert load_tensors(together / "state.safetensors")[1]["step"] == 3 * 7
-    undisturbed, _ = train(digits(), seed=0)
-    for name, value in undisturbed.state_dict().items():
+    for name, value in undisturbed[0].state_dict().items():
         assert (first[name] - value).norm() < 0.02 * value.norm() + 1e-2, name
 
 
-def test_training_continues_with_another_number_of_processes(together, tmp_path):
+def test_training_continues_with_another_number_of_processes(together, undisturbed, tmp_path):
     """Two processes stopped after 5 steps, one goes on: its losses are those of one process from the start."""
     assert load_tensors(together / "stopped.safetensors")[1]["step"] == 5
     shutil.copy(together / "stopped.safetensors", tmp_path)
-    _, losses = train(digits(), seed=0)
+    losses = undisturbed[1]
     _, continued = train(digits(), seed=9, state=tmp_path / "stopped.safetensors")
     assert len(continued) == 1 + len(losses) - 5  # the first call tells how many steps are done
     torch.testing.assert_close(continued[1:], losses[5:], rtol=2e-3, atol=2e-3)

@@ -268,11 +268,12 @@ def test_generators_of_a_users_loaders_are_left_where_they_were(digits):
 
 def test_images_of_doubles_are_those_of_floats(digits, tmp_path):
     images, labels = digits
+    small = SMALL | {"epochs": 1, "trials": 4}
     for kind in (torch.float32, torch.float64):
         both = [TensorDataset(images[part].to(kind), labels[part]) for part in (slice(200), slice(200, 300))]
-        search(both, out=tmp_path / str(kind), **SMALL | {"classes": np.array(Noisy.classes)})
+        search(both, out=tmp_path / str(kind), **small | {"classes": np.array(Noisy.classes)})
         loaders = [DataLoader(part, 20) for part in both]
-        search(loaders, out=tmp_path / f"{kind} loaders", **SMALL | {"batch_size": None})
+        search(loaders, out=tmp_path / f"{kind} loaders", **small | {"batch_size": None})
     for what in ("", " loaders"):
         one, other = (SearchResult(tmp_path / f"{kind}{what}") for kind in (torch.float32, torch.float64))
         weights = [load_tensors(found.run.supernet)[0] for found in (one, other)]

@@ -148,7 +148,8 @@ def test_finalists_need_no_more_the_weights_that_the_supernet_began_with(tmp_pat
     weights = tmp_path / "base.safetensors"
     base = timm.create_model("digits_vit", num_classes=10, **SMALL["model_args"])
     save_file(base.state_dict(), weights)
-    folder = run_job(SearchConfig(**SMALL, epochs=0, weights=str(weights)), tmp_path / "run")
+    small = SMALL | {"levels": (64, 16, 4), "sampler": "random", "trials": 4}
+    folder = run_job(SearchConfig(**small, epochs=0, weights=str(weights)), tmp_path / "run")
     weights.unlink()
     assert train_finalists(folder, 1, epochs=1, device="cpu")["lr"].tolist() == [3e-4]
 

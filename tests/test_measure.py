@@ -199,7 +199,10 @@ def test_deit_tiny_has_the_published_numbers():
 GRIDS, SEQUENCES = (64, 49, 36, 25, 16, 9, 4), (64, 49, 32, 31, 16, 13, 8, 4, 2)  # parities, halves
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+# One of each law: clusters cost alike by any distance, and so does matching, whatever attention does with sizes.
+@pytest.mark.parametrize(
+    "operator", one_of_each(OPERATORS, *(OPERATORS.keys() - {"kmedoids", "wkmedoids", "tome_prop"}))
+)
 def test_every_reduction_costs_what_fvcore_traces_though_few_are_traced(operator: str):
     levels = GRIDS if OPERATORS[operator].needs_grid else SEQUENCES
     reached = [levels[0], *(level for level in levels[1:] if OPERATORS[operator].can_reduce(levels[0], level))]
@@ -215,17 +218,17 @@ def test_every_reduction_costs_what_fvcore_traces_though_few_are_traced(operator
         assert table.sink[level] == count_macs(*part(("sink", level)))
 
 
-def test_thirty_levels_and_four_operators_are_measured_by_some_dozens_of_traces(monkeypatch: pytest.MonkeyPatch):
+def test_thirty_levels_and_two_operators_are_measured_by_some_dozens_of_traces(monkeypatch: pytest.MonkeyPatch):
     levels = tuple(range(196, 46, -5))
-    space = SearchSpace(2, levels, ("tome", "kmeans", "mstm", "topk"))
+    space = SearchSpace(2, levels, ("tome", "topk"))
     net = SuperNet.from_timm("vit_tiny_patch16_224", space, depth=2, embed_dim=16, num_heads=2, num_classes=3)
     traced = []
     monkeypatch.setattr(measure_module, "_TRACED", {})
     monkeypatch.setattr(measure_module, "count_macs", lambda *given: traced.append(given) or count_macs(*given))
     table = measure_macs(net)
     assert len(levels) == 30
-    assert len(table.pool) == 4 * 30 * 29 // 2
-    assert len(traced) < 130
+    assert len(table.pool) == 2 * 30 * 29 // 2
+    assert len(traced) < 75
     for seed in range(2):
         architecture = space.sample(random.Random(seed))
         assert table.total(architecture) == raw_fvcore(Subnet.from_supernet(net, architecture), image_for(net))

@@ -5,7 +5,7 @@ import random
 import pytest
 import timm
 import torch
-from conftest import randomise
+from conftest import one_of_each, randomise
 from reports import FACTS
 from safetensors.torch import save_file
 from timm.models import beit
@@ -46,6 +46,9 @@ RELATIVE = (
 )
 ONE_OF_EACH_ROPE = ("eva02_base_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224")
 NAMES = (*EVA, *RELATIVE, "vit_base_patch16_rpn_224")
+# Of the others each differs from one of these in a part that a test of its own covers, or that is timm's alone.
+KINDS = (*ONE_OF_EACH_ROPE, "vit_pe_core_gigantic_patch14_448", "eva02_enormous_patch14_clip_224")
+KINDS += ("vit_base_patch16_sapiens2", "beit_base_patch16_224", "vit_srelpos_small_patch16_224")
 
 
 def options_of(name):
@@ -65,7 +68,7 @@ def images_for(net, count=2):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_of_each(NAMES, *KINDS))
 def test_every_kind_keeps_all_equalities(name, tmp_path):
     net = make(name)
     macs, parameters = measure_macs(net), measure_parameters(net)

@@ -155,6 +155,7 @@ def test_torch_compile_traces_what_shares_as_one_graph():
         torch.testing.assert_close(compiled(images_for()), model(images_for()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # an exported model that shares by queries and keys goes to ONNX in test_elsewhere
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_onnx_takes_what_shares(sharing, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra: pip install '.[onnx]'")

@@ -13,9 +13,11 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import pandas as pd
 import pytest
-from conftest import Forked, call, one_of_each
+import sqlalchemy
+from conftest import DIGITS, Forked, call, one_of_each
 from optuna.trial import TrialState
 
 from poolshare.search import Classification
@@ -37,14 +39,18 @@ from poolshare.space import ConfigError, PoolshareError, RunError
 
 PASSWORD = "se{c}ret%20p@ss:w/ord"
 QUOTED = "se%7Bc%7Dret%2520p%40ss%3Aw%2Ford"  # as an address has it
-TRIALS = 80
-SEARCH = ["search", "--data", "digits", "--model-args", "depth=6,embed_dim=16,num_heads=2", "--batch-size", "128"]
+TRIALS = 30  # two generations; each trial in PostgreSQL takes a quarter of a CPU second
+SEARCH = ["search", "--data", "digits", "--model-args", "depth=5,embed_dim=16,num_heads=2", "--batch-size", "128"]
 SEARCH += ["--levels", "64,36,16,4", "--epochs", "1", "--sampler", "evolution", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def postgres():
-    """A private PostgreSQL cluster with a password, in a temporary folder, run by an ordinary user; its address."""
+    """A private PostgreSQL cluster with a password, in a temporary folder, run by an ordinary user; its address.
+
+    Whoever asks for it has imported the drivers, which processes forked from it need not import again.
+    """
+    pytest.importorskip("psycopg", reason="needs the extra: pip install '.[postgres]'")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     command = shutil.which("initdb")
     binaries = found[-1] if found else Path(command).parent if command else None
@@ -68,6 +74,8 @@ def postgres():
         "--no-locale", "--pwfile", folder / "password")  # fmt: skip
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
     run(binaries / "pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start")
+    optuna.storages.RDBStorage("sqlite://")
+    sqlalchemy.create_engine("postgresql+psycopg://")
     yield f"postgresql://searcher:{QUOTED}@127.0.0.1:{port}/postgres"
     run(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
     shutil.rmtree(folder)
@@ -154,15 +162,24 @@ def crew_killed_at_random(workers, kills, target, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("workers", "trials", "kills"), [(2, 40, 3), pytest.param(4, TRIALS, 30, marks=pytest.mark.slow)]
+    ("workers", "trials", "kills"), [(2, TRIALS, 3), pytest.param(4, 80, 30, marks=pytest.mark.slow)]
 )
-def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(workers, trials, kills, place, alone, job):
+def test_workers_killed_at_random_find_what_one_undisturbed_process_finds(
+    workers, trials, kills, place, alone, job, tmp_path
+):
+    if trials == TRIALS:
+        undisturbed = expected(alone, trials)
+    else:
+        folder = begun(alone, tmp_path / "undisturbed")
+        by_one = folder, lambda: open_store(folder.journal, None, "undisturbed")
+        searcher(job, by_one, trials)
+        undisturbed = table(trials_of(by_one))
     killed = crew_killed_at_random(workers, kills, searcher, job, place, trials)
     found = trials_of(place)
     assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.FAIL}
     scored = Counter(trial.user_attrs["architecture"] for trial in found if trial.state == TrialState.COMPLETE)
     assert set(scored.values()) == {1}
-    assert table(found) == expected(alone, trials)
+    assert table(found) == undisturbed
     print(f"{killed} kills, {sum(trial.state == TrialState.FAIL for trial in found)} trials given back")
 
 
@@ -192,15 +209,12 @@ def test_workers_killed_at_random_score_a_whole_space_each_sub_tree_once(place, 
 
 
 @pytest.mark.parametrize("kind", one_of_each(("journal", "postgresql"), "journal"))
-def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(kind, tmp_path, request):
-    alone = tmp_path / "alone"
-    words = [*SEARCH, "--sampler", "exhaustive", "-q", "--out"]
-    status, _, err = call(*words, alone)
-    assert status == 0, err
+def test_search_and_worker_share_a_whole_space_and_leave_the_files_of_one_process(kind, digits_run, tmp_path, request):
+    alone = digits_run.folder
     folder = begun(alone, tmp_path / kind, kind).path
     hidden = {} if kind == "journal" else {"POOLSHARE_STORAGE": request.getfixturevalue("postgres")}
     worker = Forked.verb("worker", folder, "--json", "-q", **hidden)
-    status, _, err = Forked.verb(*words, folder, **hidden).wait()
+    status, _, err = Forked.verb(*DIGITS, "-q", "--out", folder, **hidden).wait()
     assert status == 0, err
     status, out, err = worker.wait()
     assert status == 0, err
@@ -301,10 +315,10 @@ def test_a_database_that_breaks_off_is_a_clear_error_and_the_search_goes_on(plac
 
     monkeypatch.setitem(PROPOSERS, "evolution", cut_off)
     with pytest.raises(RunError, match="broke off") as raised:
-        searcher(job, place, 60)
+        searcher(job, place, TRIALS)
     assert "searcher:" not in "".join(traceback.format_exception(raised.value))
-    searcher(job, place, 60)
-    assert table(trials_of(place)) == expected(alone, 60)
+    searcher(job, place, TRIALS)
+    assert table(trials_of(place)) == expected(alone, TRIALS)
 
 
 def test_a_killed_holder_of_the_lock_blocks_nobody_and_its_half_line_is_cut(alone, job, tmp_path):
@@ -327,8 +341,8 @@ def test_a_killed_holder_of_the_lock_blocks_nobody_and_its_half_line_is_cut(alon
         study.set_user_attr("note", "written after the half line")
         assert len(study.get_trials()) == 10
         assert open_already.workers() == 1
-    searcher(job, place, 60)
-    assert table(trials_of(place)) == expected(alone, 60)
+    searcher(job, place, TRIALS)
+    assert table(trials_of(place)) == expected(alone, TRIALS)
 
 
 def test_a_worker_with_other_images_or_another_supernet_is_refused_or_apart(alone, tmp_path):
