@@ -66,6 +66,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         axis.set_xlabel("% of the dense model's MACs")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+    axes[1].set_ylim(-16, 2)
     axes[0].set_yscale("log")
     axes[1].legend(fontsize=7)
     figure.tight_layout()
