@@ -57,24 +57,17 @@ FREE_OPERATORS = frozenset().union(
 def measure_macs(supernet: SuperNet) -> CostTable:
     """MACs of every kind of edge, per image. Raises ModelError for an operator that can be neither counted nor free.
 
-    fvcore traces a few sizes of each kind; from these the others follow, see `counted`. A process counts each kind of
-    supernet once.
+    fvcore traces a few sizes of each kind; from these the others follow, see `counted`. A process traces each of them
+    once for a base model, whatever spaces it is asked of.
     """
-    fused = [block.attn.fused_attn for block in supernet.blocks]
-    key = repr((supernet.base, supernet.space, supernet.sharing, fused, supernet))  # with the structure of its modules
-    if key not in _COUNTED:
-        _COUNTED[key] = _count_all(supernet)
-    return _COUNTED[key]
-
-
-_COUNTED: dict[str, CostTable] = {}
-
-
-def _count_all(supernet: SuperNet) -> CostTable:
     space, part = supernet.space, parts(supernet)
+    fused = [block.attn.fused_attn for block in supernet.blocks]
+    known = _TRACED.setdefault(repr((supernet.base, supernet.sharing, supernet.carry, fused)), {})
 
     def count(*kind: Any) -> int:
-        return count_macs(*part(kind))
+        if kind not in known:
+            known[kind] = count_macs(*part(kind))
+        return known[kind]
 
     with torch.no_grad():
         costs: dict[Kind, int] = {("source",): count("source")}
@@ -90,6 +83,9 @@ def _count_all(supernet: SuperNet) -> CostTable:
             )
             costs |= {("pool", *size): cost for size, cost in pooled.items()}
     return _table("macs", costs)
+
+
+_TRACED: dict[str, dict[Kind, int]] = {}
 
 
 def measure_parameters(supernet: SuperNet) -> CostTable:

@@ -1,4 +1,7 @@
-"""What several test files need: processes for the suite, verbs, one finished search, no GPU, a browser."""
+"""What several test files need: processes for the suite, verbs, one finished search, no GPU, a browser.
+
+Torch is imported by the processes that run tests: the one that only hands them out starts these the sooner.
+"""
 
 import contextlib
 import io
@@ -11,18 +14,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-import timm.layers
-import torch
 from filelock import FileLock
 from hypothesis import settings
-from torch import nn
 
 from poolshare.search import cli
-from poolshare.supernet import latency
-from poolshare.supernet.data.seen import CACHE_VARIABLE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # In CI a few examples of each kind; the slow tests (pytest -m slow) fuzz with thousands.
 settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
@@ -54,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tensors here are tiny: more threads would spend their time waiting for each other, ten times over."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -65,6 +68,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the suite sees of image files stays out of the user's cache."""
+    from poolshare.supernet.data.seen import CACHE_VARIABLE
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
@@ -74,7 +79,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _few_timings() -> Iterator[None]:
     """A latency table is made of the rounds that fit into two seconds, not into a minute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "SPEND", 2.0)
+        patch.setattr("poolshare.supernet.latency.SPEND", 2.0)
         yield
 
 
@@ -83,7 +88,7 @@ def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """What is expected here are a CPU's numbers, so no default device is a GPU, in child processes neither."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_gpu.py":
-            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr("torch.cuda.is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
 
@@ -100,10 +105,12 @@ def browser() -> Iterator:
 @pytest.fixture(params=["fused", "unfused"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Models made in this test attend by PyTorch's fused kernel, or by timm's spelled-out one; then as before."""
-    before = bool(timm.layers.use_fused_attn())
-    timm.layers.set_fused_attn(request.param == "fused")
+    from timm import layers
+
+    before = bool(layers.use_fused_attn())
+    layers.set_fused_attn(request.param == "fused")
     yield request.param
-    timm.layers.set_fused_attn(before)
+    layers.set_fused_attn(before)
 
 
 def one_of_each(values: Iterable[Any], *representatives: Any) -> list[Any]:
@@ -113,8 +120,10 @@ def one_of_each(values: Iterable[Any], *representatives: Any) -> list[Any]:
     return [one if one in representatives else pytest.param(one, marks=pytest.mark.slow) for one in values]
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: "nn.Module", seed: int = 0) -> "nn.Module":
     """Every parameter random and of a size that matters: layer scales, norms, tokens and biases included."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

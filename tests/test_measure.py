@@ -220,6 +220,7 @@ def test_thirty_levels_and_four_operators_are_measured_by_some_dozens_of_traces(
     space = SearchSpace(2, levels, ("tome", "kmeans", "mstm", "topk"))
     net = SuperNet.from_timm("vit_tiny_patch16_224", space, depth=2, embed_dim=16, num_heads=2, num_classes=3)
     traced = []
+    monkeypatch.setattr(measure_module, "_TRACED", {})
     monkeypatch.setattr(measure_module, "count_macs", lambda *given: traced.append(given) or count_macs(*given))
     table = measure_macs(net)
     assert len(levels) == 30
@@ -326,7 +327,8 @@ def test_distances_count_exactly_as_matmul_and_are_refused_as_einsum(tokens: int
         count_macs(Einsum(), images)
 
 
-def test_a_supernet_with_an_uncountable_part_is_refused_by_name():
+def test_a_supernet_with_an_uncountable_part_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure_module, "_TRACED", {})  # what its base model was counted as
     net = make("cls")
     net.blocks[0].mlp = nn.Sequential(nn.Softplus())
     with pytest.raises(ModelError, match="fvcore cannot exactly count softplus"):
