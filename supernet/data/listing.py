@@ -90,7 +90,9 @@ class Listing:
 
     @cached_property
     def paths(self) -> Names:
-        return Names.joined(self._names)
+        joined = Names.joined(self._names)
+        self._names.clear()  # a million names once are enough
+        return joined
 
     @property
     def notes(self) -> tuple[str, ...]:

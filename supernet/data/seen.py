@@ -68,7 +68,7 @@ class Seen:
         """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""
         digests = np.zeros(len(names), dtype=np.uint64)
         if kept := load(self.path):
-            text, earlier = Names.of(names).text, kept["names"].tobytes()
+            text, earlier = Names.of(names).text, kept.pop("names").tobytes()
             if earlier == text:
                 rows = np.arange(len(names))
             else:
