@@ -504,7 +504,7 @@ def test_space_counts_a_head_of_the_datas_classes_as_search_does(verb):
 
 
 def test_space_tells_of_the_space_that_search_takes_whatever_decides_its_defaults(verb):
-    args = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
+    args = {"depth": 4, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
     words = ["space", "--img-size", "16", "--model-args", ",".join(f"{name}={value}" for name, value in args.items())]
     for flag, options in (("--pretrained", {"pretrained": True}), ("--no-training", {"training": False})):
         status, out, err = verb(*words, flag, "--json")
