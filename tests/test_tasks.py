@@ -47,8 +47,8 @@ LABELS = ("bottom", "left", "top")
 def made_up(task, count=200, classes=5, seed=0):
     """Outputs and targets of so many images."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(count, classes, generator=generator)
-    noise = torch.randn(count, classes, generator=generator)
+    shape = (count, classes, *((2, 3) if task.targets == "pixels" else ()))
+    outputs, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     return outputs, task.as_targets(outputs + 1.5 * noise)
 
 
@@ -100,6 +100,7 @@ def test_losses_are_torchs_and_divergences_those_of_their_definition():
     assert torch.allclose(MULTILABEL.divergence(outputs.double(), other.double()), kl)
     assert torch.allclose(EMBEDDING.divergence(outputs, other), 1 - F.cosine_similarity(outputs, other))
     for task in TASKS.values():
+        (outputs, _), (other, _) = (made_up(task, seed=seed) for seed in (0, 1))
         assert float(task.divergence(outputs, outputs).abs().max()) < 1e-6
         # the gradient by a teacher is that of the divergence, whatever constant the loss has besides
         mine, theirs = (outputs.clone().requires_grad_() for _ in range(2))
