@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, TensorDataset
 from poolshare.search import SearchResult, evaluate, predict, retrain, search
 from poolshare.search.analysis.intervals import difference_interval, score_interval
 from poolshare.search.counts import Counts
-from poolshare.search.job import job as job_module
+from poolshare.search.job import together
 from poolshare.search.job.prepare import prepare
 from poolshare.search.scoring import answers, image_scores, score_counts
 from poolshare.space import PoolshareError, SearchSpace
@@ -256,7 +256,7 @@ def test_several_labels_are_searched_exported_retrained_and_predicted(found, tag
 def test_the_same_call_scores_nothing_again_and_another_budget_only_what_is_new(found, tagged, monkeypatch):
     before = found.candidates
     with monkeypatch.context() as patch:
-        patch.setattr(job_module, "score_counts", lambda *a, **o: pytest.fail("scored again"))
+        patch.setattr(together, "score_counts", lambda *a, **o: pytest.fail("scored again"))
         options = {"task": "multilabel", "epochs": 8, "trials": 12, "sampler": "evolution", "budget": "80%"}
         again = search(tagged, out=found.folder, **options, **SMALL)
     assert again.candidates.equals(before)
@@ -329,17 +329,16 @@ def features_of(weights):
 def test_the_walk_through_of_the_readme_works_as_written(trained, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "search" / "README.md").read_text(encoding="utf-8")
     code = readme.split("<!-- tasks -->\n```python\n")[1].split("```")[0]
-    code = code.replace(
-        '"model": "digits_vit",', '"model": "digits_vit", "quiet": True, "device": "cpu", "batch_size": 16,'
-    )
+    code = code.replace("options = {", "options = small | {")
     rng = torch.Generator().manual_seed(0)
     images = torch.rand(60, 1, 8, 8, generator=rng)
     wanted = torch.stack([images[:, 0, :4].mean((1, 2)) > 0.5, images[:, 0, :, :4].mean((1, 2)) > 0.5], dim=1).float()
     both = TensorDataset(images[:40], wanted[:40]), TensorDataset(images[40:], wanted[40:])
     names = {"train": both[0], "validation": both[1], "torch": torch, "np": np}
+    names["small"] = SMALL_OWN | {"levels": (64, 16), "operators": ("avg2d",), "max_run": 1}
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    save_file(timm.create_model("digits_vit").state_dict(), tmp_path / "dense.safetensors")
+    save_file(timm.create_model("digits_vit", **SMALL["model_args"]).state_dict(), tmp_path / "dense.safetensors")
     exec(compile(code, "README.md", "exec"), names)
     for name, by_hand in (
         ("exact", lambda logits: accuracy_score(wanted[40:], logits > 0)),

@@ -134,6 +134,9 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     if device.type == "cpu":  # a GPU takes a whole batch in little more time than a part of it
         images, targets = images[:32], targets[:32]
     images, targets = images.to(device), targets.to(device)
+    if job.task.targets == "dense":
+        with torch.no_grad():
+            targets = job.supernet.eval()(images)
     times, memory = [], None
     try:
         if training:

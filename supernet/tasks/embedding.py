@@ -42,6 +42,7 @@ class Embedding(Task):
 
     def contributions(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The similarity in millionths, (B, 1)."""
+        assert outputs.shape == targets.shape
         similar = F.cosine_similarity(outputs.double(), targets.double(), dim=-1).clamp(-1, 1)
         return (similar * MILLIONTHS).round().to(torch.int64)[:, None]
 
