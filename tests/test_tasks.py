@@ -52,6 +52,11 @@ def made_up(task, count=200, classes=5, seed=0):
     return outputs, task.as_targets(outputs + 1.5 * noise)
 
 
+def head_of(task):
+    """Options of a model for the task."""
+    return {"head": "linear"} if task.targets == "pixels" else {}
+
+
 def contributions_of(task, **options):
     outputs, targets = made_up(task, **options)
     return task.contributions(outputs, targets).numpy()
@@ -135,7 +140,7 @@ def test_intervals_are_those_of_scipy(task):
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_sums_are_the_same_whatever_the_batches_and_whoever_counts(task):
     space = SearchSpace(depth=3, levels=(16, 4), operators=("avg2d",), max_run=2)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2} | head_of(task)
     net = randomise(SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options)).eval()
     images = torch.randn(11, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -169,7 +174,7 @@ def test_without_targets_the_dense_models_answers_are_the_targets():
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for task in TASKS.values():
         net = randomise(
-            SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options)
+            SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options, **head_of(task))
         ).eval()
         found = image_scores(net, [space[0], space[3]], [(images, torch.zeros(6))], labelled=False, task=task)
         dense, other = (counts.score(task) for counts in found.counts)
@@ -403,7 +408,7 @@ GOOD = "file,labels\n0.png,top|left\n1.png,\n2.png,bottom\n3.png,top\n4.png,left
         (
             changed_table(GOOD),
             {"task": "detection"},
-            "task 'detection' is unknown: there are classification, multilabel, emb",
+            "task 'detection' is unknown: there are classification, multilabel, seg",
         ),
         (
             changed_table(GOOD),
