@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import one_of_each, randomise
+from reports import FACTS
 from safetensors.torch import save_file
 
 from poolshare.search.exported.export import load_export, save_export
@@ -137,8 +138,7 @@ def test_an_export_is_loaded_by_timm_with_its_head(tmp_path):
     net = make("conv")
     architecture = Architecture.parse("24 12@tome*2 6@topk")
     model = Subnet.from_supernet(net, architecture)
-    facts = {"macs": 1, "dense_macs": 2, "parameters": 3, "data": "/x", "data_dir": None, "data_fingerprint": "-"}
-    facts |= {"seed": 0, "batch_size": 1, "pretrained": False, "weights": "-"}
+    facts = FACTS | {"task": "segmentation", "metric": "mIoU", "targets": "pixels"}
     config = {"input_size": (3, 64, 96), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
     save_export(tmp_path / "out", model, ("sky", "road", "car"), config, facts)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
