@@ -272,19 +272,21 @@ def _pooling(module: Pooling, carry: Carry, before: int) -> _Part:
     """A reduction of `before` patch tokens by itself."""
 
     def pool(x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
-        return module.pool(_made_up(x, before, module.grid, carry), Attended(*left), carry).features
+        return module.pool(_made_up(x, before, module.grid, carry), Attended(*left), carry).features  # type: ignore[arg-type]
 
     return _Part(pool, _size(module), module)
 
 
-def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, **more: torch.Tensor | None) -> Tokens:
+def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, relative: torch.Tensor | None = None) -> Tokens:
     """Tokens of which `count` are patch tokens: cells of the grid `whole`, or else some that a path has merged somehow."""
-    if grid_of(count, whole) is not None:
-        return Tokens(x, **more)
+    tokens = Tokens(x, relative=relative)
+    if grid_of(count, whole) is not None or carry < Carry.PLACES:
+        return tokens
     patches = x[:, -count:]
-    sources = torch.zeros(len(x), math.prod(whole), dtype=torch.int64, device=x.device)
-    known = torch.ones_like(patches[:, :, 0]), torch.zeros_like(patches[:, :, :2]), sources
-    return Tokens(x, *known[: int(carry)], **more)
+    tokens = tokens._replace(sizes=torch.ones_like(patches[:, :, 0]), places=torch.zeros_like(patches[:, :, :2]))
+    if carry < Carry.SOURCES:
+        return tokens
+    return tokens._replace(sources=torch.zeros(len(x), math.prod(whole), dtype=torch.int64, device=x.device))
 
 
 def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:

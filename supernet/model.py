@@ -41,6 +41,7 @@ class SuperNet(_Timm):
     every block that neither follows nor is followed; the others run the same kernels.
     """
 
+    head: Any  # timm's, or a `MapHead`
     space: SearchSpace
     sharing: Sharing
     carry: Carry  # what the operators of the space ask to know of their tokens

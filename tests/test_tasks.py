@@ -47,9 +47,14 @@ LABELS = ("bottom", "left", "top")
 def made_up(task, count=200, classes=5, seed=0):
     """Outputs and targets of so many images."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(count, classes, generator=generator)
-    noise = torch.randn(count, classes, generator=generator)
+    shape = (count, classes, *((2, 3) if task.targets == "pixels" else ()))
+    outputs, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     return outputs, task.as_targets(outputs + 1.5 * noise)
+
+
+def head_of(task):
+    """Options of a model for the task."""
+    return {"head": "linear"} if task.targets == "pixels" else {}
 
 
 def contributions_of(task, **options):
@@ -100,6 +105,7 @@ def test_losses_are_torchs_and_divergences_those_of_their_definition():
     assert torch.allclose(MULTILABEL.divergence(outputs.double(), other.double()), kl)
     assert torch.allclose(EMBEDDING.divergence(outputs, other), 1 - F.cosine_similarity(outputs, other))
     for task in TASKS.values():
+        (outputs, _), (other, _) = (made_up(task, seed=seed) for seed in (0, 1))
         assert float(task.divergence(outputs, outputs).abs().max()) < 1e-6
         # the gradient by a teacher is that of the divergence, whatever constant the loss has besides
         mine, theirs = (outputs.clone().requires_grad_() for _ in range(2))
@@ -134,7 +140,7 @@ def test_intervals_are_those_of_scipy(task):
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_sums_are_the_same_whatever_the_batches_and_whoever_counts(task):
     space = SearchSpace(depth=3, levels=(16, 4), operators=("avg2d",), max_run=2)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2} | head_of(task)
     net = randomise(SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options)).eval()
     images = torch.randn(11, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -168,7 +174,7 @@ def test_without_targets_the_dense_models_answers_are_the_targets():
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for task in TASKS.values():
         net = randomise(
-            SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options)
+            SuperNet.from_timm("vit_tiny_patch16_224", space, num_classes=task.outputs(5), **options, **head_of(task))
         ).eval()
         found = image_scores(net, [space[0], space[3]], [(images, torch.zeros(6))], labelled=False, task=task)
         dense, other = (counts.score(task) for counts in found.counts)
@@ -402,7 +408,7 @@ GOOD = "file,labels\n0.png,top|left\n1.png,\n2.png,bottom\n3.png,top\n4.png,left
         (
             changed_table(GOOD),
             {"task": "detection"},
-            "task 'detection' is unknown: there are classification, multilabel, emb",
+            "task 'detection' is unknown: there are classification, multilabel, seg",
         ),
         (
             changed_table(GOOD),

@@ -60,7 +60,9 @@ def predict(
             raise ConfigError(f"--out {out} is for masks, and the task of {source.path} is {task.name}: leave it out")
         check_new(Path(out))
         writer = MaskWriter(Path(out), paths)
-    transform = (mask_transform if pixels else picture_transform)(image_format(source.data_config), Augmentation.none())
+    transform: Any = (mask_transform if pixels else picture_transform)(
+        image_format(source.data_config), Augmentation.none()
+    )
     model, classes = source.model.eval().to(place), source.facts["classes"]
     found: list[dict[str, Any]] = [{"image": path} for path in paths]
     chosen = choose_threads(threads, source.facts.get("threads"), model)
@@ -76,8 +78,11 @@ def predict(
                     whole.append(index)
                 except BrokenDataError as error:
                     found[index]["error"] = str(error).removeprefix("cannot read ")
-            outputs = model(torch.stack(inputs).to(place)) if inputs else ()
-            for index, one in zip(whole, task.predictions(outputs, classes, top) if inputs else (), strict=True):
+            if not inputs:  # all of them are broken
+                advance(min(start + BATCH, len(paths)))
+                continue
+            outputs = model(torch.stack(inputs).to(place))
+            for index, one in zip(whole, task.predictions(outputs, classes, top), strict=True):
                 found[index] |= one
             for index, logits, picture in zip(whole, outputs, pictures, strict=True) if writer else ():
                 found[index] |= writer.write(index, logits, picture)  # type: ignore[union-attr]

@@ -16,7 +16,8 @@ from poolshare.space.files import write_whole
 from poolshare.supernet import SuperNet
 from poolshare.supernet.data import ImageFormat
 from poolshare.supernet.data.pictures import Images
-from poolshare.supernet.data.transforms import Augmentation, picture_transform
+from poolshare.supernet.data.transforms import Augmentation, mask_transform, picture_transform
+from poolshare.supernet.heads.maps import tapped
 from poolshare.supernet.subnet import smallest_space
 from poolshare.supernet.weights import load_base_weights, read_checkpoint
 
@@ -46,7 +47,8 @@ def draw_regions(
         raise ConfigError("there is no image to draw: give at least one file")
     net, architecture, shown, scale_16bit = _exported(what, model) if os.path.isdir(what) else _built(str(what), model)
     read = Images([(str(path),) for path in images], "the images", scale_16bit)
-    transform = picture_transform(shown, Augmentation.none())
+    # a head for every pixel takes whole images
+    transform: Any = (mask_transform if tapped(net) else picture_transform)(shown, Augmentation.none())
     inputs = torch.stack([transform(read(index), None) for index in range(len(images))])
     drawn = sheet(photos(net, inputs, shown), trace(net, architecture, inputs))
     if out is not None:

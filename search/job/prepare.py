@@ -292,7 +292,7 @@ def with_head(config: SearchConfig, task: Task) -> SearchConfig:
             f"a {config.head} head answers for every pixel, and the task is {task.name}: leave out --head, or give --task "
             "segmentation and images with masks"
         )
-    if "ignore_index" in config.given:
+    if config.ignore_index != SearchConfig.model_fields["ignore_index"].default:
         raise ConfigError(
             f"--ignore-index {config.ignore_index} is of masks, and the task is {task.name}: leave it out"
         )
