@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -135,11 +136,12 @@ def _train(
             architecture = Architecture.parse(text)
             model = _start(folder, architecture).to(device)
             show = partial(advance_step, advance, index * steps, note)
-            options = {"teacher": teacher, "task": job.task, "seed": seed, "workers": workers, "progress": show}
-            train_model(model, job.data, recipe, **options)
+            train_model(
+                model, job.data, recipe, teacher=teacher, task=job.task, seed=seed, workers=workers, progress=show
+            )
             found = answers(model, batches, job.task)
             low, high = score_interval(job.task, found.contributions)
-            before = better_with_dense(folder, architecture)
+            before: Any = better_with_dense(folder, architecture)
             before = candidate[job.task.column] if before is None else before
             new = {"architecture": text, "macs": candidate["macs"], "supernet_score": before}
             new |= {name: getattr(recipe, name) for name in TRAINED}

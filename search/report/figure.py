@@ -100,7 +100,9 @@ def _draw_frontier(axes: Axes, report: Report, cost: str, divisor: float, colour
     intervals = np.array([report.interval(row) for row in frontier.to_dict("records")], float)  # nan: unknown
     costs = frontier[cost] / divisor
     band = "95 % interval" if label == "frontier" else None
-    axes.fill_between(costs, *intervals.T, step="post", color=colour, alpha=0.12, linewidth=0, label=band)
+    axes.fill_between(
+        costs, intervals[:, 0], intervals[:, 1], step="post", color=colour, alpha=0.12, linewidth=0, label=band
+    )
     axes.step(
         costs, frontier[report.column], where="post", color=colour, linewidth=1.8, marker=marker, markersize=6,
         markeredgecolor="white", markeredgewidth=0.9, label=label.replace("$", r"\$"),

@@ -73,7 +73,7 @@ def whole_numbers(labels: Tensor) -> bool:
 def label_fault(label: Any, targets: Targets = "class") -> str:
     if targets == "classes":
         fault = hot_fault(label, 1)
-        return fault and f"its label is {described(label)}, and must be a 0 or 1 for each class"
+        return f"its label is {described(label)}, and must be a 0 or 1 for each class" if fault else ""
     whole = isinstance(label, (int, np.integer)) or (
         isinstance(label, Tensor) and label.ndim == 0 and whole_numbers(label)
     )
