@@ -5,7 +5,7 @@ import os
 import random
 from math import isqrt
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -510,6 +510,8 @@ def test_types_are_those_of_timms_signature_and_all_can_be_read():
     types = model_option_types()
     assert types["qkv_bias"] is bool
     assert types["depth"] is int
+    head = types.pop("head"), types.pop("head_blocks")  # ours, for every pixel
+    assert head == (Literal["linear", "conv"] | None, int | None)
     defaults = {
         name: parameter.default
         for kind in (VisionTransformerRelPos, Beit, Eva, VisionTransformer)
@@ -529,9 +531,11 @@ def test_a_model_is_refused_before_any_weight_is_allocated(monkeypatch: pytest.M
         return model
 
     monkeypatch.setattr(timm, "create_model", recorded)
+    monkeypatch.setattr(base, "_OUTLINES", {})
     refused(ModelError, ["talking heads"], "cait_xxs24_224", SearchSpace(2, (16, 9)), depth=1)
     refused(SpaceError, ["depth 2"], "vit_tiny_patch16_224", SearchSpace(2, (196, 49)))
     assert made == [("cait_xxs24_224", "meta"), ("vit_tiny_patch16_224", "meta")]
+    base._OUTLINES.clear()
     monkeypatch.setattr(os, "sysconf", lambda name: 1024)  # a machine of 1 MB
     refused(
         ModelError,

@@ -200,7 +200,7 @@ def test_an_export_has_the_better_weights(found, made, tmp_path):
     summary, tuned = found.run.read_summary(), read_tuned(found.run)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     text = found.pick().architecture
-    scored = int(found.candidates.set_index("architecture").loc[text, "correct"])
+    scored = float(found.candidates.set_index("architecture").loc[text, "top1"])
     for by_dense in (scored + 1, scored):  # of equals the supernet's
         path = found.run.summary
         write_json(path, read_json(path) | {"with_dense_weights": {text: by_dense}})
@@ -257,10 +257,10 @@ def test_finalists_begin_with_the_better_weights_and_have_the_dense_model_as_tea
 
     monkeypatch.setattr(finalists, "train_model", seen_not_trained)
     first, second = finalists.choose(here.report.allowed, 2, "macs")["architecture"]
-    correct = here.candidates.set_index("architecture")["correct"]
-    write_json(here.run.summary, here.run.read_summary() | {"with_dense_weights": {first: int(correct[first]) + 1}})
-    rows = here.finalists(2, epochs=1, quiet=True).set_index("architecture")["supernet_correct"]
-    assert (rows[first], rows[second]) == (correct[first] + 1, correct[second])
+    score = here.candidates.set_index("architecture")["top1"]
+    write_json(here.run.summary, here.run.read_summary() | {"with_dense_weights": {first: float(score[first]) + 1}})
+    rows = here.finalists(2, epochs=1, quiet=True).set_index("architecture")["supernet_score"]
+    assert (rows[first], rows[second]) == (score[first] + 1, score[second])
     dense, supernet = load_file(here.run.dense), load_file(here.run.supernet)
     for (start, teacher), weights in zip(seen, (dense, supernet), strict=True):
         whole = start.keys() & weights.keys()  # a layer that shares has a part of its weights
