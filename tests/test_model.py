@@ -507,7 +507,7 @@ def test_an_option_is_read_by_the_type_that_timms_signature_has(text: str, value
 
 
 def test_types_are_those_of_timms_signature_and_all_can_be_read():
-    types = model_option_types()
+    types = dict(model_option_types())
     assert types["qkv_bias"] is bool
     assert types["depth"] is int
     head = types.pop("head"), types.pop("head_blocks")  # ours, for every pixel
