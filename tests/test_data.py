@@ -286,7 +286,7 @@ def test_evaluation_is_in_order_whole_and_kept(data, monkeypatch):
     images, labels = gather(loader)
     assert labels.tolist() == data.split("search").labels.tolist()
     assert [len(one) for _, one in loader] == [17] * (len(labels) // 17) + [len(labels) % 17] * bool(len(labels) % 17)
-    monkeypatch.setattr(module._Items, "__getitem__", lambda *_: pytest.fail("decoded twice"))
+    monkeypatch.setattr(module._Items, "__getitems__", lambda *_: pytest.fail("decoded twice"))
     assert same(data.eval_loader("search", 40), [(images, labels)])
 
 

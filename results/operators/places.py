@@ -12,6 +12,7 @@ test image. Writes results/operators/places.csv after every row.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ OPTIONS = {
 OPERATORS = ("tome", "kmeans", "topk")
 SCHEDULE = "49 49 32@{0} 20@{0} 12@{0} 12"
 TRAIN, TEST, EPOCHS, TUNE_EPOCHS = 8000, 2000, 6, 1
+PATCHES = (7, 7)  # rows, columns
 PLACES = ("carried", "first", "spread")
 
 
@@ -56,8 +58,8 @@ def placed(how: str) -> Iterator[None]:
         tokens = pool(self, *arguments)
         positions = torch.arange(self.after)
         if how == "spread":
-            positions = positions * self.patches // self.after
-        places = grid_places(self.patches, self.patches)[positions]
+            positions = positions * math.prod(PATCHES) // self.after
+        places = grid_places(math.prod(PATCHES), PATCHES)[positions]
         return tokens._replace(places=places.expand(len(tokens.features), -1, -1))
 
     if how != "carried":

@@ -1,6 +1,6 @@
 """Does loading images cost more than with timm's own loader? Writes loading.json.
 
-    python results/scale/loading.py --images FOLDER      # 1,000 photos: 6 minutes
+    python results/scale/loading.py --images FOLDER      # 500 photos: 5 minutes
 
 FOLDER: image files, however deep. The same files, transforms and batches, with 0, 1 and 2 processes that load images: rounds of
 both loaders in turn, each round a new loader and an epoch without its first batches, in which processes start. What counts is
@@ -81,8 +81,8 @@ def main() -> None:
     """Time both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=800)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("loading.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from .loaders import LoaderData, not_one_by_one, read_loader
 from .pictures import Progress, advance
 from .sources import Source, Split, whole
 from .splits import Data
-from .transforms import Draw, keyed_generators
+from .transforms import Draw, keyed_generators, seed_generators
 
 SPLITS = ("train", "search")  # in the order in which they are given
 _AGAIN = 2  # images that are read a second time, to see whether they are the same
@@ -147,8 +147,8 @@ class _Item(NamedTuple):
 
 def _fetch(place: _Item, draw: Draw) -> Tensor:
     """The image, with all that is random about it keyed; in evaluation by its index alone."""
-    with keyed_generators(*(draw or (place.position,))):
-        return samples.image_of(place.dataset[place.position]).float()  # type: ignore[no-any-return]
+    seed_generators(*(draw or (place.position,)))
+    return samples.image_of(place.dataset[place.position]).float()  # type: ignore[no-any-return]
 
 
 class _Checked(NamedTuple):

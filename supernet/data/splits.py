@@ -22,7 +22,7 @@ from .listing import some
 from .pictures import Files, Images, Pairs, Progress, advance, check_images
 from .seen import keep, recall
 from .sources import Source, Split
-from .transforms import Prepare, random_numbers
+from .transforms import Prepare, kept_generators, random_numbers
 
 Checking = Literal["once", "now", "never"]  # when images are decoded as a check
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
@@ -314,8 +314,12 @@ class _Items(Dataset):
     prepare: Prepare
     seed: int
 
-    def __getitem__(self, row: _Row) -> tuple[Tensor, Any]:
-        index, epoch = row
+    def __getitems__(self, rows: list[_Row]) -> list[tuple[Tensor, Any]]:
+        """A batch, which leaves the global generators as they were."""
+        with kept_generators():
+            return [self._item(*row) for row in rows]
+
+    def _item(self, index: int, epoch: int | None) -> tuple[Tensor, Any]:
         draw = None if epoch is None else (self.seed, _AUGMENT, epoch, index)
         prepared, label = self.prepare(self.source.read(index), draw), self.source.labels[index]
         if isinstance(prepared, tuple):  # an image with its mask

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from poolshare.space.errors import DataError
 
 Draw = tuple[int, ...] | None  # what keys an image's augmentation; None: as evaluation sees it
-# What a source reads → (C, H, W); of an image with its mask also (H, W) int64.
+# What a source reads → (C, H, W); of an image with its mask also (H, W) int64. May seed the global generators.
 Prepare = Callable[[Any, Draw], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -97,19 +97,31 @@ def random_numbers(*key: int) -> np.random.Generator:
 
 
 @contextmanager
-def keyed_generators(*key: int) -> Iterator[None]:
-    """Seed from `key` the three global generators that timm's transforms draw from, and afterwards undo it."""
-    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+def kept_generators() -> Iterator[None]:
+    """Leave the three global generators that timm's transforms draw from afterwards as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - RandAugment draws there
     with torch.random.fork_rng(devices=[]):
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])  # noqa: NPY002
-        torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would reach the accelerators too
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def seed_generators(*key: int) -> None:
+    """Seed these three from `key`; a tenth of the time that keeping them takes."""
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002
+    torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would reach the accelerators too
+
+
+@contextmanager
+def keyed_generators(*key: int) -> Iterator[None]:
+    """Have these three draw from `key`, and leave them as they were."""
+    with kept_generators():
+        seed_generators(*key)
+        yield
 
 
 def digits_transform(images: ImageFormat, shift: int) -> Prepare:
@@ -124,7 +136,7 @@ def digits_transform(images: ImageFormat, shift: int) -> Prepare:
 
 
 def picture_transform(images: ImageFormat, augmentation: Augmentation) -> Prepare:
-    """For pictures, by timm's transforms; in training they vary by `augmentation`.
+    """For pictures, by timm's transforms; in training they vary by `augmentation`, from global generators seeded by the key.
 
     Raises DataError for means that do not fit the channels, or names that timm does not know.
     """
@@ -161,11 +173,11 @@ class _Pictures:
     evaluate: Callable[[Image.Image], Tensor]
 
     def __call__(self, image: Image.Image, draw: Draw) -> Tensor:
-        image = image.convert(self.mode)
+        image = image if image.mode == self.mode else image.convert(self.mode)  # which would copy it
         if draw is None:
             return self.evaluate(image)
-        with keyed_generators(*draw):
-            return self.train(image)
+        seed_generators(*draw)
+        return self.train(image)
 
 
 def mask_transform(images: ImageFormat, augmentation: Augmentation) -> Prepare:
@@ -219,8 +231,8 @@ class _Masked:
         if draw is None:
             image, mask = self.evaluate(image, mask)
         else:
-            with keyed_generators(*draw):
-                image, mask = self.train(image, mask)
+            seed_generators(*draw)
+            image, mask = self.train(image, mask)
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
