@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supern
 # trials, 9 for a retraining on all training images; without a supernet about 4 for the race instead of the 10.
 TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 100
 RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
+LEAST_STEPS = 250  # of a tuning or retraining by default: of few images an epoch is a few steps (results/defaults)
 FEW_IMAGES = 5000  # to train on: with fewer, the tuned dense model is searched as it is (results/defaults)
 ONLY_TRAINING = (
     "tune_epochs",
@@ -317,6 +319,14 @@ class SearchConfig(BaseModel):
         return not self.training or (bool(self.guided) and self.epochs == 0 and self.sampler == "auto")
 
     @property
+    def teaches(self) -> bool:
+        """Whether the dense model teaches a retraining by default.
+
+        Not where it was tuned here on a part of few images: labels of all of them teach more (results/defaults).
+        """
+        return not (self.races and self.tune_epochs > 0)
+
+    @property
     def cost(self) -> str:
         """The candidates' column of the objective."""
         return COSTS[self.objective].column
@@ -325,6 +335,17 @@ class SearchConfig(BaseModel):
     def without_weights(self) -> SearchConfig:
         """The same for those who take the weights from the run folder."""
         return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+def enough_epochs(epochs: int, images: int, batch_size: int) -> int:
+    """So many epochs, or as many more as LEAST_STEPS steps take."""
+    return max(epochs, math.ceil(LEAST_STEPS / max(images // batch_size, 1)))
+
+
+def retraining_epochs(config: SearchConfig, images: int) -> int:
+    """Of `retrain` by default, from the weights of a search."""
+    usual = RETRAIN_EPOCHS_GUIDED if config.guided and config.teaches else RETRAIN_EPOCHS
+    return enough_epochs(usual, images, config.batch_size)
 
 
 def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,17 @@ def run(tmp_path_factory):
         search(folder)
     dense = {"architecture": str(SPACE[0]), "top1": 90.0, "macs": MACS.total(SPACE[0]), "parameters": 1}
     facts = WORDS | {"classes": ["0"], "certified": False, "space": SPACE.to_json(), "space_size": SPACE.size}
-    write_json(folder.summary, {"format": 1, "dense": dense, "seconds": {"training": 1.0}, "versions": {}, **facts})
+    write_json(
+        folder.summary,
+        {
+            "format": 1,
+            "dense": dense,
+            "seconds": {"training": 1.0},
+            "split_sizes": {"train": 8, "search": 2},
+            "versions": {},
+            **facts,
+        },
+    )
     return folder
 
 

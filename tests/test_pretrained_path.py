@@ -1,6 +1,7 @@
 """The path of a pretrained model: dense model tuned, supernet taught by it, the better weights exported, retraining taught too."""
 
 import itertools
+import math
 import random
 import re
 import shutil
@@ -122,7 +123,7 @@ def test_a_guided_step_draws_below_the_limit_and_not_far_below(within, low, high
 def test_the_forecast_of_the_path_counts_the_teacher_and_every_phase():
     space = SearchSpace(8, (64, 49, 36, 25, 16, 9, 4), ("avg2d",), 1)
     costs = measure_macs(SuperNet.from_timm("digits_vit", space, depth=8, embed_dim=16, num_heads=1))
-    dense, train, search_images = costs.total(space[0]), 800, 200
+    dense, train, search_images = costs.total(space[0]), 4000, 1000
     allowed = space.within(costs, None, 0.6 * dense)
     share = allowed.high / dense
     config = SearchConfig(data="x", weights="x", guided=True)
@@ -132,14 +133,17 @@ def test_the_forecast_of_the_path_counts_the_teacher_and_every_phase():
     steps = [sum(3 * costs.total(one) for one in sandwich.at(step)) / dense + 1 for step in range(200)]
     assert path["tuning"] == 15
     assert path["training"] == pytest.approx(3 * np.mean(steps) / 3, rel=0.05)
-    assert path["scoring"] == pytest.approx(100 * share * 200 / (3 * 800))
-    assert path["retraining"] == pytest.approx(8 * 1000 * (3 * share + 1) / (3 * 800))
+    assert path["scoring"] == pytest.approx(100 * share * 1000 / (3 * 4000))
+    assert path["retraining"] == pytest.approx(8 * 5000 * (3 * share + 1) / (3 * 4000))
     raced = path_epochs(config.changed(epochs=0), allowed, train, search_images)
+    assert raced["retraining"] == pytest.approx(15 * 5000 * share / 4000)  # by labels alone
     assert set(raced) == {"tuning", "scoring", "retraining"}
-    assert raced["scoring"] == pytest.approx(expected_cost(allowed, 200) / dense / (3 * 800))
-    assert sum(raced.values()) < sum(path.values()) < 2 * 15 * 1000 / 800  # two tunings on all training images
+    assert raced["scoring"] == pytest.approx(expected_cost(allowed, 1000) / dense / (3 * 4000))
+    assert sum(raced.values()) < sum(path.values()) < 2 * 15 * 5000 / 4000  # two tunings on all training images
     few, many = (round(sum(one.values())) for one in (raced, path))
-    assert f"8 epochs of retraining: about {few}, or {many}, epochs of the dense model" in sizing._path(config, allowed)
+    told = sizing._path(config, allowed)
+    assert f"15 epochs of retraining: about {few} epochs of the dense model;" in told
+    assert told.endswith(f"8 of a retraining with the dense model as teacher: about {many}")
 
 
 def test_a_guided_loss_is_half_of_labels_and_half_of_the_teachers_distribution():
@@ -191,8 +195,11 @@ def test_the_run_says_what_each_phase_took_and_gained(found):
     assert "points on the frontier" in time["training"]
     frontier = set(found.frontier["architecture"])
     assert frontier <= set(summary["with_dense_weights"])
-    seconds = summary["seconds"]["tuning"] / 2 / 0.8 * 8  # of 8 epochs of the dense model, on all training images
-    assert found.report.retraining == (8, pytest.approx(seconds), found.report.dense["macs"], pytest.approx(1 / 3))
+    sizes = summary["split_sizes"]
+    images = sizes["train"] + sizes["search"]
+    epochs = math.ceil(250 / (images // found.run.config.batch_size))  # of the dense model, on all training images
+    seconds = summary["seconds"]["tuning"] / 2 / sizes["train"] * images * epochs
+    assert found.report.retraining == (epochs, pytest.approx(seconds), found.report.dense["macs"], pytest.approx(1 / 3))
 
 
 def test_an_export_has_the_better_weights(found, made, tmp_path):

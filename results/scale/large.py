@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--model", default="vit_large_patch14_reg4_dinov2")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument(
+        "--amp", choices=("none", "bf16"), default="bf16", help="none where a CPU has no units for bfloat16"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("large.json"))
     given = parser.parse_args()
     program = resident()
@@ -55,7 +58,7 @@ def main() -> None:
         max_run=2,
         batch_size=given.batch,
         epochs=1,
-        amp="bf16",
+        amp=given.amp,
         recipe={"checkpoint": True, "accumulate": given.batch},
         check_images="never",
         device="cpu",
@@ -69,6 +72,7 @@ def main() -> None:
         "pixels": list(job.supernet.patch_embed.img_size),
         "parameters": sum(one.numel() for one in job.supernet.parameters()),
         "architectures": space.size,
+        "amp": given.amp,
         "gmacs": [round(cheapest / 1e9, 1), round(dense / 1e9, 1)],
         "whole_space_in_single_evaluations": forecast_space(space, macs).architectures,
         "prepared_in_seconds": round(time.perf_counter() - start, 1),

@@ -106,16 +106,17 @@ def _latency(net: SuperNet, config: SearchConfig, threads: int | None) -> tuple[
 
 def _path(config: SearchConfig, allowed: Band) -> str:
     """What the phases of a pretrained start cost, with few images and with many."""
-    from ..config import FEW_IMAGES, RETRAIN_EPOCHS_GUIDED
+    from ..config import FEW_IMAGES, retraining_epochs
     from ..job.forecast import path_epochs
 
-    train, scored = round(1000 * (1 - config.search_fraction)), round(1000 * config.search_fraction)
-    guided = [config.changed(guided=True, epochs=epochs) for epochs in (0, config.epochs)]
-    few, many = (sum(path_epochs(one, allowed, train, scored).values()) for one in guided)
+    train, scored = (round(FEW_IMAGES * share) for share in (1 - config.search_fraction, config.search_fraction))
+    few, many = (config.changed(guided=True, epochs=epochs) for epochs in (0, config.epochs))
+    costs = [sum(path_epochs(one, allowed, train, scored).values()) for one in (few, many)]
+    again = [retraining_epochs(one, FEW_IMAGES) for one in (few, many)]
     return (
-        f"path             {config.tune_epochs} epochs of the dense model, below {FEW_IMAGES:,} training images none and else "
-        f"{config.epochs} of a supernet, the search, {RETRAIN_EPOCHS_GUIDED} epochs of retraining: about {few:.0f}, or "
-        f"{many:.0f}, epochs of the dense model"
+        f"path             {config.tune_epochs} epochs of the dense model, the search and {again[0]} epochs of retraining: about "
+        f"{costs[0]:.0f} epochs of the dense model; from {FEW_IMAGES:,} training images on {config.epochs} of a supernet too, and "
+        f"{again[1]} of a retraining with the dense model as teacher: about {costs[1]:.0f}"
     )
 
 

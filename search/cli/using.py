@@ -12,6 +12,7 @@ import typer
 from poolshare.space.errors import BrokenDataError, ConfigError
 from poolshare.space.processes import launched_rank
 
+from ..config import LEAST_STEPS
 from ..console import PlainConsole, progress_console
 from .options import (
     Amp,
@@ -84,7 +85,12 @@ def retrain(
         typer.Option("--restart", help="Discard what an interrupted call with other options has trained for --out."),
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=0, help="Default: 15; taught by the run's dense model 8; --from-scratch 30.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Default: 15; taught by the run's dense model 8; --from-scratch 30; more where these are under "
+            f"{LEAST_STEPS} steps.",
+        ),
     ] = None,
     batch_size: SearchBatch = None,
     lr: Annotated[
@@ -93,7 +99,8 @@ def retrain(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="An export to learn from beside the labels, or none. Default: the run's tuned dense model, if any.",
+            help="An export to learn from beside the labels, or none. Default: the run's dense model; none where it was "
+            "tuned on few images and searched as it is.",
             metavar="DIR",
         ),
     ] = None,

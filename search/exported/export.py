@@ -47,6 +47,7 @@ class DenseFacts(BaseModel):
     architecture: str
     weights: str  # the file
     sha256: str
+    teaches: bool  # an export of its run, when that is retrained and nothing is said of a teacher
     search_score: Score | None = None  # on the search-validation images
     test_score: Score | None = None
 
@@ -201,7 +202,7 @@ def _loss_facts(summary: Mapping[str, Any], scored: pd.DataFrame) -> dict[str, A
 
 
 def _dense_facts(folder: RunFolder, tuned: Tuned | None) -> dict[str, Any]:
-    """What an export knows about the run's dense model, which teaches when the export is retrained.
+    """What an export knows about the run's dense model.
 
     tuned: None: nothing was trained, so the supernet's weights are the dense model's.
     """
@@ -210,6 +211,7 @@ def _dense_facts(folder: RunFolder, tuned: Tuned | None) -> dict[str, Any]:
         "architecture": summary["dense"]["architecture"],
         "weights": str(file.resolve()),
         "sha256": digest_of(file),
+        "teaches": folder.config.teaches,
         **({"search_score": summary["dense"][summary["task"]["column"]]} if summary.get("labelled", True) else {}),
     }
 

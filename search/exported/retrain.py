@@ -31,7 +31,15 @@ from poolshare.supernet.training.trackers import check_trackers, watching
 
 from ..analysis.guard import against_dense
 from ..analysis.intervals import score_interval
-from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, WARM_LR, WARM_LR_PRETRAINED, moved, short_name
+from ..config import (
+    RETRAIN_EPOCHS,
+    RETRAIN_EPOCHS_GUIDED,
+    WARM_LR,
+    WARM_LR_PRETRAINED,
+    enough_epochs,
+    moved,
+    short_name,
+)
 from ..job.folder import check_outside
 from ..job.images import difference
 from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
@@ -101,6 +109,9 @@ def retrain(
     opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
     opened = _answered(source, opened, task, place)
     opened = replace(opened, seed=seed)
+    if "epochs" not in (recipe_changes or {}):
+        epochs = enough_epochs(recipe.epochs, len(opened.split("train_full")), recipe.batch_size)
+        recipe = recipe.model_copy(update={"epochs": epochs})
     for note in opened.notes:
         console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)
@@ -233,7 +244,7 @@ def _teacher(source: Exported, path: str | Path | None, from_scratch: bool) -> T
         return None
     if path is None:
         dense = source.facts.get("dense")
-        if not dense or from_scratch or dense["architecture"] == source.facts["architecture"]:
+        if not dense or not dense["teaches"] or from_scratch or dense["architecture"] == source.facts["architecture"]:
             return None
         if (found := _dense_model(source)) is None:
             raise RunError(

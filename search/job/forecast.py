@@ -18,7 +18,7 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.loop import attention_of, precision_of, steps_per_epoch
 from poolshare.supernet.training.sandwich import GUIDED, LEAST, Sandwich
 
-from ..config import IMAGES, RETRAIN_EPOCHS_GUIDED, SearchConfig
+from ..config import IMAGES, SearchConfig, retraining_epochs
 from ..progress import time_text
 from ..scoring import score_counts
 from ..untrained.search import expected_cost
@@ -64,10 +64,14 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         say(f"{memory.text}; the run folder takes about {human(kept)}B")
     _announce_scoring(job, per_mac, say)
     if job.config.guided:
-        path = path_epochs(job.config, job.allowed, train, search)
+        path, epochs = (
+            path_epochs(job.config, job.allowed, train, search),
+            retraining_epochs(job.config, train + search),
+        )
         seconds = 3 * dense * per_mac * train * path["retraining"]
+        guided = " with the dense model as teacher" if job.config.teaches else ""
         say(
-            f"then `poolshare retrain`, for {RETRAIN_EPOCHS_GUIDED} epochs with the dense model as teacher, takes about "
+            f"then `poolshare retrain`, for {epochs} epochs{guided}, takes about "
             f"{time_text(seconds)}; the whole path costs about {sum(path.values()):.0f} epochs of the dense model's tuning"
         )
 
@@ -87,7 +91,8 @@ def path_epochs(config: SearchConfig, allowed: Band, train: int, search: int) ->
         drawn = (max(least, min(LEAST, share / 2)) + share) / 2  # on average, see `Sandwich`
         path["training"] = config.epochs * (GUIDED * drawn + 1 / 3)
         path["scoring"] = config.trials * share * search / epoch
-    return path | {"retraining": RETRAIN_EPOCHS_GUIDED * (train + search) / train * (share + 1 / 3)}
+    epochs = retraining_epochs(config, train + search)
+    return path | {"retraining": epochs * (train + search) / train * (share + config.teaches / 3)}
 
 
 def _announce_scoring(job: Job, per_mac: float, say: Callable[[str], None]) -> None:

@@ -450,6 +450,9 @@ def conclude(
             for name in (("train", "search") if job.config.training else ("search",))
             if job.data.labelled and job.data.classes and not job.data.of_pixels
         },
+        "split_sizes": {
+            name: len(job.data.split(name)) for name in ("train", "search") if job.config.training or name == "search"
+        },
         "notes": list(folder.notes),
         "certified": len(candidates) == job.supernet.space.size,
         "space": job.supernet.space.to_json(),

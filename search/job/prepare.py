@@ -47,7 +47,7 @@ from poolshare.supernet.training.loop import check_recipe
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
-from ..config import FEW_IMAGES, SearchConfig, check_recipe_names, first_problem
+from ..config import FEW_IMAGES, SearchConfig, check_recipe_names, enough_epochs, first_problem
 from ..progress import Advance, progress_bar
 from .folder import RunFolder
 
@@ -320,13 +320,21 @@ def _guided(config: SearchConfig, fresh: bool, data: Data) -> tuple[SearchConfig
     if not config.guided:
         return config, ()
     images, scored = len(data.split("train")), len(data.split("search"))
+    notes: tuple[str, ...] = ()
+    epochs = enough_epochs(config.tune_epochs, images, supernet_recipe(config).batch_size)
+    if config.tune_epochs and "tune_epochs" not in config.given and epochs > config.tune_epochs:
+        notes += (
+            f"{images:,} training images are few steps an epoch: the dense model is tuned for {epochs} epochs instead of "
+            f"{config.tune_epochs}; --tune-epochs {config.tune_epochs} keeps to these",
+        )
+        config = config.changed(tune_epochs=epochs)
     if "epochs" in config.given or images >= FEW_IMAGES or scored < 2 or loader_batch(data) is not None:
-        return config, ()
-    note = (
+        return config, notes
+    notes += (
         f"{images:,} training images are few for a supernet: the dense model is searched as it is; --epochs {config.epochs} "
-        "trains a supernet"
+        "trains a supernet",
     )
-    return config.changed(epochs=0), (note,)
+    return config.changed(epochs=0), notes
 
 
 def matched_classes(

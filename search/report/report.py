@@ -40,7 +40,7 @@ from ..analysis.pareto import (
     ranked,
     score_of,
 )
-from ..config import RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, SearchConfig
+from ..config import SearchConfig, retraining_epochs
 from ..console import printable
 from ..counts import TOP1
 from ..job.folder import RunFolder
@@ -526,12 +526,15 @@ def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd
     """
     dense, least, within = summary["dense"]["macs"], float(candidates["macs"].min()), config.within
     if config.guided:
-        trained, phase, epochs = config.tune_epochs, "tuning", RETRAIN_EPOCHS_GUIDED
-        step, teacher = dense, 1 / 3  # one forward beside a forward and a backward
+        trained, phase = config.tune_epochs, "tuning"
+        step, teacher = dense, config.teaches / 3  # one forward beside a forward and a backward
     else:
-        trained, phase, epochs, teacher = config.epochs, "training", RETRAIN_EPOCHS, 0.0
+        trained, phase, teacher = config.epochs, "training", 0.0
         step = 2 * (dense + least) if within is None else 6 * (within * dense + least) / 2
     seconds = summary["seconds"].get(phase, 0)
     if not seconds or not trained:
         return None
-    return Retraining(epochs, seconds / trained / (1 - config.search_fraction) * epochs, step, teacher)
+    sizes = summary["split_sizes"]
+    images = sum(sizes.values())
+    epochs = retraining_epochs(config, images)
+    return Retraining(epochs, seconds / trained / sizes["train"] * images * epochs, step, teacher)
