@@ -54,7 +54,8 @@ def rate_text(per_second: float, unit: str = "") -> str:
     digits = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
     if per_second >= 1:
         return f"{digits} {unit}/s" if unit else f"{digits}/s"
-    return f"{digits} s per {unit.removesuffix('s')}" if unit else f"{digits} s each"
+    one = unit.removesuffix("es" if unit.endswith("ches") else "s")
+    return f"{digits} s per {one}" if unit else f"{digits} s each"
 
 
 def time_text(seconds: float) -> str:

@@ -9,10 +9,9 @@ POOLSHARE_DATA. Every way begins with these weights, sees the training images fo
 
     tuned            the dense model that the search makes first, TUNE epochs on the 367; all others but the last go on from it
     dense            the same, retrained on all 468 for RETRAIN epochs: as long as the others
-    searched B       the default pick within a budget of B of the dense MACs, retrained as long, with the tuned model as teacher
+    searched B       the default pick within a budget of B of the dense MACs, retrained as long
     uniform OP 60%   about as many tokens less before every block, by one operator, retrained likewise
-    fewer blocks     the first blocks of the ViT, as many as 60 % of the MACs allow, for TUNE + RETRAIN epochs on all 468, with
-                     the same teacher
+    fewer blocks     the first blocks of the ViT, as many as 60 % of the MACs allow, for TUNE + RETRAIN epochs on all 468
 
 MACs are of the whole model, head included, and so are times (--times: medians of interleaved forwards of one thread, as shares
 of the dense model's). Mean IoU is at the size of the model's input. Rows are written one by one: the same command goes on.
@@ -106,7 +105,7 @@ class Ways:
         return self.row(self.dense_export)
 
     def dense(self) -> dict[str, Any]:
-        return self.retrained(self.dense_export, teacher="none")
+        return self.retrained(self.dense_export)
 
     def searched(self, budget: str) -> dict[str, Any]:
         return self.retrained(self.export(budget))
@@ -140,7 +139,7 @@ class Ways:
         kept = {name: value for name, value in full.state_dict().items() if not name.startswith("head.")}
         own = model.state_dict()
         model.load_state_dict({name: kept.get(name, value) for name, value in own.items()})
-        return self.retrained(self.built("fewer-blocks", model), self.dense_export, sum(self.epochs))
+        return self.retrained(self.built("fewer-blocks", model), sum(self.epochs))
 
     # What they share
 
@@ -171,12 +170,12 @@ class Ways:
             save_export(out, model, tuple(dense.facts["classes"]), dense.data_config, facts)
         return out
 
-    def retrained(self, export: Path, teacher: Path | str | None = None, epochs: int | None = None) -> dict[str, Any]:
+    def retrained(self, export: Path, epochs: int | None = None) -> dict[str, Any]:
         target = self.folder / f"{export.name}-retrained"
         if not target.exists():
             changes = {"epochs": epochs or self.epochs[1], "lr": self.options["lr"]}
             threads = {"threads": self.options["threads"], "device": "cpu"}
-            retrain(export, target, seed=self.seed, teacher=teacher, recipe_changes=changes, **threads)
+            retrain(export, target, seed=self.seed, recipe_changes=changes, **threads)  # by labels alone, as few images are
         return self.row(target)
 
     def row(self, path: Path) -> dict[str, Any]:
