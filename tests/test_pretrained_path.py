@@ -20,7 +20,7 @@ from poolshare.search.analysis import finalists
 from poolshare.search.analysis.guard import against_dense
 from poolshare.search.analysis.pareto import binomial_interval
 from poolshare.search.cli import sizing
-from poolshare.search.config import SearchConfig
+from poolshare.search.config import SearchConfig, enough_epochs
 from poolshare.search.exported.export import better_with_dense, load_export
 from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.search.job import prepare as preparing
@@ -352,6 +352,22 @@ def test_few_images_train_no_supernet_and_the_tuned_dense_model_is_searched_as_i
     assert facts["dense"]["search_score"] == raced.report.dense["top1"]
     with pytest.raises(RunError, match="has no supernet"):
         work(raced.folder, quiet=True)
+    raced.export("dense", tmp_path / "dense")
+    # labels of all images say more than a model that was tuned on a part of few
+    options = {"recipe_changes": {"batch_size": 8, "epochs": 1}, "device": "cpu"}
+    taught = retrain(tmp_path / "export", tmp_path / "taught", teacher=tmp_path / "dense", **options)
+    alone = retrain(tmp_path / "export", tmp_path / "alone", **options)
+    assert ("as teacher" in taught["weights"], "as teacher" in alone["weights"]) == (True, False)
+    assert alone["dense"]["test_score"] == taught["dense"]["test_score"]
+
+
+def test_of_few_images_as_many_epochs_are_taken_as_250_steps_need(made):
+    assert [enough_epochs(15, images, 64) for images in (3, 477, 1000, 1064, 1100, 10**6)] == [250, 36, 17, 16, 15, 15]
+    options = {name: value for name, value in RACE.items() if name not in ("tune_epochs", "quiet")}
+    job = prepare(SearchConfig(data=str(made / "photos"), weights=str(made / "start.safetensors"), **options))
+    images = len(job.data.split("train"))
+    assert job.config.tune_epochs == math.ceil(250 / (images // RACE["batch_size"])) > 15
+    assert f"{images} training images are few steps an epoch: the dense model is tuned for" in " ".join(job.notes)
 
 
 def test_a_race_is_continued_and_asked_for_another_budget_without_scoring_anything_twice(made, raced, monkeypatch):

@@ -115,5 +115,6 @@ def test_rates_and_times_in_words():
     assert [rate_text(value, "steps") for value in (1234.5, 12.34, 1, 0.25, 0.001)] == [
         "1,234 steps/s", "12.3 steps/s", "1 steps/s", "4 s per step", "1,000 s per step",
     ]  # fmt: skip
+    assert rate_text(0.5, "batches") == "2 s per batch"
     times = {0.4: "0 s", 99: "99 s", 100: "1.7 min", 596: "9.9 min", 598: "10 min", 5969: "99 min", 7200: "2.0 h"}
     assert {seconds: time_text(seconds) for seconds in times} == times

@@ -34,7 +34,8 @@ def finished_run(path: Path, rows: pd.DataFrame | None = None, **summary) -> Run
     made = make_report(rows)
     facts = {
         "format": FORMAT, "dense": dict(made.dense), "budget_macs": None, "classes": ["0", "1"], "certified": False,
-        "space": SPACE.to_json(), "space_size": SPACE.size, "split_sizes": {"train": 700, "search": 300}, "seconds": {"training": 60.0, "scoring": 5.0},
+        "space": SPACE.to_json(), "space_size": SPACE.size,
+        "split_sizes": {"train": 700, "search": 300}, "seconds": {"training": 60.0, "scoring": 5.0},
         "versions": {"python": "3"}, **WORDS,
     }  # fmt: skip
     write_json(folder.summary, facts | summary)

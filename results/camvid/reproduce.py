@@ -175,7 +175,9 @@ class Ways:
         if not target.exists():
             changes = {"epochs": epochs or self.epochs[1], "lr": self.options["lr"]}
             threads = {"threads": self.options["threads"], "device": "cpu"}
-            retrain(export, target, seed=self.seed, recipe_changes=changes, **threads)  # by labels alone, as few images are
+            retrain(
+                export, target, seed=self.seed, recipe_changes=changes, **threads
+            )  # by labels alone, as few images are
         return self.row(target)
 
     def row(self, path: Path) -> dict[str, Any]:
