@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--tune-epochs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/operators"))
+    parser.add_argument("--operators", nargs="+", help="these alone, measured anew")
+    parser.add_argument("--schedules", type=int, nargs="+", help="by number, from 0; default: all")
     options = parser.parse_args()
     console, device = Console(stderr=True), torch.device(options.device)
 
@@ -142,10 +144,17 @@ def main() -> None:
 
     table = HERE / f"{options.name}.csv"
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    schedules = {
+        " → ".join(f"{tokens}×{layers}" for tokens, layers in schedule): schedule
+        for number, schedule in enumerate(SCHEDULES[base.patch_embed.num_patches])
+        if options.schedules is None or number in options.schedules
+    }
+    rows = [
+        row for row in rows if row["operator"] not in (options.operators or ()) or row["schedule"] not in schedules
+    ]
     done = {(row["operator"], row["schedule"]) for row in rows}
-    for schedule in SCHEDULES[base.patch_embed.num_patches]:
-        text = " → ".join(f"{tokens}×{layers}" for tokens, layers in schedule)
-        for operator in OPERATORS:
+    for text, schedule in schedules.items():
+        for operator in options.operators or OPERATORS:
             architecture = architecture_of(operator, schedule)
             if architecture is None or (operator, text) in done:
                 continue
