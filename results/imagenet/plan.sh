@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A search on ImageNet-1k from beginning to end: ViT-S/16 by DeiT's recipe, one supernet, finalists, one model to take home.
 #
-#   DATA=/data/imagenet results/imagenet/plan.sh dry-run        # what it will take on this machine; writes nothing
-#   DATA=/data/imagenet PROCESSES=8 results/imagenet/plan.sh    # one process for each GPU
+#   DATA=/data/imagenet PROCESSES=8 results/imagenet/plan.sh dry-run    # what it will take on this machine; writes nothing
+#   DATA=/data/imagenet PROCESSES=8 results/imagenet/plan.sh            # one process for each GPU
 #
 # DATA: train/CLASS/*.JPEG and val/CLASS/*.JPEG, or wds/FOLDER of shards. Every step continues where it was stopped: give the
 # same command again. What is in capitals can be set from outside; results/imagenet/small.sh does so.
@@ -19,7 +19,7 @@ search=(search --data "$DATA" --model vit_small_patch16_224 --budget "$BUDGET" -
   --batch-size "$BATCH" --lr "$LR" --amp "$AMP" --recipe "$(cat "$here/supernet.recipe")" --sampler evolution --trials "$TRIALS"
   --workers "$WORKERS" --tracker tensorboard $MORE --out "$OUT/run")
 
-if [ "${1:-}" = dry-run ]; then $POOLSHARE "${search[@]}" --dry-run; exit; fi
+if [ "${1:-}" = dry-run ]; then together "${search[@]}" --dry-run; exit; fi
 together "${search[@]}"
 $POOLSHARE trust "$OUT/run" --architectures "$TRUST" --twice $((TRUST / 2)) --epochs "$TRUST_EPOCHS" --workers "$WORKERS"
 $POOLSHARE finalists "$OUT/run" --budget "$BUDGET" --count "$FINALISTS" --epochs "$FINALIST_EPOCHS" --workers "$WORKERS"

@@ -149,9 +149,7 @@ def main() -> None:
         for number, schedule in enumerate(SCHEDULES[base.patch_embed.num_patches])
         if options.schedules is None or number in options.schedules
     }
-    rows = [
-        row for row in rows if row["operator"] not in (options.operators or ()) or row["schedule"] not in schedules
-    ]
+    rows = [row for row in rows if row["operator"] not in (options.operators or ()) or row["schedule"] not in schedules]
     done = {(row["operator"], row["schedule"]) for row in rows}
     for text, schedule in schedules.items():
         for operator in options.operators or OPERATORS:

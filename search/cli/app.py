@@ -79,7 +79,11 @@ def search(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take: time, memory, disk. Writes nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what it would take, with torchrun by all its processes: time, memory, disk. Writes nothing.",
+        ),
     ] = False,
     storage: Storage = None,
     as_json: Json = False,
