@@ -166,6 +166,8 @@ class Ways:
         out, dense = self.folder / name, load_export(self.dense_export)
         if not out.exists():
             facts = {key: value for key, value in dense.facts.items() if key not in OF_ONE_MODEL}
+            if len(model.blocks) != len(dense.model.blocks):
+                del facts["dense"]  # it is no model of this one's space
             facts |= {"macs": self.macs(model), "parameters": sum(p.numel() for p in model.parameters())}
             save_export(out, model, tuple(dense.facts["classes"]), dense.data_config, facts)
         return out
