@@ -12,7 +12,7 @@ from reports import FACTS
 from safetensors.torch import save_file
 
 from poolshare.search.exported.export import load_export, save_export
-from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace
+from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_macs, measure_parameters
 from poolshare.supernet.heads.maps import MapHead
 from poolshare.supernet.onnx import write_onnx
@@ -165,6 +165,18 @@ def test_onnx_gives_the_same_maps(tmp_path):
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     [found] = session.run(None, {"images": images_for(3).numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(images_for(3)), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_part_of_the_space_gives_the_same_maps():
+    net, images = make(), images_for()
+    narrow = SearchSpace(4, (24, 12), ("max2d",), 1, None, WIDE)
+    architectures = [narrow[0], Architecture.parse("24 24 12@max2d 12")]
+    before = net(images, architectures)
+    net.offer(narrow)
+    assert torch.equal(net(images, architectures), before)
+    with pytest.raises(SpaceError, match="is no part of"):
+        net.offer(SPACE)
 
 
 def test_a_head_is_trained_by_every_architecture_of_a_step():

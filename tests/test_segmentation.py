@@ -125,6 +125,11 @@ def test_from_search_to_masks(searched, streets, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"]["head"] == "conv"
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
+    shown, photo = tmp_path / "shown.png", next((streets / "test" / "images").iterdir())
+    status, out, err = call("show", tmp_path / "out", "--image", photo, "--out", shown)
+    assert status == 0, err
+    width, height = Image.open(shown).size
+    assert width > height  # one line, of panels of the photo's shape
     status, out, err = call("retrain", tmp_path / "out", "--epochs", "2", "--lr", "0.003", "--out", tmp_path / "more")
     assert status == 0, err
     assert "mIoU" in out
