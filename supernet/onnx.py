@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
         count = onnx.Shape(values, start=axis, end=axis + 1)
         return onnx.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
 
+    def cell_maxima(values: Any, size: Sequence[int]) -> Any:
+        # torch's exporter knows only cells of equal sizes. Values and, in place of where they stood, themselves.
+        for axis, length, cells in zip((2, 3), values.shape[2:], size, strict=True):
+            ends = [(length * cell // cells, -(-length * (cell + 1) // cells)) for cell in range(cells)]
+            parts = [onnx.Slice(values, [start], [end], [axis]) for start, end in ends]
+            maxima = [onnx.ReduceMax(part, [axis], keepdims=1) for part in parts]
+            values = onnx.Concat(*maxima, axis=axis) if cells > 1 else maxima[0]
+        return values, values
+
     images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
     written = copy.deepcopy(model).eval().cpu().float()
     if isinstance(
@@ -46,7 +56,10 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
         output_names=["logits"],
-        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        custom_translation_table={
+            torch.ops.aten.sort.stable: stable_sort,
+            torch.ops.aten.adaptive_max_pool2d.default: cell_maxima,
+        },
         verbose=False,
     )
     assert program is not None  # dynamo gives one

@@ -50,6 +50,17 @@ def test_the_best_path_at_every_cost_is_that_of_all_paths(space):
         assert costs.total(path.architecture) == path.cost
 
 
+@pytest.mark.parametrize("units", [3, 10, 2000])
+@pytest.mark.parametrize("space", SPACES, ids=["two operators", "five levels", "one layer"])
+def test_the_cheapest_is_found_at_its_own_cost_however_coarse_the_units(space, units):
+    costs, damage = made_up(space, scale=100)
+    least = min(costs.total(architecture) for architecture in space)
+    path = CheapestPaths(space, costs, damage, units).best(least)
+    known = (None, *(layer._replace(operator=None) for layer in path.architecture.layers))
+    total = sum(damage(*edge) for edge in zip(range(space.depth), known, path.architecture.layers, strict=False))
+    assert (path.cost, path.damage) == (least, pytest.approx(total))
+
+
 def test_a_limit_below_every_path_names_the_cheapest():
     costs, damage = made_up(SPACES[0])
     with pytest.raises(BudgetError, match="no architecture costs 3 or less; the cheapest costs"):

@@ -199,7 +199,7 @@ def test_reduced_maps_have_the_shape_of_the_grid_that_is_left():
 def test_onnx_of_wide_images_gives_the_same_logits(tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra: pip install '.[onnx]'")
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install '.[onnx]'")
-    for kind, text in (("cls", "24 12@max2d 6@tome_prop 6"), ("rotary, dinov3", "24 12@mstm 6*2")):
+    for kind, text in (("cls", "24 12@max2d 6@tome_prop 6"), ("rotary, dinov3", "24 12@mstm 6@mstm*2")):
         net = make(kind)
         model = Subnet.from_supernet(net, Architecture.parse(text))
         write_onnx(model, tmp_path / "model.onnx")

@@ -183,7 +183,7 @@ def test_narrow_terminals_keep_every_architecture(width):
     rows["latency_ms"] = [1.0, 2.0, 30.0, 400.0]
     report = make_report(rows, dense={**make_report().dense, "latency_ms": 123.4})
     finalists = rows.assign(epochs=2, supernet_score=rows["top1"], score=rows["top1"], low=0.0, high=100.0)
-    for table in (terminal_table(report, width=width), finalists_table(finalists, width)):
+    for table in (terminal_table(report, width=width), finalists_table(finalists, report, width)):
         console = Console(width=width, file=StringIO(), record=True, color_system=None)
         console.print(table)
         lines = console.export_text().splitlines()

@@ -128,6 +128,6 @@ def finalists(
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()
-    out.print(finalists_table(rows, out.width, load_report(folder).baseline))
+    out.print(finalists_table(rows, load_report(folder), out.width))
     name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
     out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)

@@ -86,10 +86,10 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     return table
 
 
-def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | None = None) -> Table:
+def finalists_table(rows: pd.DataFrame, report: Report, width: int = WIDE) -> Table:
     """Finalists with their scores, supernet's weights and trained alone, as a rich table; columns `folder.FINALISTS`.
 
-    Below `WIDE` columns costs and intervals are left out. baseline: top-1 in percent of the most frequent class alone.
+    Below `WIDE` columns costs and intervals are left out. report: of their run.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -98,8 +98,9 @@ def finalists_table(rows: pd.DataFrame, width: int = WIDE, baseline: float | Non
     epochs, images = int(rows["epochs"].iloc[0]), int(rows["total"].iloc[0])
     more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
     who = "1 finalist" if len(rows) == 1 else f"{len(rows)} finalists"
-    caption = f"{who} on {images:,} search-validation images; alone: {more}"
-    caption += "" if baseline is None else f". The most frequent class alone makes {baseline:.2f} %"
+    caption = f"{report.metric} of {who} on {images:,} search-validation images; alone: {more}"
+    if report.baseline is not None:
+        caption += f". The most frequent class alone makes {report.baseline:.2f} %"
     table = Table(caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("architecture", overflow="fold")
     wide = width >= WIDE

@@ -37,7 +37,7 @@ class CheapestPaths:
     """
 
     def __init__(self, space: SearchSpace, costs: CostTable, damage: EdgeDamage, units: int = UNITS):
-        self.space, self.costs = space, costs
+        self.space, self.costs, self._damage = space, costs, damage
         self.unit = max(1, costs.total(space[0]) // units)
         most = costs.total(space.most_expensive(costs)) - costs.source
         self._width = most // self.unit + space.depth + 2
@@ -84,8 +84,17 @@ class CheapestPaths:
             if limit is None or path.cost <= limit:
                 return path
             least[least.argmin()] = np.inf  # units are rounded: just below the limit they may be too few
-        cheapest = self.costs.total(self.space.cheapest(self.costs))
-        raise BudgetError(f"no architecture costs {limit} or less; the cheapest costs {cheapest:,}")
+        cheapest = self._whole(self.space.cheapest(self.costs))
+        if (
+            limit is None or cheapest.cost <= limit
+        ):  # among paths of as many units there was a less damaging one above the limit
+            return cheapest
+        raise BudgetError(f"no architecture costs {limit:,} or less; the cheapest costs {cheapest.cost:,}")
+
+    def _whole(self, architecture: Architecture) -> Path:
+        before = (None, *(layer._replace(operator=None) for layer in architecture.layers))
+        edges = zip(range(self.space.depth), before, architecture.layers, strict=False)
+        return Path(architecture, self.costs.total(architecture), sum(self._damage(*edge) for edge in edges))
 
     def _trace(self, units: int) -> Path:
         layers: list[Layer] = []
