@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
@@ -12,6 +14,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
@@ -179,6 +183,26 @@ class SuperNet(_Timm):
         return run_edge(self, index, layer, tokens, attended, leave, self.carry)
 
 
+_SEE: ContextVar[Callable[[Any], Any] | None] = ContextVar("_SEE", default=None)
+
+
+def _nothing(_: Any) -> None:
+    pass
+
+
+@contextmanager
+def seeing_checkpoints(see: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, `see` is shown what checkpoints would keep for the backward pass, and there can be none.
+
+    torch's keep it where no hook of saved tensors sees it, and for ever if that pass never comes.
+    """
+    before = _SEE.set(see)
+    try:
+        yield
+    finally:
+        _SEE.reset(before)
+
+
 def run_edge(
     model: Any,
     index: int,
@@ -203,6 +227,11 @@ def run_edge(
         return tokens._replace(features=features), used
 
     if model.grad_checkpointing and torch.is_grad_enabled():
+        if (see := _SEE.get()) is not None:
+            for kept in tree_leaves((tokens, attended)):
+                see(kept)
+            with saved_tensors_hooks(_nothing, _nothing):
+                return run(tokens, attended)
         return checkpoint(run, tokens, attended, use_reentrant=False)
     return run(tokens, attended)
 

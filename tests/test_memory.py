@@ -1,8 +1,10 @@
 """What a training step will hold, said and refused before it begins; and what a search will take, without one."""
 
+import gc
 import math
 
 import pytest
+import torch
 from conftest import DIGITS, call
 
 from poolshare.search import SearchResult, search
@@ -12,6 +14,7 @@ from poolshare.search.job.forecast import sandwich_of
 from poolshare.search.job.memory import check_memory, measure_memory
 from poolshare.search.job.prepare import prepare
 from poolshare.space import TrainingError
+from poolshare.supernet.model import seeing_checkpoints
 
 SMALL = {
     "data": "digits",
@@ -48,7 +51,32 @@ def test_recipes_change_it():
     parts = memory_of(job_of(recipe={"accumulate": 4}))
     assert (parts.images, parts.image) == (16, plain.image)
     assert memory_of(job_of(recipe={"ema": 0.9})).fixed == plain.fixed * 5 / 4
-    assert memory_of(job_of(recipe={"checkpoint": True})).image < 0.5 * plain.image
+    job = job_of(recipe={"checkpoint": True})
+    found = memory_of(job)
+    # What each block begins with, at the least, and less than half of what it holds without
+    assert 3 * 64 * 16 * 4 < found.image < 0.5 * plain.image
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_measuring_counts_what_checkpoints_keep_and_keeps_nothing(checkpoint):
+    job = job_of(recipe={"checkpoint": checkpoint})
+    sandwich, seen = sandwich_of(job), []
+    net = job.supernet
+    net.set_grad_checkpointing(True)
+    with seeing_checkpoints(lambda kept: seen.append(kept) if isinstance(kept, torch.Tensor) else None):
+        dense = net(torch.zeros(2, 1, 8, 8), [net.space[0]])
+    assert [kept.shape for kept in seen if kept.ndim == 3] == 3 * [(2, 64, 16)]
+    seen.clear()
+    del dense
+    before = live_bytes()
+    for images in (2, 4, 4):
+        memory._saved(job, sandwich, images)
+    assert live_bytes() == before
+
+
+def live_bytes():
+    gc.collect()
+    return sum(one.untyped_storage().nbytes() for one in gc.get_objects() if type(one) is torch.Tensor)
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_fits(monkeypatch):

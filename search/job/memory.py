@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from poolshare.space import TrainingError
 from poolshare.space.quantities import human
+from poolshare.supernet.model import seeing_checkpoints
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.loop import attention_of, memory_of, precision_of
 from poolshare.supernet.training.sandwich import Sandwich
@@ -50,13 +51,13 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
     net, recipe = job.supernet, job.recipe
     device = next(net.parameters()).device
     ours = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, or another one would come to lie there
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(value: Any) -> None:  # and not the tensor, which would hold the graph that holds it
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in ours:
+                kept[storage.data_ptr()] = storage
 
     images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
     with torch.no_grad():
@@ -65,10 +66,11 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
     with ExitStack() as stack:
         for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
             stack.enter_context(context)
-        stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        stack.enter_context(saved_tensors_hooks(keep, lambda _: None))
+        stack.enter_context(seeing_checkpoints(keep))
         sandwich.loss(net.train(), images, targets, 0, teacher=net if sandwich.guided else None, task=job.task)
     net.train(training)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def check_memory(job: Job, memory: Memory) -> None:
