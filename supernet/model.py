@@ -186,8 +186,8 @@ class SuperNet(_Timm):
 _SEE: ContextVar[Callable[[Any], Any] | None] = ContextVar("_SEE", default=None)
 
 
-def _nothing(_: Any) -> None:
-    pass
+def _nothing(_: Any) -> Any:
+    return None
 
 
 @contextmanager

@@ -36,9 +36,10 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
     def cell_maxima(values: Any, size: Sequence[int]) -> Any:
         # torch's exporter knows only cells of equal sizes. Values and, in place of where they stood, themselves.
         for axis, length, cells in zip((2, 3), values.shape[2:], size, strict=True):
-            ends = [(length * cell // cells, -(-length * (cell + 1) // cells)) for cell in range(cells)]
-            parts = [onnx.Slice(values, [start], [end], [axis]) for start, end in ends]
-            maxima = [onnx.ReduceMax(part, [axis], keepdims=1) for part in parts]
+            axes: Any = [axis]
+            ends: Any = [([length * cell // cells], [-(-length * (cell + 1) // cells)]) for cell in range(cells)]
+            parts = [onnx.Slice(values, start, end, axes) for start, end in ends]
+            maxima = [onnx.ReduceMax(part, axes, keepdims=1) for part in parts]
             values = onnx.Concat(*maxima, axis=axis) if cells > 1 else maxima[0]
         return values, values
 

@@ -53,11 +53,14 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
     ours = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # alive, or another one would come to lie there
 
-    def keep(value: Any) -> None:  # and not the tensor, which would hold the graph that holds it
+    def keep(value: Any) -> Any:  # None, not the tensor: that would hold the graph that holds it
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
             if storage.data_ptr() not in ours:
                 kept[storage.data_ptr()] = storage
+
+    def never(_: Any) -> Any:
+        raise AssertionError("there is no backward pass")
 
     images = torch.zeros(count, net.in_chans, *net.patch_embed.img_size, device=device)
     with torch.no_grad():
@@ -66,7 +69,7 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
     with ExitStack() as stack:
         for context in (memory_of(recipe, net), attention_of(recipe, net, device), precision_of(recipe, device)):
             stack.enter_context(context)
-        stack.enter_context(saved_tensors_hooks(keep, lambda _: None))
+        stack.enter_context(saved_tensors_hooks(keep, never))
         stack.enter_context(seeing_checkpoints(keep))
         sandwich.loss(net.train(), images, targets, 0, teacher=net if sandwich.guided else None, task=job.task)
     net.train(training)
