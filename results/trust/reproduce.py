@@ -78,6 +78,9 @@ class Pictures:
     seed: int = 0
     classes: tuple[str, ...] = tuple("0123456789")
     notes: tuple[str, ...] = ()
+    labelled: bool = True
+    in_chans: int = 1
+    img_size: tuple[int, int] = (28, 28)
     images: torch.Tensor = field(init=False, repr=False)
     labels: torch.Tensor = field(init=False, repr=False)
 
@@ -88,14 +91,17 @@ class Pictures:
         self.images = torch.from_numpy(pixels.reshape(count, 1, 28, 28)).float() / 127.5 - 1
         self.labels = torch.from_numpy(labels).long()
 
-    def train_loader(self, epoch: int, batch_size: int, *, start_step: int = 0, **_: Any) -> list[Any]:
-        """One epoch's batches, in an order and with flips keyed by (seed, epoch)."""
-        generator = np.random.default_rng((self.seed, epoch))
-        order = torch.from_numpy(generator.permutation(TRAINED))
-        images = torch.where(torch.from_numpy(generator.random(TRAINED) < 0.5)[:, None, None, None],
-                             self.images[:TRAINED].flip(-1), self.images[:TRAINED])  # fmt: skip
-        rows = order[: TRAINED // batch_size * batch_size].split(batch_size)[start_step:]
-        return [(images[row], self.labels[row]) for row in rows]
+    def train_loader(self, epoch: int, batch_size: int, *, epochs: int = 1, start_step: int = 0, **_: Any) -> list[Any]:
+        """Batches of one epoch after the other, in an order and with flips keyed by (seed, epoch)."""
+        found = []
+        for now in range(epoch, epoch + epochs):
+            generator = np.random.default_rng((self.seed, now))
+            order = torch.from_numpy(generator.permutation(TRAINED))
+            flipped = torch.from_numpy(generator.random(TRAINED) < 0.5)[:, None, None, None]
+            images = torch.where(flipped, self.images[:TRAINED].flip(-1), self.images[:TRAINED])
+            rows = order[: TRAINED // batch_size * batch_size].split(batch_size)[start_step if now == epoch else 0 :]
+            found += [(images[row], self.labels[row]) for row in rows]
+        return found
 
     def eval_loader(self, split: str, batch_size: int, **_: Any) -> list[Any]:
         """The images that are scored."""
