@@ -105,7 +105,7 @@ def main() -> None:
         tune_recipe = Recipe(epochs=options.tune_epochs, batch_size=32, lr=2e-4, layer_decay=0.75)
 
     def train(model: Any, recipe: Recipe, title: str, state: Path | None = None) -> None:
-        with progress_bar(console, title, recipe.epochs * steps_per_epoch(data.full, recipe)) as advance:
+        with progress_bar(console, title, recipe.epochs * steps_per_epoch(data.full, recipe), "steps") as advance:
             train_model(model, data.full, recipe, state=state, progress=partial(advance_loss, advance))
 
     options.work.mkdir(parents=True, exist_ok=True)
