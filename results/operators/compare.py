@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--tune-epochs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/operators"))
-    parser.add_argument("--operators", nargs="+", help="these alone, measured anew")
+    parser.add_argument("--operators", nargs="+", help="these alone")
+    parser.add_argument("--suffix", default="", help="of the names of the files that are written")
     parser.add_argument("--schedules", type=int, nargs="+", help="by number, from 0; default: all")
     options = parser.parse_args()
     console, device = Console(stderr=True), torch.device(options.device)
@@ -140,16 +141,15 @@ def main() -> None:
     }
     facts |= {"dense_top1": 100 * correct / total, "base_recipe": base_recipe.model_dump()}
     facts |= {"tune_recipe": tune_recipe.model_dump(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    write_json(HERE / f"{options.name}.json", facts)
+    write_json(HERE / f"{options.name}{options.suffix}.json", facts)
 
-    table = HERE / f"{options.name}.csv"
+    table = HERE / f"{options.name}{options.suffix}.csv"
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     schedules = {
         " → ".join(f"{tokens}×{layers}" for tokens, layers in schedule): schedule
         for number, schedule in enumerate(SCHEDULES[base.patch_embed.num_patches])
         if options.schedules is None or number in options.schedules
     }
-    rows = [row for row in rows if row["operator"] not in (options.operators or ()) or row["schedule"] not in schedules]
     done = {(row["operator"], row["schedule"]) for row in rows}
     for text, schedule in schedules.items():
         for operator in options.operators or OPERATORS:
@@ -164,10 +164,10 @@ def main() -> None:
             assert all(name.startswith("poolings.") for name in missing), missing
             model.eval()
             macs = count_macs(model, (image,))
-            without = architecture_of("topk", schedule)
+            without = architecture_of("random", schedule)
             assert without is not None
             plain = timm.create_model("poolshare_vit", base=base_name, architecture=str(without), **base_options)
-            share = macs - count_macs(plain.to(device), (image,))  # choosing by attention multiplies nothing
+            share = macs - count_macs(plain.to(device), (image,))
             row: dict[str, Any] = {"operator": operator, "schedule": text, "macs": macs, "of_dense": macs / dense_macs}
             row |= {"operator_macs": share, "architecture": str(architecture)}
             for size, inputs in batches.items():
