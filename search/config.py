@@ -337,15 +337,15 @@ class SearchConfig(BaseModel):
         return self.model_copy(update={"pretrained": False, "weights": None})
 
 
-def enough_epochs(epochs: int, images: int, batch_size: int) -> int:
-    """So many epochs, or as many more as LEAST_STEPS steps take."""
-    return max(epochs, math.ceil(LEAST_STEPS / max(images // batch_size, 1)))
+def enough_epochs(epochs: int, steps: int) -> int:
+    """So many epochs of so many steps, or as many more as LEAST_STEPS take."""
+    return max(epochs, math.ceil(LEAST_STEPS / steps))
 
 
 def retraining_epochs(config: SearchConfig, images: int) -> int:
     """Of `retrain` by default, from the weights of a search."""
     usual = RETRAIN_EPOCHS_GUIDED if config.guided and config.teaches else RETRAIN_EPOCHS
-    return enough_epochs(usual, images, config.batch_size)
+    return enough_epochs(usual, max(images // config.batch_size, 1))
 
 
 def normal_places(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,6 @@ class Pictures:
     classes: tuple[str, ...] = tuple("0123456789")
     notes: tuple[str, ...] = ()
     labelled: bool = True
-    in_chans: int = 1
-    img_size: tuple[int, int] = (28, 28)
     images: torch.Tensor = field(init=False, repr=False)
     labels: torch.Tensor = field(init=False, repr=False)
 

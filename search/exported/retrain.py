@@ -77,7 +77,8 @@ def retrain(
     data: default: what the search used. recipe_changes: fields of `Recipe`; None means the default of the situation.
     restart: give up what an interrupted call with other options has trained for `out`, and start again.
     teacher: an exported folder of the same classes and input, from whose probabilities it learns too; "none": none. Default:
-    the dense model that the run has tuned or was given. threads: of PyTorch on a CPU; None: see `choose_threads`.
+    the dense model that the run has tuned or was given; none where it was tuned on few images and searched as it is.
+    threads: of PyTorch on a CPU; None: see `choose_threads`.
     tracker: "tensorboard", "wandb" or "mlflow", which show the training from a folder beside `out`, of its name and "-logs".
     task: one that was given in Python to the search.
     Returns what the new folder's architecture.json says. An interrupted call continues where it was; until it is done
@@ -109,8 +110,9 @@ def retrain(
     opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
     opened = _answered(source, opened, task, place)
     opened = replace(opened, seed=seed)
+    training = opened.full
     if "epochs" not in (recipe_changes or {}):
-        epochs = enough_epochs(recipe.epochs, len(opened.split("train_full")), recipe.batch_size)
+        epochs = enough_epochs(recipe.epochs, steps_per_epoch(training, recipe))
         recipe = recipe.model_copy(update={"epochs": epochs})
     for note in opened.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -131,7 +133,6 @@ def retrain(
         "data": opened.fingerprint,
     }
     first = distributed.rank() == 0
-    training = opened.full
     check_batches(training, recipe, distributed.launched_size())
     total = recipe.epochs * steps_per_epoch(training, recipe)
     with _workplace(out, restart) if first else nullcontext() as kept:

@@ -64,10 +64,8 @@ def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool
         say(f"{memory.text}; the run folder takes about {human(kept)}B")
     _announce_scoring(job, per_mac, say)
     if job.config.guided:
-        path, epochs = (
-            path_epochs(job.config, job.allowed, train, search),
-            retraining_epochs(job.config, train + search),
-        )
+        path = path_epochs(job.config, job.allowed, train, search)
+        epochs = retraining_epochs(job.config, train + search)
         seconds = 3 * dense * per_mac * train * path["retraining"]
         guided = " with the dense model as teacher" if job.config.teaches else ""
         say(

@@ -427,6 +427,7 @@ def conclude(
         both = [(by_dense[text], score) for text, score in pairs if text in by_dense]
         seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
         path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
+    splits = ("train", "search") if job.config.training else ("search",)
     facts = {
         "format": FORMAT,
         "dense": {
@@ -447,12 +448,10 @@ def conclude(
         "outputs": job.supernet.num_classes,
         "images": {
             name: job.data.split(name).images_of(len(job.data.classes))
-            for name in (("train", "search") if job.config.training else ("search",))
+            for name in splits
             if job.data.labelled and job.data.classes and not job.data.of_pixels
         },
-        "split_sizes": {
-            name: len(job.data.split(name)) for name in ("train", "search") if job.config.training or name == "search"
-        },
+        "split_sizes": {name: len(job.data.split(name)) for name in splits},
         "notes": list(folder.notes),
         "certified": len(candidates) == job.supernet.space.size,
         "space": job.supernet.space.to_json(),

@@ -43,7 +43,7 @@ from poolshare.supernet.tasks import CLASSIFICATION, TASKS, Task, task_named
 from poolshare.supernet.tasks.task import Targets, check_contributions
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_tensors, shapes_of
-from poolshare.supernet.training.loop import check_recipe
+from poolshare.supernet.training.loop import check_recipe, steps_per_epoch
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
@@ -232,7 +232,7 @@ def prepare(
     torch.manual_seed(config.seed)
     options |= {"num_classes": task.outputs(len(data.classes))}
     if config.guided is None:
-        config, said = _guided(config, matched.fresh, data)
+        config, said = _guided(config, matched.fresh, data, recipe)
         notes += said
     if config.races and config.score == "metric":  # which tells too little apart on few images
         config = config.changed(score="divergence")
@@ -307,7 +307,7 @@ def _try_task(task: Task, supernet: SuperNet) -> None:
     check_contributions(task, supernet.eval()(images))
 
 
-def _guided(config: SearchConfig, fresh: bool, data: Data) -> tuple[SearchConfig, tuple[str, ...]]:
+def _guided(config: SearchConfig, fresh: bool, data: Data, recipe: Recipe) -> tuple[SearchConfig, tuple[str, ...]]:
     """The configuration that knows whether there is a dense model to learn from, and notes. fresh: the head is a new one.
 
     A head that knows these classes needs no tuning, unless it was asked for. Few images do not train a supernet.
@@ -321,7 +321,7 @@ def _guided(config: SearchConfig, fresh: bool, data: Data) -> tuple[SearchConfig
         return config, ()
     images, scored = len(data.split("train")), len(data.split("search"))
     notes: tuple[str, ...] = ()
-    epochs = enough_epochs(config.tune_epochs, images, supernet_recipe(config).batch_size)
+    epochs = enough_epochs(config.tune_epochs, steps_per_epoch(data, recipe))
     if config.tune_epochs and "tune_epochs" not in config.given and epochs > config.tune_epochs:
         notes += (
             f"{images:,} training images are few steps an epoch: the dense model is tuned for {epochs} epochs instead of "

@@ -85,9 +85,7 @@ class CheapestPaths:
                 return path
             least[least.argmin()] = np.inf  # units are rounded: just below the limit they may be too few
         cheapest = self._whole(self.space.cheapest(self.costs))
-        if (
-            limit is None or cheapest.cost <= limit
-        ):  # among paths of as many units there was a less damaging one above the limit
+        if limit is None or cheapest.cost <= limit:  # a less damaging path of as many units is above the limit
             return cheapest
         raise BudgetError(f"no architecture costs {limit:,} or less; the cheapest costs {cheapest.cost:,}")
 
