@@ -56,7 +56,7 @@ class Names(Sequence[str]):
         return np.append(zeros, len(self.text)) if self.text else zeros
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self.text.count(b"\0") + 1 if self.text else 0
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -22,12 +22,13 @@ from .pictures import PIXELS_VARIABLE, Files, Images
 from .sources import Source
 
 CACHE_VARIABLE = "POOLSHARE_CACHE"  # a folder; unset: the platform's place for caches
+DAMAGE = OSError, ValueError, KeyError, BadZipFile  # of a file of the cache
 _FRESH = 2 * 10**9  # nanoseconds: a file that young may change again without its time of change telling
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """The columns in a file of the cache; empty where there is none, or a damaged one: it is made again."""
-    with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(path, allow_pickle=False) as kept:
+    with suppress(*DAMAGE), np.load(path, allow_pickle=False) as kept:
         return {name: kept[name] for name in kept.files}
     return {}
 
@@ -66,22 +67,26 @@ class Seen:
 
     def recall(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""
-        digests = np.zeros(len(names), dtype=np.uint64)
-        if kept := load(self.path):
-            text, earlier = Names.of(names).text, kept.pop("names").tobytes()
-            if earlier == text:
-                rows = np.arange(len(names))
-            else:
-                place = {name: row for row, name in enumerate(earlier.split(b"\0"))}
-                rows = np.array([place.get(name, -1) for name in text.split(b"\0")], dtype=np.int64)
-            same = (rows >= 0) & (kept["sizes"][rows] == sizes) & (kept["times"][rows] == times)
-            digests[same] = kept["digests"][rows][same]
-        return digests
+        with suppress(*DAMAGE), np.load(self.path, allow_pickle=False) as kept:  # a column is read where it is named
+            rows = _rows(kept["names"], Names.of(names))
+            same = (kept["sizes"][rows] == sizes) & (kept["times"][rows] == times)
+            if not isinstance(rows, slice):
+                same &= rows >= 0
+            return np.where(same, kept["digests"][rows], np.uint64(0))
+        return np.zeros(len(names), dtype=np.uint64)
 
     def keep(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray, digests: np.ndarray) -> None:
         """Remember what is known of the files now, in place of what was; a cache that cannot be written is no error."""
         known = np.where(is_settled(times), digests, 0).astype(np.uint64)
         save(self.path, names=Names.of(names).column, sizes=sizes, times=times, digests=known)
+
+
+def _rows(earlier: np.ndarray, names: Names) -> np.ndarray | slice:
+    """Where names stand in a column of a file, -1 for new ones; all of it where they are the same, as they mostly are."""
+    if hashlib.sha256(earlier).digest() == hashlib.sha256(names.text).digest():  # a copy to compare would be large
+        return slice(None)
+    place = {name: row for row, name in enumerate(earlier.tobytes().split(b"\0"))}
+    return np.array([place.get(name, -1) for name in names.text.split(b"\0")], dtype=np.int64)
 
 
 def recall(source: Source) -> None:

@@ -158,12 +158,12 @@ class Data:
         """The same of any split, for instance of test images that might be those of a training."""
         part = self.split(split)
         source, rows = part.source, part.indices
-        listed = "\n".join(self.classes).encode() + rows.tobytes() + part.labels.tobytes()
-        text = f"{len(part)} images, {_hash(listed)}"
+        classes = "\n".join(self.classes).encode()
+        text = f"{len(part)} images, {_hash(classes, rows, part.labels)}"
         if source.sizes is not None:
-            text += f", sizes {_hash(source.sizes[rows].tobytes())}"
+            text += f", sizes {_hash(source.sizes[rows])}"
         if source.digests is not None and source.digests[rows].all():
-            text += f", contents {_hash(source.digests[rows].tobytes())}"
+            text += f", contents {_hash(source.digests[rows])}"
         return text
 
     def files(self) -> Iterator[tuple[str, str]]:
@@ -302,8 +302,11 @@ class _Rows:
         return self.make()
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _hash(*parts: bytes | np.ndarray) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

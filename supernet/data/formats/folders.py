@@ -198,7 +198,9 @@ def source_of(
     root: Path, paths: Names, labels: np.ndarray, listing: Listing, rows: np.ndarray, scale_16bit: bool
 ) -> Source:
     """The images at `rows` of a listing, whose paths and labels these are; nothing is known of their contents."""
-    sizes, times = (np.frombuffer(column, dtype=np.int64)[rows] for column in (listing.sizes, listing.times))
+    sizes, times = (np.frombuffer(column, dtype=np.int64) for column in (listing.sizes, listing.times))
+    if len(rows) < len(sizes):
+        sizes, times = sizes[rows], times[rows]
     read = Images(Files(Folder(str(root), paths)), str(root), scale_16bit)
     return Source(read, labels, paths, sizes, np.zeros(len(rows), dtype=np.uint64), times)
 
