@@ -43,7 +43,8 @@ def progress_bar(console: Console, title: str, total: float, unit: str) -> Itera
         with _bar(console, title, total) as advance:
             yield advance
     else:
-        yield _lines(console, title, total, unit)
+        with _lines(console, title, total, unit) as advance:
+            yield advance
 
 
 def rate_text(per_second: float, unit: str = "") -> str:
@@ -104,29 +105,35 @@ def _bar(console: Console, title: str, total: float) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(console: Console, title: str, total: float, unit: str) -> Advance:
-    start = last = time.monotonic()
-    first: float | None = None
+@contextmanager
+def _lines(console: Console, title: str, total: float, unit: str) -> Iterator[Advance]:
+    """The line that says "done" comes when the work has ended: a total that was forecast may be passed on the way."""
+    opened = shown = now = time.monotonic()
+    start, first, last, said = opened, None, 0.0, ""
     whole = total
 
     def advance(done: float, note: str = "", total: float | None = None) -> None:
-        nonlocal start, last, first, whole
-        now = time.monotonic()
+        nonlocal start, shown, now, first, last, said, whole
+        now, last, said = time.monotonic(), done, note
         whole = whole if total is None else total
         if first is None:
-            first, start = (done, now) if done < whole else (0, start)
-        spent = now - start
-        if done < whole and now - last < max(SECONDS_BETWEEN_LINES, spent / 20):
-            return
-        last = now
-        parts = [f"{done / whole:.0%}" if done < whole else f"100%, done in {time_text(spent)}"]
-        if spent > 0 and done > first:
-            rate = (done - first) / spent
-            parts.append(rate_text(rate, unit))
-            if done < whole:
-                parts.append(f"about {time_text((whole - done) / rate)} left")
-        console.print(
-            f"{title}: {', '.join(parts)}{note and f', {note}'}", markup=False, highlight=False, soft_wrap=True
-        )
+            start, first = now, done
+        if last != whole and now - shown >= max(SECONDS_BETWEEN_LINES, (now - start) / 20):
+            shown = now
+            show(f"{last / whole:.0%}" if last < whole else "longer than forecast", first, start)
 
-    return advance
+    def show(share: str, first: float, start: float) -> None:
+        parts, spent = [share], now - start
+        if spent > 0 and last > first:
+            rate = (last - first) / spent
+            parts.append(rate_text(rate, unit))
+            if last < whole:
+                parts.append(f"about {time_text((whole - last) / rate)} left")
+        line = f"{title}: {', '.join(parts)}{said and f', {said}'}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    yield advance
+    if first is not None and last >= whole:
+        at_once = last == first  # all of it in one call, before which nothing was said
+        first, start = (0, opened) if at_once else (first, start)
+        show(f"100%, done in {time_text(now - start)}", first, start)

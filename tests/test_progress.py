@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -66,6 +67,27 @@ def test_long_work_writes_fewer_lines(clock):
 
 def test_work_that_is_done_in_one_call_says_so(clock):
     assert written([(3, 100)], clock) == "training: 100%, done in 3 s, 33.3 steps/s, loss 0.5\n"
+
+
+def test_work_is_done_once_however_often_its_total_is_reached(clock):
+    assert written([(0, 0), (4, 100), (1, 100)], clock) == "training: 100%, done in 5 s, 20 steps/s, loss 0.5\n"
+
+
+def test_work_beyond_its_forecast_is_not_called_done(clock):
+    lines = written([(0, 150), (20, 170), (20, 190)], clock).splitlines()
+    assert lines == [
+        "training: longer than forecast, 1 steps/s, loss 0.5",
+        "training: longer than forecast, 1 steps/s, loss 0.5",
+        "training: 100%, done in 40 s, 1 steps/s, loss 0.5",
+    ]
+
+
+def test_work_that_failed_is_not_called_done(clock):
+    file = io.StringIO()
+    with suppress(ValueError), progress_bar(Console(file=file), "x", 1, "steps") as advance:
+        advance(1)
+        raise ValueError("broken")
+    assert file.getvalue() == ""
 
 
 def test_no_line_holds_markup_or_escape_codes(clock):

@@ -83,7 +83,7 @@ class Seen:
 
 def _rows(earlier: np.ndarray, names: Names) -> np.ndarray | slice:
     """Where names stand in a column of a file, -1 for new ones; all of it where they are the same, as they mostly are."""
-    if hashlib.sha256(earlier).digest() == hashlib.sha256(names.text).digest():  # a copy to compare would be large
+    if hashlib.sha256(earlier.data).digest() == hashlib.sha256(names.text).digest():  # a copy to compare would be large
         return slice(None)
     place = {name: row for row, name in enumerate(earlier.tobytes().split(b"\0"))}
     return np.array([place.get(name, -1) for name in names.text.split(b"\0")], dtype=np.int64)

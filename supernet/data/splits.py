@@ -159,11 +159,11 @@ class Data:
         part = self.split(split)
         source, rows = part.source, part.indices
         classes = "\n".join(self.classes).encode()
-        text = f"{len(part)} images, {_hash(classes, rows, part.labels)}"
+        text = f"{len(part)} images, {_hash(classes, rows.data, part.labels.data)}"
         if source.sizes is not None:
-            text += f", sizes {_hash(source.sizes[rows])}"
+            text += f", sizes {_hash(source.sizes[rows].data)}"
         if source.digests is not None and source.digests[rows].all():
-            text += f", contents {_hash(source.digests[rows])}"
+            text += f", contents {_hash(source.digests[rows].data)}"
         return text
 
     def files(self) -> Iterator[tuple[str, str]]:
@@ -302,7 +302,7 @@ class _Rows:
         return self.make()
 
 
-def _hash(*parts: bytes | np.ndarray) -> str:
+def _hash(*parts: bytes | memoryview) -> str:
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)
