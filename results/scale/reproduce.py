@@ -1,13 +1,12 @@
 """How long does a folder of ImageNet's size keep a search from beginning? Writes scale.json.
 
-    python results/scale/reproduce.py --images PHOTOS --work FOLDER                  # 1,280,000 files, some 20 minutes
+    python results/scale/reproduce.py --images PHOTOS --work FOLDER                  # 1,280,000 files, some 10 minutes
     python results/scale/reproduce.py --images PHOTOS --work FOLDER --count 128000
-    python results/scale/reproduce.py --images PHOTOS --work FOLDER --each-once      # without the time of a first opening
 
 PHOTOS: a folder of class folders with real JPEG files. FOLDER gets train/CLASS/*.jpg in 1,000 classes, hard links to copies
 of some of these files, so they take next to no disk. Each opening is a process of its own, as each verb's is: its time
-from the start of opening, the processor time of that process, and its greatest resident size. With --each-once the first
-opening decodes each of the photos once instead of every link to it; all later ones are as they are. Then a file is changed,
+from the start of opening, the processor time of that process, and its greatest resident size.
+Then a file is changed,
 one removed, one added and one broken, and what a continued run would say of each is kept.
 """
 
@@ -27,15 +26,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
 from poolshare.search.job.images import changed_files, difference, write_images
 from poolshare.search.job.records import versions
 from poolshare.space import BrokenDataError
-from poolshare.supernet.data import ImageFormat, Place, open_data, splits
-from poolshare.supernet.data.pictures import digest
+from poolshare.supernet.data import ImageFormat, Place, open_data
 from poolshare.supernet.data.seen import CACHE_VARIABLE
 from poolshare.supernet.training.loop import train_model
 from poolshare.supernet.training.recipe import Recipe
@@ -64,24 +61,6 @@ def make(root: Path, photos: Path, count: int) -> None:
 def opened(root: Path) -> Any:
     """The data as a search opens them."""
     return open_data(Place(str(root)), ImageFormat((112, 112), 3, (0.5,) * 3, (0.5,) * 3))
-
-
-def each_once(root: Path) -> dict[str, Any]:
-    """The first opening, decoding the photos alone to which the files are links."""
-    photos: dict[tuple[int, int], int] = {}
-
-    def look(read: Any, indices: np.ndarray, progress: Any = None) -> tuple[np.ndarray, dict[int, str]]:
-        digests = np.zeros(len(indices), dtype=np.uint64)
-        for at, index in enumerate(indices.tolist()):
-            status = os.stat(read.items[index][0])
-            photo = status.st_dev, status.st_ino
-            if photo not in photos:
-                photos[photo] = digest(read.read(index)[1])
-            digests[at] = photos[photo]
-        return digests, {}
-
-    splits.check_images = look  # type: ignore[assignment]
-    return opening(root) | {"photos": len(photos)}
 
 
 def opening(root: Path) -> dict[str, Any]:
@@ -143,7 +122,6 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1_280_000)
-    parser.add_argument("--each-once", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("scale.json"))
     given = parser.parse_args()
     os.environ[CACHE_VARIABLE] = str(given.work / "cache")
@@ -161,7 +139,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     for name in ("first", "second", "third"):
-        found[name] = alone(each_once if given.each_once and name == "first" else opening, train)
+        found[name] = alone(opening, train)
         print(name, found[name], flush=True)
     found["first_step"] = alone(first_step, train)
     print("first step", found["first_step"], flush=True)
