@@ -1,7 +1,11 @@
-"""What a training step will hold, said and refused before it begins; and what a search will take, without one."""
+"""What a training step will hold, said and refused before it begins; what a search will take; and memory that is kept."""
 
 import gc
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,3 +117,28 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path):
     )
     assert isinstance(found, SearchResult)
     assert not (tmp_path / "run").exists()
+
+
+FETCHED = """
+import resource
+import numpy as np
+from poolshare.space.processes import keep_memory
+
+kept = keep_memory()
+np.ones(2**23)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    np.ones(2**23)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+@pytest.mark.parametrize("asked", [True, False])
+def test_memory_that_is_kept_is_not_fetched_anew(asked):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    own |= {} if asked else {"MALLOC_MMAP_MAX_": "65536"}  # the user's word, and glibc's default
+    out = subprocess.run([sys.executable, "-c", FETCHED], env=own, capture_output=True, text=True, check=True).stdout
+    kept, faults = out.split()
+    assert kept == str(asked)
+    assert (int(faults) < 1000) is asked, faults

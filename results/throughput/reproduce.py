@@ -1,16 +1,16 @@
 """Do fewer MACs mean less time? Exported models beside the dense one, at batch 1, 16, 64 and more.
 
     python results/throughput/reproduce.py                                     # some 20 minutes on one core
-    python results/throughput/reproduce.py --keep-memory --sizes 224 --name cpu-kept                  # some 15
+    python results/throughput/reproduce.py --as-it-comes --sizes 224 --batches 64 --name cpu-glibc    # some 10
     python results/throughput/reproduce.py --device cuda --sizes 224 --batches 1,64,512 --rounds 9 --name gpu    # some 3
 
 ViT-Tiny at 224 pixels (196 tokens) and at 112 (49). Models that share do so by queries and keys ("qk", all in the
 fused kernel) and by written maps ("map"), side by side. Each runs in float32 and bfloat16 (weights and images; the
 latter where the CPU has units for it), and on a GPU also replayed as a CUDA graph; `kind` is what was fastest for it.
 All models of a size take turns in one process, in another order each time; the figures are ratios of medians. Weights
-are random: they do not change the time. With --keep-memory glibc gives no memory back to the system between
-operations, as tcmalloc and jemalloc would not either; `page_faults` counts what is fetched anew in a forward, by
-operations and by chance. Writes <name>.csv.
+are random: they do not change the time. On a CPU glibc keeps memory, as it does in poolshare's verbs and as tcmalloc and jemalloc
+do (`keep_memory`); with --as-it-comes it gives memory back between operations; `page_faults` counts what is fetched anew in
+a forward. Writes <name>.csv.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
 import random
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from rich.console import Console
 
 from poolshare.search.job.records import write_csv
 from poolshare.search.progress import progress_bar
+from poolshare.space.processes import keep_memory
 from poolshare.supernet import Subnet, count_macs
 from poolshare.supernet.block import Sharing
 from poolshare.supernet.measure import wait_for
@@ -57,9 +56,6 @@ MODELS = {
         "pooling and sharing": "49*2 49 25@max2d*3 16@max2d*2 16*3 16",
     },
 }
-
-
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # of glibc, read when a process begins
 
 
 @torch.inference_mode()
@@ -107,10 +103,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--name", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--keep-memory", action="store_true", help="glibc gives no memory back between operations")
+    parser.add_argument("--as-it-comes", action="store_true", help="glibc gives memory back between operations")
     given = parser.parse_args()
-    if given.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    if not given.as_it_comes:
+        keep_memory()
     torch.set_num_threads(given.threads)
     console, rng, rows = Console(stderr=True), random.Random(0), []
     for size in map(int, given.sizes.split(",")):

@@ -14,7 +14,7 @@ import typer
 
 from poolshare.space.errors import PoolshareError
 from poolshare.space.files import remedy
-from poolshare.space.processes import launched_rank
+from poolshare.space.processes import keep_memory, launched_rank
 
 from ..console import PlainConsole, never_fail, printable, progress_console
 from . import judging, looking, sizing, using
@@ -186,6 +186,7 @@ def main() -> None:
     """Entry point: exit status 0 (fine), 1 (failed or stopped), 2 (wrong use)."""
     for stream in (sys.stdout, sys.stderr):
         never_fail(stream)
+    keep_memory()
     try:
         with _stopping_on_signals():
             app()
