@@ -36,7 +36,7 @@ WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supern
 # The path of a pretrained model, at 60 % of its MACs, in epochs of the tuning: 15 of it, 3 × 1.7 of a supernet, 5 for the
 # trials, 9 for a retraining on all training images; without a supernet about 4 for the race instead of the 10, and 11.
 TUNE_EPOCHS, GUIDED_EPOCHS, GUIDED_TRIALS = 15, 3, 100
-RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED = 15, 8
+RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, RETRAIN_EPOCHS_FROM_SCRATCH = 15, 8, 30
 LEAST_STEPS = 250  # of a tuning or retraining by default: of few images an epoch is a few steps (results/defaults)
 FEW_IMAGES = 5000  # to train on: with fewer, the tuned dense model is searched as it is (results/defaults)
 ONLY_TRAINING = (

@@ -12,7 +12,7 @@ import typer
 from poolshare.space.errors import BrokenDataError, ConfigError
 from poolshare.space.processes import launched_rank
 
-from ..config import LEAST_STEPS
+from ..config import LEAST_STEPS, RETRAIN_EPOCHS, RETRAIN_EPOCHS_FROM_SCRATCH, RETRAIN_EPOCHS_GUIDED
 from ..console import PlainConsole, progress_console
 from .options import (
     Amp,
@@ -88,7 +88,8 @@ def retrain(
         int | None,
         typer.Option(
             min=0,
-            help="Default: 15; taught by the run's dense model 8; --from-scratch 30; more where these are under "
+            help=f"Default: {RETRAIN_EPOCHS}; taught by the run's dense model {RETRAIN_EPOCHS_GUIDED}; --from-scratch "
+            f"{RETRAIN_EPOCHS_FROM_SCRATCH}; more where these are under "
             f"{LEAST_STEPS} steps.",
         ),
     ] = None,

@@ -33,6 +33,7 @@ from ..analysis.guard import against_dense
 from ..analysis.intervals import score_interval
 from ..config import (
     RETRAIN_EPOCHS,
+    RETRAIN_EPOCHS_FROM_SCRATCH,
     RETRAIN_EPOCHS_GUIDED,
     WARM_LR,
     WARM_LR_PRETRAINED,
@@ -486,7 +487,7 @@ def _recipe(source: Exported, from_scratch: bool, guided: bool, changes: Mapping
     warm_vit = bool(source.facts.get("pretrained")) and not from_scratch
     situation: dict[str, Any] = {
         "batch_size": source.facts["batch_size"],
-        "epochs": 30 if from_scratch else RETRAIN_EPOCHS_GUIDED if guided else RETRAIN_EPOCHS,
+        "epochs": RETRAIN_EPOCHS_FROM_SCRATCH if from_scratch else RETRAIN_EPOCHS_GUIDED if guided else RETRAIN_EPOCHS,
         "lr": 2e-3 if from_scratch else WARM_LR_PRETRAINED if warm_vit else WARM_LR,
         "layer_decay": 0.75 if warm_vit else None,
     }
