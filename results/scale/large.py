@@ -2,9 +2,9 @@
 
     python results/scale/large.py --images PHOTOS            # random weights; an hour of one core, 12 GiB
 
-PHOTOS: a folder of class folders. The step is that of a search: a sandwich in bfloat16 (or float32: --amp), with checkpointing, in parts of one
-image. What a process holds is its resident size, of which the forecast leaves out the program itself and what a block's
-backward pass holds for a moment.
+PHOTOS: a folder of class folders. The step is that of a search: a sandwich in bfloat16 (or float32: --amp), with checkpointing, in
+parts of one image. What a process holds is its resident size, of which the forecast leaves out the program itself and what a
+block's backward pass holds for a moment.
 """
 
 from __future__ import annotations
