@@ -4,10 +4,9 @@
     python results/scale/reproduce.py --images PHOTOS --work FOLDER --count 128000
 
 PHOTOS: a folder of class folders with real JPEG files. FOLDER gets train/CLASS/*.jpg in 1,000 classes, hard links to copies
-of some of these files, so they take next to no disk. Each opening is a process of its own, as each verb's is: its time
-from the start of opening, the processor time of that process, and its greatest resident size.
-Then a file is changed,
-one removed, one added and one broken, and what a continued run would say of each is kept.
+of some of these files, so they take next to no disk. Each opening is a process of its own, as each verb's is: its time from
+the start of opening, the processor time of that process, and its greatest resident size. Then a file is changed, one
+removed, one added and one broken, and what a continued run would say of each is kept.
 """
 
 from __future__ import annotations

@@ -159,11 +159,11 @@ class Data:
         part = self.split(split)
         source, rows = part.source, part.indices
         classes = "\n".join(self.classes).encode()
-        text = f"{len(part)} images, {_hash(classes, rows.data, part.labels.data)}"
+        text = f"{len(part)} images, {_hash(classes, rows, part.labels)}"
         if source.sizes is not None:
-            text += f", sizes {_hash(source.sizes[rows].data)}"
+            text += f", sizes {_hash(source.sizes[rows])}"
         if source.digests is not None and source.digests[rows].all():
-            text += f", contents {_hash(source.digests[rows].data)}"
+            text += f", contents {_hash(source.digests[rows])}"
         return text
 
     def files(self) -> Iterator[tuple[str, str]]:
@@ -302,10 +302,10 @@ class _Rows:
         return self.make()
 
 
-def _hash(*parts: bytes | memoryview) -> str:
+def _hash(*parts: bytes | np.ndarray) -> str:
     whole = hashlib.sha256()
     for part in parts:
-        whole.update(part)
+        whole.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return whole.hexdigest()[:16]
 
 
