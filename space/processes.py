@@ -30,9 +30,9 @@ def keep_memory() -> bool:
     """Let glibc keep what is freed until this process ends, as tcmalloc and jemalloc do; returns whether it does now.
 
     As it comes it gives large tensors back to the system and fetches them anew, page by page, at every operation: on a CPU
-    that is up to a sixth of a forward's time, more of a model that shares attention (results/throughput), and up to a tenth
-    of a training step's. The greatest size of the process stays about the same. Nothing is changed where a variable
-    MALLOC_MMAP_… or MALLOC_TRIM_… says what is wanted.
+    that slows forwards of large batches, most of all those of models that share attention (results/throughput). The
+    greatest size of the process stays about the same. Nothing is changed where a variable MALLOC_MMAP_… or MALLOC_TRIM_…
+    says what is wanted.
     """
     if any(name.startswith(("MALLOC_MMAP_", "MALLOC_TRIM_")) for name in os.environ):
         return False

@@ -22,13 +22,13 @@ from .pictures import PIXELS_VARIABLE, Files, Images
 from .sources import Source
 
 CACHE_VARIABLE = "POOLSHARE_CACHE"  # a folder; unset: the platform's place for caches
-DAMAGE = OSError, ValueError, KeyError, BadZipFile  # of a file of the cache
+_UNREADABLE = OSError, ValueError, KeyError, BadZipFile  # what reading a damaged file of the cache, or none, raises
 _FRESH = 2 * 10**9  # nanoseconds: a file that young may change again without its time of change telling
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """The columns in a file of the cache; empty where there is none, or a damaged one: it is made again."""
-    with suppress(*DAMAGE), np.load(path, allow_pickle=False) as kept:
+    with suppress(*_UNREADABLE), np.load(path, allow_pickle=False) as kept:
         return {name: kept[name] for name in kept.files}
     return {}
 
@@ -67,7 +67,8 @@ class Seen:
 
     def recall(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""
-        with suppress(*DAMAGE), np.load(self.path, allow_pickle=False) as kept:  # a column is read where it is named
+        with suppress(*_UNREADABLE), np.load(self.path, allow_pickle=False) as kept:
+            # a column is read where it is named
             rows = _rows(kept["names"], Names.of(names))
             same = (kept["sizes"][rows] == sizes) & (kept["times"][rows] == times)
             if not isinstance(rows, slice):
