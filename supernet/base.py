@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import timm
 import torch
@@ -18,13 +18,18 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from poolshare.space import ModelError
+from poolshare.space import OPERATORS, ModelError
 
 from .block import Attends, Blocks
 from .heads.maps import head_map, tapped, with_map_head
 from .operators.relative import RELATIVE, shared_bias
 from .operators.rotary import unsupported_rotation
-from .tokens import Tokens
+from .tokens import Carry, Tokens
+
+if TYPE_CHECKING:
+    TimmViT: TypeAlias = VisionTransformer
+else:
+    TimmViT = nn.Module  # the base of classes that stand before timm's own one
 
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos)
 PARTS = (get_args(Blocks), get_args(Attends))  # of which they may consist
@@ -65,22 +70,13 @@ def outline(name: str, options: dict[str, Any]) -> Any:
         close = difflib.get_close_matches(str(name).split(".")[0], timm.list_models(["vit_*", "deit*"]), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models('vit*')` lists what there is"
         raise ModelError(f"timm knows no model {name!r}{hint}")
-    try:
-        key = name, timm.model_entrypoint(name), json.dumps(options, sort_keys=True)
-    except TypeError:  # a class or a function among them
-        return _outlined(name, options)
-    if key not in _OUTLINES:
-        if len(_OUTLINES) == MOST_OUTLINES:
-            _OUTLINES.clear()
-        _OUTLINES[key] = _outlined(name, options)
-    return _OUTLINES[key]
+    return _outlined(name, timm.model_entrypoint(name), tuple(sorted(options.items())))
 
 
-_OUTLINES: dict[tuple[Any, ...], Any] = {}
-MOST_OUTLINES = 64  # that are kept
-
-
-def _outlined(name: str, options: dict[str, Any]) -> Any:
+@lru_cache(64)
+def _outlined(name: str, entrypoint: Any, sorted_options: tuple[tuple[str, Any], ...]) -> Any:
+    """entrypoint: of that name now; another one may be registered later."""
+    options = dict(sorted_options)
     with torch.device("meta"):
         model = make_base(name, options)
     reason = unsupported_part(model)
@@ -129,9 +125,22 @@ def _complete(model: Any) -> None:
             attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
 
 
-def needs_places(model: Any) -> bool:
-    """Whether attention depends on where tokens stand: by rotary embeddings or by relative positions."""
-    return isinstance(model, RELATIVE) or getattr(model, "rope", None) is not None
+def carry_of(model: Any, operators: Iterable[str | None]) -> Carry:
+    """What a path of the model must know of its tokens, with these operators anywhere in it.
+
+    A head for every pixel asks for sources, attention by rotary embeddings or relative positions for places.
+    """
+    if tapped(model):
+        return Carry.SOURCES
+    if isinstance(model, RELATIVE) or getattr(model, "rope", None) is not None:
+        return Carry.PLACES
+    return Carry.SIZES if any(name is not None and OPERATORS[name].weighs for name in operators) else Carry.NOTHING
+
+
+def fc_norm_option(model: Any) -> dict[str, bool]:
+    """The option of timm's that leaves a model's norms where they are under another global_pool."""
+    name = "use_fc_norm" if isinstance(model, (Eva, Beit)) else "fc_norm"
+    return {name: not isinstance(model.fc_norm, nn.Identity)}
 
 
 def embed(model: Any, images: torch.Tensor) -> Tokens:

@@ -12,7 +12,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import nn
 from poolshare.space import Architecture, CostTable, ModelError, SearchSpace
 
 from .block import Sharing
-from .measure import Kind, evaluating, parts, wait_for
+from .measure import Kind, Parts, evaluating, table_of, wait_for
 from .model import SuperNet
 from .subnet import Subnet, checkpoint_filter_fn
 
@@ -111,7 +111,7 @@ def measure_latency_table(
     others = list(dict.fromkeys(space.sample(rng) for _ in range(50 * check)))[: min(check, space.size // 4)]
     chosen = design(space, kinds, 2 * len(kinds), rng, set(others))
     timed = typical(time_models(supernet, [*chosen, *others], batch_size, rounds, rng, progress)) * 1e9
-    table = fit(space, kinds, alone, chosen, timed[: len(chosen)] / batch_size)
+    table = fit(kinds, alone, chosen, timed[: len(chosen)] / batch_size)
     checked = tuple(
         (str(architecture), round(whole / batch_size), table.total(architecture))
         for architecture, whole in zip(others, timed[len(chosen) :], strict=True)
@@ -208,11 +208,7 @@ def design(
 
 
 def fit(
-    space: SearchSpace,
-    kinds: Sequence[Kind],
-    alone: np.ndarray,
-    architectures: Sequence[Architecture],
-    timed: np.ndarray,
+    kinds: Sequence[Kind], alone: np.ndarray, architectures: Sequence[Architecture], timed: np.ndarray
 ) -> CostTable:
     """The table whose sums come closest to `timed` (architectures,), in nanoseconds per image; relative least squares.
 
@@ -228,17 +224,7 @@ def fit(
     equations = np.vstack([rows / (NOISE * timed)[:, None], np.diag(1 / doubt)])
     wanted = np.concatenate([np.full(len(timed), 1 / NOISE), expected / doubt])
     above, _ = nnls(equations, wanted - equations @ least)
-    costs = {kind: round(cost) for kind, cost in zip(kinds, least + above, strict=True)}
-    return table_of(space, costs)
-
-
-def table_of(space: SearchSpace, costs: Mapping[Kind, int]) -> CostTable:
-    """Nanoseconds of kinds of edges as a table; no edge below zero."""
-    own, sink = ({level: costs[name, level] for level in space.levels} for name in ("own", "sink"))
-    shared = {level: costs.get(("shared", level), own[level]) for level in space.levels}
-    pool = {reduction: costs["pool", *reduction] for reduction in space.reductions}
-    first = {level: costs["first_shared", level] for level in space.levels if ("first_shared", level) in costs}
-    return CostTable("latency", costs["source",], own, shared, pool, sink, first)
+    return table_of("latency", {kind: round(cost) for kind, cost in zip(kinds, least + above, strict=True)})
 
 
 # Timing
@@ -316,7 +302,7 @@ def _seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...], repeats: int) -
 
 def time_parts(supernet: SuperNet, batch_size: int, kinds: Sequence[Kind]) -> np.ndarray:
     """(kinds,) nanoseconds per image of each part by itself."""
-    part = parts(supernet, batch_size)
+    part = Parts(supernet, batch_size)
     work = [part(("shared", *kind[1:]) if kind[0] == "first_shared" else kind) for kind in kinds]
     with evaluating(supernet):
         return typical(interleaved(work, 3, random.Random(0))) * 1e9 / batch_size

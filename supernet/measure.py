@@ -32,40 +32,23 @@ from .tokens import Carry, Tokens
 
 # Operators that move, compare or scale what others computed: fvcore does not count them, and neither do we.
 FREE_OPERATORS = frozenset().union(
-    (
-        "add",
-        "add_",
-        "sub",
-        "rsub",
-        "mul",
-        "mul_",
-        "div",
-        "neg",
-        "sum",
-        "mean",
-        "linalg_vector_norm",
-        "square",
-    ),  # per element
-    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),  # functions of elements
-    ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),  # and more
-    ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),  # in place
+    # per element, and sums
+    ("add", "add_", "sub", "rsub", "mul", "mul_", "div", "neg", "sum", "mean", "linalg_vector_norm", "square"),
+    # functions of elements, also in place
+    ("softmax", "gelu", "silu", "relu", "sigmoid", "dropout", "exp", "log", "tanh", "mish"),
+    ("hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "celu", "selu", "leaky_relu", "prelu"),
+    ("silu_", "relu_", "sigmoid_", "tanh_", "mish_", "hardswish_", "hardsigmoid_", "hardtanh_", "relu6_"),
     ("elu_", "celu_", "selu_", "leaky_relu_"),
-    ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),  # choices
-    ("eq", "le", "clamp_min", "sort", "bitwise_or", "__or__"),  # comparisons
-    ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),  # moves
-    (
-        "pad",
-        "reshape_as",
-        "repeat_interleave",
-        "flip",
-        "meshgrid",
-        "cartesian_prod",
-        "sin",
-        "cos",
-    ),  # and of rotary tables
-    ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),  # moves by index
-    ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),  # constants
-    ("ceil",),  # sizes: timm's padding
+    # choices and comparisons
+    ("max", "min", "amax", "argmax", "argmin", "adaptive_max_pool2d", "max_pool1d", "max_pool2d"),
+    ("eq", "le", "clamp_min", "sort", "bitwise_or", "__or__"),
+    # moves, those of rotary tables, and those by index
+    ("clone", "expand", "expand_as", "repeat", "unbind", "slice", "select", "stack", "where"),
+    ("pad", "reshape_as", "repeat_interleave", "flip", "meshgrid", "cartesian_prod", "sin", "cos"),
+    ("diagonal", "gather", "index_select", "index_add", "scatter", "scatter_add", "scatter_reduce"),
+    # constants, and the sizes of timm's padding
+    ("fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full", "arange"),
+    ("ceil",),
 )
 
 
@@ -75,7 +58,7 @@ def measure_macs(supernet: SuperNet) -> CostTable:
     fvcore traces a few sizes of each kind; from these the others follow, see `counted`. A process traces each of them
     once for a base model, whatever spaces it is asked of.
     """
-    space, part = supernet.space, parts(supernet)
+    space, part = supernet.space, Parts(supernet)
     fused = [block.attn.fused_attn for block in supernet.blocks]
     known = _TRACED.setdefault(repr((supernet.base, supernet.sharing, supernet.carry, fused)), {})
 
@@ -97,7 +80,7 @@ def measure_macs(supernet: SuperNet) -> CostTable:
                 lambda size: reduction_class(*size[1:]),
             )
             costs |= {("pool", *size): cost for size, cost in pooled.items()}
-    return _table("macs", costs)
+    return table_of("macs", costs)
 
 
 _TRACED: dict[str, dict[Kind, int]] = {}
@@ -105,10 +88,10 @@ _TRACED: dict[str, dict[Kind, int]] = {}
 
 def measure_parameters(supernet: SuperNet) -> CostTable:
     """Parameters of every kind of edge; their sum is the size of the exported model."""
-    space, part = supernet.space, parts(supernet)
+    space, part = supernet.space, Parts(supernet)
     kinds: list[Kind] = [("source",), *((name, level) for name in PER_LEVEL for level in space.levels)]
     kinds += [("pool", *reduction) for reduction in space.reductions]
-    return _table("parameters", {kind: part(kind)[0].parameter_total for kind in kinds})
+    return table_of("parameters", {kind: part(kind)[0].parameter_total for kind in kinds})
 
 
 def count_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
@@ -195,86 +178,93 @@ class _Part(nn.Module):
 Kind = tuple[Any, ...]  # ("source",), ("own", tokens), ("shared", tokens), ("pool", operator, before, after), …
 
 
-def parts(supernet: SuperNet, batch_size: int = 1) -> Callable[[Kind], tuple[_Part, tuple[torch.Tensor, ...]]]:
-    """Of each kind of edge, a module with inputs of zeros."""
-    prefix, block = supernet.num_prefix_tokens, supernet.blocks[0]
-    reference = next(supernet.parameters())
-    attention = block.attn
-    block_size = _size(block)
-    query_key_size = _size(attention) - _size(SharedAttention(attention))
-    head_size = sum(
-        _size(part) for part in (supernet.norm, supernet.fc_norm, supernet.attn_pool, *_heads(supernet)) if part
-    )
+class Parts:
+    """Of each kind of edge of a supernet, a module with inputs of zeros."""
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(batch_size, *shape, device=reference.device, dtype=reference.dtype)
+    def __init__(self, supernet: SuperNet, batch_size: int = 1):
+        self.supernet, self.batch_size, self.block, self.taps = (
+            supernet,
+            batch_size,
+            supernet.blocks[0],
+            tapped(supernet),
+        )
+        relative = shared_bias(supernet)  # computed once, with the source
+        self.relative = None if relative is None else torch.zeros_like(relative)
+        attention, rope = self.block.attn, getattr(supernet, "rope", None)
+        block_size = _size(self.block)
+        query_key_size = _size(attention) - _size(SharedAttention(attention))
+        heads = (supernet.norm, supernet.fc_norm, supernet.attn_pool, *_heads(supernet))
+        head_size = sum(_size(part) for part in heads if part)
+        rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
+        self.source = _Part(self._embed, _size(supernet) - rest, supernet)
+        self.own = _Part(self._attend, block_size, self.block, *([] if rope is None else [rope]))
+        self.shared = _Part(self._follow, block_size - query_key_size, self.block)
+        self.sink = _Part(self._answer, head_size, supernet)
 
-    def tokens(patches: int) -> torch.Tensor:
-        return zeros(prefix + patches, supernet.embed_dim)
-
-    def attended(patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        queries_or_keys = zeros(attention.num_heads, prefix + patches, attention.head_dim)
-        return queries_or_keys, queries_or_keys
-
-    def left(patches: int) -> tuple[torch.Tensor, ...]:
-        """What an owner hands to a follower."""
-        N = prefix + patches
-        return (*attended(patches), *([zeros(attention.num_heads, N, N)] if supernet.sharing == "map" else []))
-
-    def follow(x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
-        return run_block(block, x, Attended(queries, keys, None, *written))[0]
-
-    relative = shared_bias(supernet)  # computed once, with the source
-    relative = None if relative is None else torch.zeros_like(relative)
-
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        tokens = _made_up(x, x.shape[1] - prefix, supernet.patch_embed.grid_size, supernet.carry, relative=relative)
-        return run_block(block, x, bias=added(supernet, 0, tokens), turned=rotation(supernet, 0, tokens))[0]
-
-    def embed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = supernet.embed(x)
-        return (found.features,) if found.relative is None else (found.features, found.relative)
-
-    rope = getattr(supernet, "rope", None)
-    own = _Part(attend, block_size, block, *([] if rope is None else [rope]))
-    shared = _Part(follow, block_size - query_key_size, block)
-    rest = len(supernet.blocks) * block_size + head_size + _size(supernet.poolings)
-    images = zeros(supernet.in_chans, *supernet.patch_embed.img_size)
-    source = _Part(embed, _size(supernet) - rest, supernet)
-    taps = tapped(supernet)
-
-    def answer(*features: torch.Tensor) -> torch.Tensor:
-        """Of a head for every pixel, which takes the features of all patches after each of its blocks, or the classifier."""
-        return supernet.head([normed_map(supernet, one) for one in features]) if taps else supernet.classify(*features)
-
-    classify = _Part(answer, head_size, supernet)
-
-    def part(kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
+    def __call__(self, kind: Kind) -> tuple[_Part, tuple[torch.Tensor, ...]]:
+        """The module of this kind of edge, and what it takes."""
+        supernet = self.supernet
         match kind:
             case ("source",):
-                return source, (images,)
+                return self.source, (self._zeros(supernet.in_chans, *supernet.patch_embed.img_size),)
             case ("own", level):
-                return own, (tokens(level),)
+                return self.own, (self._tokens(level),)
             case ("shared", level):
-                return shared, (tokens(level), *left(level))
+                return self.shared, (self._tokens(level), *self._left(level))
             case ("sink", level):
                 patches = supernet.patch_embed.num_patches  # whatever the level, maps are of the full grid
-                return classify, (zeros(patches, supernet.embed_dim),) * len(taps) if taps else (tokens(level),)
+                whole = self._zeros(patches, supernet.embed_dim)
+                return self.sink, (whole,) * len(self.taps) if self.taps else (self._tokens(level),)
             case ("pool", operator, before, after):
-                module = supernet.poolings[pooling_name(operator, before, after)]
-                return _pooling(module, supernet.carry, before), (tokens(before), *attended(before))
+                pooling = supernet.poolings[pooling_name(operator, before, after)]
+                part = _Part(partial(_pool, pooling, supernet.carry), _size(pooling), pooling)
+                return part, (self._tokens(before), *self._attended(before))
         raise ValueError(f"{kind!r} is not a kind of edge")
 
-    return part
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        reference = next(self.supernet.parameters())
+        return torch.zeros(self.batch_size, *shape, device=reference.device, dtype=reference.dtype)
+
+    def _tokens(self, patches: int) -> torch.Tensor:
+        return self._zeros(self.supernet.num_prefix_tokens + patches, self.supernet.embed_dim)
+
+    def _attended(self, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = self.block.attn
+        tokens = self.supernet.num_prefix_tokens + patches
+        queries_or_keys = self._zeros(attention.num_heads, tokens, attention.head_dim)
+        return queries_or_keys, queries_or_keys
+
+    def _left(self, patches: int) -> tuple[torch.Tensor, ...]:
+        """What an owner hands to a follower."""
+        tokens = self.supernet.num_prefix_tokens + patches
+        written = [self._zeros(self.block.attn.num_heads, tokens, tokens)] if self.supernet.sharing == "map" else []
+        return (*self._attended(patches), *written)
+
+    def _embed(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = self.supernet.embed(images)
+        return (found.features,) if found.relative is None else (found.features, found.relative)
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        supernet, patches = self.supernet, x.shape[1] - self.supernet.num_prefix_tokens
+        tokens = _made_up(x, patches, supernet.patch_embed.grid_size, supernet.carry, relative=self.relative)
+        return run_block(self.block, x, bias=added(supernet, 0, tokens), turned=rotation(supernet, 0, tokens))[0]
+
+    def _follow(
+        self, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *written: torch.Tensor
+    ) -> torch.Tensor:
+        return run_block(self.block, x, Attended(queries, keys, None, *written))[0]
+
+    def _answer(self, *features: torch.Tensor) -> torch.Tensor:
+        """Of a head for every pixel, which takes the features of all patches after each of its blocks, or the classifier."""
+        if not self.taps:
+            return self.supernet.classify(*features)
+        return self.supernet.head([normed_map(self.supernet, one) for one in features])
 
 
-def _pooling(module: Pooling, carry: Carry, before: int) -> _Part:
-    """A reduction of `before` patch tokens by itself."""
-
-    def pool(x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
-        return module.pool(_made_up(x, before, module.grid, carry), Attended(*left), carry).features  # type: ignore[arg-type]
-
-    return _Part(pool, _size(module), module)
+def _pool(pooling: Pooling, carry: Carry, x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
+    """A reduction by itself."""
+    tokens = _made_up(x, pooling.before, pooling.grid, carry)  # type: ignore[arg-type]
+    return pooling.pool(tokens, Attended(*left), carry).features
 
 
 def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, relative: torch.Tensor | None = None) -> Tokens:
@@ -298,11 +288,15 @@ def _alike(supernet: SuperNet) -> dict[Kind, list[tuple[str, int, int]]]:
     return groups
 
 
-def _table(quantity: str, costs: Mapping[Kind, int]) -> CostTable:
-    per_level = {name: {kind[1]: cost for kind, cost in costs.items() if kind[0] == name} for name in PER_LEVEL}
-    pool = {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
-    own, shared, sink = (per_level[name] for name in PER_LEVEL)
-    return CostTable(quantity, costs["source",], own, shared, pool, sink)  # type: ignore[arg-type]  # three in each
+def table_of(quantity: str, costs: Mapping[Kind, int]) -> CostTable:
+    """Costs of kinds of edges as a table; where those that share are not among them, no layer does."""
+
+    def at_levels(name: str) -> dict[int, int]:
+        return {kind[1]: cost for kind, cost in costs.items() if kind[0] == name}
+
+    own, pool = at_levels("own"), {kind[1:]: cost for kind, cost in costs.items() if kind[0] == "pool"}
+    shared, sink, first_shared = own | at_levels("shared"), at_levels("sink"), at_levels("first_shared")
+    return CostTable(quantity, costs["source",], own, shared, pool, sink, first_shared)  # type: ignore[arg-type]
 
 
 def _heads(supernet: SuperNet) -> tuple[nn.Module, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from timm.models.beit import Beit
@@ -13,7 +13,6 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -21,22 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from poolshare.space import Architecture, Layer, ModelError, PrefixTree, SearchSpace, SpaceError
 from poolshare.space.operators import grid_of
 
-from .base import embed, make_base, needs_places, outline
+from .base import TimmViT, carry_of, embed, fc_norm_option, make_base, outline
 from .block import Attended, Sharing, left_for, run_block
 from .heads.maps import head_map, tapped
 from .operators.pooling import make_poolings, pooling_name
 from .operators.relative import relative_bias
 from .operators.rotary import rotation
 from .options import read_options
-from .tokens import Carry, Tokens, carried
-
-if TYPE_CHECKING:
-    _Timm: TypeAlias = VisionTransformer
-else:
-    _Timm = nn.Module  # it stands before timm's own class
+from .tokens import Carry, Tokens
 
 
-class SuperNet(_Timm):
+class SuperNet(TimmViT):
     """A timm ViT, of one of the `KINDS`, that also takes architectures; made by `from_timm`.
 
     Differs from timm's: `forward(images, architectures)`, which runs any number of architectures over their shared
@@ -79,7 +73,7 @@ class SuperNet(_Timm):
         # An own class over timm's own module: no weight is renamed, no method is lost.
         model.__class__ = KINDS[type(model)]
         model.space, model.sharing, model.base = space, sharing, (name, options)
-        model.carry = Carry.SOURCES if tapped(model) else carried(space.operators, needs_places(model))
+        model.carry = carry_of(model, space.operators)
         model.poolings = make_poolings(model, space.reductions)
         return model  # type: ignore[return-value]
 
@@ -88,7 +82,7 @@ class SuperNet(_Timm):
         if not set(space.reductions) <= set(self.space.reductions) or space.depth != self.space.depth:
             raise SpaceError(f"{space} is no part of {self.space}")
         self.space = space
-        self.carry = Carry.SOURCES if tapped(self) else carried(space.operators, needs_places(self))
+        self.carry = carry_of(self, space.operators)
 
     def forward(self, images: torch.Tensor, architectures: Sequence[Architecture] | None = None) -> torch.Tensor:  # type: ignore[override]
         """Logits of all architectures: (B, channels, H, W) → (architectures, B, classes), or of every pixel, see `MapHead`.
@@ -114,9 +108,8 @@ class SuperNet(_Timm):
             return
         super().reset_classifier(num_classes, global_pool)
         changed: dict[str, Any] = {"num_classes": num_classes}
-        if global_pool is not None:  # timm leaves the norms where they are
-            fc_norm = "use_fc_norm" if isinstance(self, (Eva, Beit)) else "fc_norm"
-            changed |= {"global_pool": global_pool, fc_norm: not isinstance(self.fc_norm, nn.Identity)}
+        if global_pool is not None:
+            changed |= {"global_pool": global_pool, **fc_norm_option(self)}
         self.base = self.base[0], self.base[1] | changed
 
     def set_input_size(self, *args: Any, **options: Any) -> None:

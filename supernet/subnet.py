@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -15,18 +15,17 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import nn
 
 from poolshare.space import OPERATORS, Architecture, ModelError, SearchSpace, SpaceError
 from poolshare.space.operators import Grid, grid_of
 
-from .base import make_base, needs_places, outline
+from .base import TimmViT, carry_of, fc_norm_option, make_base, outline
 from .block import SharedAttention, Sharing
 from .heads.maps import head_map, tapped
 from .model import SuperNet, check_fit, check_sharing, run_layers
 from .operators.pooling import make_poolings
 from .options import read_options
-from .tokens import Carry, carried, restore
+from .tokens import Carry, restore
 
 Maps = Literal["nearest", "bilinear", "reduced"]  # how NCHW features come: of the full grid, or as small as the tokens
 # What only an attention that computes its own scores holds.
@@ -35,13 +34,7 @@ OURS = ("base", "architecture", "sharing", "maps")  # arguments of the entry poi
 default_cfgs = generate_default_cfgs({"poolshare_vit": {"first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
-if TYPE_CHECKING:
-    _Timm: TypeAlias = VisionTransformer
-else:
-    _Timm = nn.Module  # it stands before timm's own class
-
-
-class Subnet(_Timm):
+class Subnet(TimmViT):
     """A timm ViT, of one of the `KINDS`, with the pooling and sharing of one architecture.
 
     Differs from timm's: blocks that share hold `attn.v` in place of `attn.qkv`, and tokens are pooled between blocks.
@@ -104,8 +97,7 @@ class Subnet(_Timm):
         for info, layer in zip(model.feature_info, parsed.layers, strict=True):
             if maps == "reduced":
                 info["reduction"] *= (parsed.layers[0].tokens / layer.tokens) ** 0.5
-        asked = carried((layer.operator for layer in parsed.layers), needs_places(model))
-        model.carry = Carry.SOURCES if tapped(model) else asked
+        model.carry = carry_of(model, (layer.operator for layer in parsed.layers))
         return model  # type: ignore[no-any-return]
 
     def forward(  # type: ignore[override]
@@ -285,8 +277,7 @@ def _with_other_pool(base: str, written: dict[str, Any], pool: Any, fc_norm: Any
             f"global_pool={pool!r} has weights of its own, which this export with {before.global_pool!r} does not hold; "
             "take 'avg', 'max', 'avgmax' or 'token', or load it as it is"
         )
-    name = "use_fc_norm" if isinstance(before, (Eva, Beit)) else "fc_norm"
-    return {name: not isinstance(before.fc_norm, nn.Identity)} if fc_norm is None else {}
+    return fc_norm_option(before) if fc_norm is None else {}
 
 
 def _without_source(base: str) -> dict[str, Any]:

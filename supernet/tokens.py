@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from poolshare.space.operators import OPERATORS, Grid, grid_of
+from poolshare.space.operators import Grid, grid_of
 
 from .operators.indexing import add_at, take
 
-EMPTY = (
-    1e-6  # patches that a cluster without members stands for: 0 would have no logarithm, no place, no weight in a mean
-)
+# Patches that a cluster without members stands for: 0 would have no logarithm, no place, no weight in a mean.
+EMPTY = 1e-6
 
 
 class Carry(IntEnum):
@@ -40,9 +38,8 @@ class Tokens(NamedTuple):
     sources: torch.Tensor | None = None  # (B, patches): index of the patch token that holds each patch
     lost: torch.Tensor | None = None  # (B, patches), with sources, where something was dropped: whether the patch was
     proportional: bool = False  # from here on attention counts a key as often as it has patches (ToMe)
-    relative: torch.Tensor | None = (
-        None  # (1, heads, N, N): what all blocks add to the scores of patches on the whole grid
-    )
+    # (1, heads, N, N): what all blocks add to the scores of patches on the whole grid
+    relative: torch.Tensor | None = None
 
     def log_sizes(self) -> torch.Tensor | None:
         """What proportional attention adds to the scores of each key; prefix tokens stand for themselves. (B, 1, 1, N)"""
@@ -50,13 +47,6 @@ class Tokens(NamedTuple):
             return None
         assert self.sizes is not None  # a proportional operator sets both
         return F.pad(self.sizes.log(), (self.features.shape[1] - self.sizes.shape[1], 0))[:, None, None]
-
-
-def carried(operators: Iterable[str | None], placed: bool) -> Carry:
-    """What these operators, anywhere in a path, ask for. placed: whether the model's attention depends on places."""
-    if placed:
-        return Carry.PLACES
-    return Carry.SIZES if any(name is not None and OPERATORS[name].weighs for name in operators) else Carry.NOTHING
 
 
 def merge(tokens: Tokens, features: torch.Tensor, holders: torch.Tensor, whole: Grid, carry: Carry) -> Tokens:

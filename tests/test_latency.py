@@ -18,11 +18,10 @@ from poolshare.supernet.latency import (
     fit,
     kinds_of,
     measure_shares,
-    table_of,
     time_models,
     typical,
 )
-from poolshare.supernet.measure import parts
+from poolshare.supernet.measure import Parts, table_of
 
 SPACES = [
     SearchSpace(5, (16, 9, 4), ("max2d",), 3),
@@ -54,7 +53,7 @@ def made_up(space: SearchSpace, seed: int, sharing="qk") -> dict:
 @pytest.mark.parametrize("sharing", ["qk", "map"])
 def test_a_table_sums_to_the_exported_model_on_every_path(space, seed, sharing):
     costs = made_up(space, seed, sharing)
-    table = table_of(space, costs)
+    table = table_of("latency", costs)
     whole = {architecture: by_hand(architecture, costs) for architecture in space}
     assert {architecture: table.total(architecture) for architecture in space} == whole
     assert bool(table.first_shared) == (sharing == "map" and space.max_run > 1)
@@ -71,7 +70,7 @@ def test_timings_without_noise_give_back_every_sum_though_the_parts_alone_were_w
     chosen = design(space, kinds, 3 * len(kinds), rng)
     timed = np.array([counts(architecture, kinds) @ truth for architecture in chosen])
     alone = truth * np.array([rng.choice((0.4, 1.1, 1.6)) for _ in kinds])
-    table = fit(space, kinds, alone, chosen, timed)
+    table = fit(kinds, alone, chosen, timed)
     for architecture in space:
         assert table.total(architecture) == pytest.approx(by_hand(architecture, costs), rel=0.01)
 
@@ -134,7 +133,7 @@ def test_models_are_timed_with_the_supernets_own_tensors(net, monkeypatch):
 
 
 def test_the_parts_that_are_timed_alone_are_all_kinds(net):
-    part = parts(net)
+    part = Parts(net)
     assert all(part(kind)[0].parameter_total >= 0 for kind in kinds_of(net.space))
 
 

@@ -18,7 +18,7 @@ import poolshare.supernet.measure as measure_module
 from poolshare.space import OPERATORS, Architecture, CostTable, ModelError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet, count_macs, measure_latency, measure_macs, measure_parameters
 from poolshare.supernet.counting import counted, reduction_class, reduction_terms
-from poolshare.supernet.measure import FREE_OPERATORS, parts
+from poolshare.supernet.measure import FREE_OPERATORS, Parts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -208,7 +208,7 @@ def test_every_reduction_costs_what_fvcore_traces_though_few_are_traced(operator
     reached = [levels[0], *(level for level in levels[1:] if OPERATORS[operator].can_reduce(levels[0], level))]
     options = {"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3, "img_size": 128}
     net = SuperNet.from_timm("vit_tiny_patch16_224", SearchSpace(2, tuple(reached), (operator,)), **options)
-    table, part = measure_macs(net), parts(net)
+    table, part = measure_macs(net), Parts(net)
     with torch.no_grad():
         for reduction in random.Random(0).sample(net.space.reductions, min(5, len(net.space.reductions))):
             assert table.pool[reduction] == count_macs(*part(("pool", *reduction))), reduction

@@ -531,11 +531,11 @@ def test_a_model_is_refused_before_any_weight_is_allocated(monkeypatch: pytest.M
         return model
 
     monkeypatch.setattr(timm, "create_model", recorded)
-    monkeypatch.setattr(base, "_OUTLINES", {})
+    base._outlined.cache_clear()
     refused(ModelError, ["talking heads"], "cait_xxs24_224", SearchSpace(2, (16, 9)), depth=1)
     refused(SpaceError, ["depth 2"], "vit_tiny_patch16_224", SearchSpace(2, (196, 49)))
     assert made == [("cait_xxs24_224", "meta"), ("vit_tiny_patch16_224", "meta")]
-    base._OUTLINES.clear()
+    base._outlined.cache_clear()
     monkeypatch.setattr(os, "sysconf", lambda name: 1024)  # a machine of 1 MB
     refused(
         ModelError,

@@ -45,7 +45,7 @@ def main() -> None:
     timed = (
         typical(time_models(net, [*chosen, *others], batch, asked.rounds, rng)) * 1e9 / batch
     )  # nanoseconds per image
-    table = fit(space, kinds, by_itself, chosen, timed[: len(chosen)])
+    table = fit(kinds, by_itself, chosen, timed[: len(chosen)])
     rows = [
         (asked.model, batch, str(a), round(whole), table.total(a), round(float(counts(a, kinds) @ by_itself)))
         for a, whole in zip(others, timed[len(chosen) :], strict=True)
