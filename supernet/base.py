@@ -156,11 +156,9 @@ def embed(model: Any, images: torch.Tensor) -> Tokens:
 
 def _with_prefix(model: Beit | VisionTransformerRelPos, patches: torch.Tensor) -> torch.Tensor:
     """CLS, patches and their absolute positions, where there are any, as the `forward_features` of these models has it."""
-    tokens = (
-        patches
-        if model.cls_token is None
-        else torch.cat((model.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
-    )
+    tokens = patches
+    if model.cls_token is not None:
+        tokens = torch.cat((model.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
     if isinstance(model, VisionTransformerRelPos):
         return tokens
     return model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)

@@ -66,19 +66,7 @@ def match_classes(
     """
     count = len(classes)
     if class_map is not None:
-        names, file = class_map
-        if head is not None and head.count != len(names):
-            raise DataError(
-                f"--class-map {file} names {len(names)} classes, the head of {head.source} has {head.count}"
-            )
-        missing = [name for name in classes if name not in set(names)]
-        if missing:
-            raise DataError(
-                f"--class-map {file} lacks {_some(missing)}, {len(missing)} of the data's {count} classes: name each "
-                "class as its folder is called, one a line, in the order of the head's outputs"
-            )
-        named = Head(len(names), head.source if head else "", names, f"--class-map {file}")
-        return _by_name(classes, named, head is None)
+        return _by_class_map(classes, head, *class_map)
     by_order = partial(Matched, tuple(classes), tuple(range(count)))
     if head is None:
         return by_order(True)
@@ -109,6 +97,19 @@ def match_classes(
         )
     note = f"warning: the trained head of {head.source} is dropped and a new one trained: {why}; to keep it, {remedy}."
     return by_order(True, (note,))
+
+
+def _by_class_map(classes: Sequence[str], head: Head | None, names: Names, file: str) -> Matched:
+    if head is not None and head.count != len(names):
+        raise DataError(f"--class-map {file} names {len(names)} classes, the head of {head.source} has {head.count}")
+    missing = [name for name in classes if name not in set(names)]
+    if missing:
+        raise DataError(
+            f"--class-map {file} lacks {_some(missing)}, {len(missing)} of the data's {len(classes)} classes: name each "
+            "class as its folder is called, one a line, in the order of the head's outputs"
+        )
+    named = Head(len(names), head.source if head else "", names, f"--class-map {file}")
+    return _by_name(classes, named, head is None)
 
 
 def _by_name(classes: Sequence[str], head: Head, fresh: bool) -> Matched:

@@ -141,12 +141,11 @@ def measure_shares(
     architectures: Sequence[Architecture],
     batch_size: int,
     rng: random.Random,
-    progress: Callable[[int, int], None] | None = None,
     dtype: str = "fp32",
 ) -> tuple[float, list[Share]]:
     """Nanoseconds per image of the dense exported model, and what part of that each architecture's takes."""
     supernet = deployed(supernet, dtype)
-    seconds = time_models(supernet, [supernet.space[0], *architectures], batch_size, None, rng, progress)
+    seconds = time_models(supernet, [supernet.space[0], *architectures], batch_size, None, rng)
     shares = np.sort(seconds[:, 1:] / seconds[:, :1], axis=0)  # (rounds, architectures)
     rounds = len(shares)
     high = min(rounds - 1, math.ceil(rounds / 2 + 0.98 * math.sqrt(rounds)))  # by the binomial distribution of ranks

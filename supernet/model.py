@@ -211,11 +211,9 @@ def run_edge(
         if layer.operator is not None:
             before = tokens.features.shape[1] - model.num_prefix_tokens
             tokens = model.poolings[pooling_name(layer.operator, before, layer.tokens)].pool(tokens, attended, carry)
-        shared = attended if layer.shared else None
-        # A follower's keys are turned already, and its scores the owner's.
-        bias, turned = (
-            (None, None) if shared is not None else (added(model, index, tokens), rotation(model, index, tokens))
-        )
+        shared, bias, turned = attended if layer.shared else None, None, None
+        if shared is None:  # a follower's keys are turned already, and its scores the owner's
+            bias, turned = added(model, index, tokens), rotation(model, index, tokens)
         features, used = run_block(model.blocks[index], tokens.features, shared, leave, bias, turned)
         return tokens._replace(features=features), used
 

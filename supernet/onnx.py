@@ -27,6 +27,29 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
     except ImportError as error:
         raise ModelError(f"writing ONNX needs onnx and onnxscript ({error}); pip install 'poolshare[onnx]'") from None
 
+    images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
+    written = copy.deepcopy(model).eval().cpu().float()
+    if isinstance(written, RELATIVE):
+        # Of fused attention with a bias for each pair torch's exporter gets the strides wrong.
+        for block in written.blocks:
+            block.attn.fused_attn = False
+    program = torch.onnx.export(
+        written,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=["logits"],
+        custom_translation_table=_translations(onnx),
+        verbose=False,
+    )
+    assert program is not None  # dynamo gives one
+    write_whole(Path(path), lambda temporary: program.save(temporary, external_data=False))
+
+
+def _translations(onnx: Any) -> dict[Any, Any]:
+    """What torch's exporter lacks, written in onnxscript's operators `onnx`."""
+
     def stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
         # torch's exporter does not know it; ONNX's TopK gives equal values in the order of their indices, too.
         axis = dim % len(values.shape)
@@ -43,25 +66,4 @@ def write_onnx(model: Subnet, path: str | Path) -> None:
             values = onnx.Concat(*maxima, axis=axis) if cells > 1 else maxima[0]
         return values, values
 
-    images = torch.zeros(2, model.in_chans, *model.patch_embed.img_size)
-    written = copy.deepcopy(model).eval().cpu().float()
-    if isinstance(
-        written, RELATIVE
-    ):  # of fused attention with a bias for each pair torch's exporter gets the strides wrong
-        for block in written.blocks:
-            block.attn.fused_attn = False
-    program = torch.onnx.export(
-        written,
-        (images,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["images"],
-        output_names=["logits"],
-        custom_translation_table={
-            torch.ops.aten.sort.stable: stable_sort,
-            torch.ops.aten.adaptive_max_pool2d.default: cell_maxima,
-        },
-        verbose=False,
-    )
-    assert program is not None  # dynamo gives one
-    write_whole(Path(path), lambda temporary: program.save(temporary, external_data=False))
+    return {torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.adaptive_max_pool2d.default: cell_maxima}

@@ -25,7 +25,7 @@ from .heads.maps import head_map, tapped
 from .model import SuperNet, check_fit, check_sharing, run_layers
 from .operators.pooling import make_poolings
 from .options import read_options
-from .tokens import Carry, restore
+from .tokens import Carry, Tokens, restore
 
 Maps = Literal["nearest", "bilinear", "reduced"]  # how NCHW features come: of the full grid, or as small as the tokens
 # What only an attention that computes its own scores holds.
@@ -144,7 +144,6 @@ class Subnet(TimmViT):
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.grid_size
         full = output_fmt == "NCHW" and maps != "reduced"
         if output_fmt == "NCHW" and not full:
             check_grid(self.architecture, last)
@@ -154,12 +153,7 @@ class Subnet(TimmViT):
         if norm:
             chosen = [after._replace(features=self.norm(after.features)) for after in chosen]
         prefix = [after.features[:, : self.num_prefix_tokens] for after in chosen]
-        if full:
-            images = [restore(after, self.num_prefix_tokens, grid, maps == "bilinear") for after in chosen]
-        else:
-            images = [after.features[:, self.num_prefix_tokens :] for after in chosen]
-            if output_fmt == "NCHW":
-                images = [m.transpose(1, 2).unflatten(2, grid_of(m.shape[1], grid)).contiguous() for m in images]
+        images = [self._image(after, output_fmt, maps) for after in chosen]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens
         if output_dict:
             return {
@@ -169,6 +163,16 @@ class Subnet(TimmViT):
             }
         intermediates = list(zip(images, prefix, strict=True)) if with_prefix else images
         return intermediates if intermediates_only else (self.norm(tokens[-1].features), intermediates)
+
+    def _image(self, tokens: Tokens, output_fmt: str, maps: Maps) -> torch.Tensor:
+        """The patch tokens, (B, P, C) or as a map (B, C, rows, columns), see `forward_intermediates`."""
+        grid = self.patch_embed.grid_size
+        if output_fmt == "NCHW" and maps != "reduced":
+            return restore(tokens, self.num_prefix_tokens, grid, maps == "bilinear")
+        patches = tokens.features[:, self.num_prefix_tokens :]
+        if output_fmt == "NLC":
+            return patches
+        return patches.transpose(1, 2).unflatten(2, grid_of(patches.shape[1], grid)).contiguous()
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

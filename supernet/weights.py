@@ -124,7 +124,7 @@ def read_card(name: str, option: str = "--weights") -> Card:
         ) from None
 
 
-def read_checkpoint(name: str, option: str = "--weights") -> Checkpoint:
+def read_checkpoint(name: str) -> Checkpoint:
     """Read weights from a file, a folder with a card, `local-dir:FOLDER` or `hf-hub:NAME`; nothing in them is executed.
 
     Files are safetensors, or what torch.save wrote (.pth, .pt, .bin, .ckpt, .pth.tar), read with weights_only. A state dict may lie
@@ -132,9 +132,9 @@ def read_checkpoint(name: str, option: str = "--weights") -> Checkpoint:
 
     Raises ModelError for what cannot be read, holds pickled code, no weights, or values that are not finite.
     """
-    folder = has_card(name)
-    path = file_of(name, option) if folder else Path(name).expanduser()
-    content = _read(path, f"{option} {name}")
+    folder, what = has_card(name), f"--weights {name}"
+    path = file_of(name, "--weights") if folder else Path(name).expanduser()
+    content = _read(path, what)
     notes: list[str] = []
     inner: Any = content
     holder = next((key for key in HOLDERS if isinstance(content.get(key), Mapping)), None)
@@ -144,9 +144,9 @@ def read_checkpoint(name: str, option: str = "--weights") -> Checkpoint:
             notes.append(f"{path.name}: the moving average of its weights ({holder}) is taken, as in timm")
     tensors = {str(key): value for key, value in inner.items() if isinstance(value, torch.Tensor)}
     tensors = _unwrapped(tensors, path, notes)
-    _refuse(tensors, f"{option} {name}")
+    _refuse(tensors, what)
     names, said_by = _names_in(content), path.name
-    if folder and (card := read_card(name, option)).names:
+    if folder and (card := read_card(name)).names:
         names, said_by = card.names, f"{name.rstrip('/')}/{CARD}"
     return Checkpoint(name if folder else path.name, tensors, names, said_by, tuple(notes))
 

@@ -44,7 +44,7 @@ def slow_kmedoids(points, after, weights=None, rounds=5):
 
 def slow_kmeans(points, after, weights=None, rounds=5):
     w = [1.0] * len(points) if weights is None else weights
-    centres = [points[i] for i in slow_start(after, weights, len(points))]
+    centres = [points[i] for i in slow_start(after, None, len(points))]
     for _ in range(rounds):
         home = [int(np.argmin([squared(point, centre) for centre in centres])) for point in points]
         for k in range(after):
@@ -102,7 +102,7 @@ def test_kmeans_equals_scikit_learn_from_the_same_start(after):
     for weighted in (False, True):
         for points, weights in batch:
             w = weights if weighted else None
-            start = points[slow_start(after, w, len(points))]
+            start = points[slow_start(after, None, len(points))]
             theirs = KMeans(after, init=start, n_init=1, max_iter=5, tol=0).fit(points, sample_weight=w)
             ours = kmeans(torch.tensor(points)[None], after, None if w is None else torch.tensor(w)[None])[0]
             centres = torch.tensor(theirs.cluster_centers_)[None]
@@ -160,8 +160,9 @@ def test_an_empty_or_weightless_cluster_keeps_its_centre():
     patches = torch.tensor([[[2.0], [2.0], [2.0], [2.0], [8.0], [8.0]]])
     # Start at 0, 2, 4 (2, 2, 8). Ties go to the first, so the second cluster has no members from the start.
     assert kmeans(patches, 3)[0].flatten().tolist() == [2, 2, 8]
-    # All weightless: the start, the first three tokens, is also the end.
-    assert kmeans(patches, 3, torch.zeros(1, 6))[0].flatten().tolist() == [2, 2, 2]
+    # All weightless: the start, tokens 0, 3 and 6 of nine, is also the end.
+    patches = torch.tensor([[[2.0], [3.0], [4.0], [5.0], [6.0], [7.0], [8.0], [9.0], [10.0]]])
+    assert kmeans(patches, 3, torch.zeros(1, 9))[0].flatten().tolist() == [2, 5, 8]
 
 
 def test_a_common_offset_changes_no_cluster():

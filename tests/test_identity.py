@@ -24,7 +24,7 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.records import read_json, write_json
 from poolshare.space import ConfigError, DamagedError, DataError, RunError, presets
 from poolshare.space.files import write_whole
-from poolshare.supernet.training.checkpoint import load_state, save_state, state_before
+from poolshare.supernet.training.checkpoint import load_state, save_tensors, state_before
 
 SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
 OPTIONS = {"model": "vit_tiny_patch16_224", "model_args": SMALL, "img_size": 16, "epochs": 1, "batch_size": 8}
@@ -294,7 +294,7 @@ def test_what_cannot_be_read_is_not_called_damaged(name, place):
 def test_a_state_that_cannot_be_read_is_not_replaced_by_the_one_before_it(tmp_path, monkeypatch):
     path = tmp_path / "training.safetensors"
     for step in (1, 2):
-        save_state(path, {"x": torch.full((2,), float(step))}, {"step": step})
+        save_tensors(path, {"x": torch.full((2,), float(step))}, {"step": step}, state_before(path))
     whole = path.read_bytes()
 
     def refused(name, *arguments, **options):

@@ -65,18 +65,17 @@ def open_own(
     found = _read_parts(parts, seed, workers, progress, targets)
     channels, height, width = _common_shape(found)
     of_loaders = isinstance(parts[0], DataLoader)
+    labels = [part.split.labels for part in found.values()]
     both = Source(
         not_one_by_one if of_loaders else partial(_Item, ConcatDataset(parts)),
-        np.concatenate([part.split.labels for part in found.values()]),
+        np.concatenate(labels),
         digests=np.concatenate([part.split.source.digests for part in found.values()]),  # type: ignore[misc]
     )
     loaders = dict(zip(SPLITS, parts, strict=True))
     kind = partial(LoaderData, loaders=loaders, sizes=found["train"].sizes, targets=targets)
     return (kind if of_loaders else Data)(
         name=f"{DataKind.GIVEN.value}{name}",
-        classes=()
-        if targets == "dense"
-        else _names(_dataset(parts[0]), classes, [part.split.labels for part in found.values()]),
+        classes=() if targets == "dense" else _names(_dataset(parts[0]), classes, labels),
         in_chans=channels,
         img_size=(height, width),
         seed=seed,
@@ -194,7 +193,8 @@ def _read_dataset(
     labels, digests = list[Any](), list[int]()
     shape: tuple[int, ...] | None = None
     generator = torch.Generator()  # the global one stays as it is
-    for items in DataLoader(_Checks(dataset, targets), 256, num_workers=workers, collate_fn=list, generator=generator):
+    checks = _Checks(dataset, targets)
+    for items in DataLoader(checks, 256, num_workers=workers, collate_fn=list, generator=generator):
         for item in items:
             if item.problem:
                 kind = BrokenDataError if item.broken else DataError
@@ -210,9 +210,8 @@ def _read_dataset(
         if progress:
             progress(len(labels))
     assert shape is not None  # empty data sets are refused before
-    repeatable = [_Checks(dataset, targets)[index].digest for index in range(min(_AGAIN, len(digests)))] == digests[
-        :_AGAIN
-    ]
+    again = [checks[index].digest for index in range(min(_AGAIN, len(digests)))]
+    repeatable = again == digests[: len(again)]
     if len({np.shape(label) for label in labels}) > 1:
         raise DataError(f"labels of the {where} data differ in length: give a 0 or 1 for each class, of every image")
     table = np.array(labels, dtype=np.uint8 if targets == "classes" else np.int64)

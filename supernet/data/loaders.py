@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from poolshare.space.errors import DataError
 from ..tasks.task import Targets
 from . import samples
 from .sources import Source, Split
-from .splits import Batches, Data
+from .splits import Anew, Batches, Data
 from .transforms import keyed_generators
 
 _EPOCH = 29  # sets a loader's draws apart from others of the same seed
@@ -61,23 +61,22 @@ class LoaderData(Data):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
-        pin: bool = False,
+        **_: Any,
     ) -> Batches:
-        """Epochs of the user's training loader; each rank takes its share of every batch."""
+        """Epochs of the user's training loader, which has workers of its own; each rank takes its share of every batch."""
         for images in self.sizes:
             _check_share(images, world_size)
-
-        def one(now: int) -> _Epoch:
-            start = start_step if now == epoch else 0
-            key = self.seed, _EPOCH, now
-            return self._epoch("train", key, start, rank, world_size)
-
-        return _Epochs([one(now) for now in range(epoch, epoch + epochs)])
+        parts = [
+            self._epoch("train", (self.seed, _EPOCH, now), start_step if now == epoch else 0, rank, world_size)
+            for now in range(epoch, epoch + epochs)
+        ]
+        return Anew(lambda: chain.from_iterable(parts), sum(map(len, parts)))
 
     def eval_share(self, split: str, batch_size: int, rank: int, world_size: int, *, workers: int = 0) -> Batches:
         """Every so manieth batch; the loader gives no ranges, so each process draws them all."""
-        return _Every(self.eval_loader(split, batch_size, workers=workers), rank, world_size)
+        batches = self.eval_loader(split, batch_size, workers=workers)
+        count = len(range(rank, len(batches), world_size))
+        return Anew(lambda: islice(batches, rank, None, world_size), count)
 
     def _batches(self, split: str, batch_size: int, workers: int, start: int = 0, stop: int | None = None) -> Batches:
         if (start, stop) != (0, None):
@@ -92,35 +91,6 @@ class LoaderData(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class _Every:
-    """Every `step`th of some batches, from `first` on; none is kept."""
-
-    batches: Batches
-    first: int
-    step: int
-
-    def __len__(self) -> int:
-        return len(range(self.first, len(self.batches), self.step))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(self.batches, self.first, None, self.step)
-
-
-@dataclass(frozen=True, eq=False)
-class _Epochs:
-    """One epoch after the other."""
-
-    parts: Sequence[_Epoch]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in self.parts:
-            yield from part
-
-
-@dataclass(frozen=True, eq=False)
 class _Epoch:
     """One pass over a loader from `start` on; what comes before is drawn too, so that the rest is the same."""
 
@@ -131,9 +101,7 @@ class _Epoch:
     rank: int = 0
     world_size: int = 1
     targets: Targets = "class"
-    translate: Callable[[Tensor], Tensor] | None = (
-        None  # the loader's labels to those of the model; None: they are the same
-    )
+    translate: Callable[[Tensor], Tensor] | None = None  # the loader's labels to the model's; None: they are the same
 
     def __len__(self) -> int:
         return len(self.loader) - self.start
@@ -190,15 +158,14 @@ def _seeded(generators: Sequence[torch.Generator], seed: int) -> Iterator[None]:
 
 
 def read_loader(
-    loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None, targets: Targets = "class"
+    loader: DataLoader, where: str, seed: int, progress: Callable[[int], None] | None, targets: Targets
 ) -> samples.Part:
     """Labels in the order of the first epoch, so that another sampler shows in the fingerprint."""
     labels: list[Tensor] = []
     digests: list[int] = []
     shapes: set[tuple[int, ...]] = set()
     epoch = _Epoch(loader, where, (seed, _EPOCH, 0) if where == "train" else (seed, _EPOCH), targets=targets)
-    for index, item in enumerate(epoch):
-        images, some = item
+    for index, (images, some) in enumerate(epoch):
         if problem := samples.not_finite_fault(images):
             raise DataError(f"batch {index} of the {where} loader cannot be used ({problem})")
         labels.append(some)

@@ -36,7 +36,6 @@ from .transforms import (
     digits_transform,
     mask_transform,
     picture_transform,
-    random_numbers,
 )
 
 _SEARCH, _TEST = range(2)  # one stream of random numbers for each cut; `splits` has others of the same seed
@@ -85,39 +84,20 @@ def open_data(
     labelled = place.targets != "dense"
     classes = found.classes if labelled else ()
     strata = () if place.targets == "pixels" else classes  # what cuts keep the shares of
-    splits, notes, full = {}, found.notes, found.train
-    whole_count = len(full)
-    if found.open_test is None and not training and _too_rare(full, strata):
-        notes += (
-            f"{name}: none of its {whole_count} images were set aside as test, as some class has no two of them.",
-        )
-    elif found.open_test is None:
-        count, how = (
-            round(test_fraction * len(full)),
-            "class by class" if full.labels.ndim == 1 and strata else "at random",
-        )
-        splits["test"], full = full.cut(count, strata, random_numbers(seed, _TEST), f"{name}, test")
-        notes += (
-            f"{name} has no test images of its own: {len(splits['test'])} of its {whole_count} images were "
-            f"set aside as test, {how}, with seed {seed}; another seed sets aside others.",
-        )
-    rng = random_numbers(seed, _SEARCH)
+    splits, notes, full = dict[str, Split](), found.notes, found.train
+    if found.open_test is None:
+        note, test, full = _without_tests(name, full, strata, test_fraction, seed, training)
+        notes += (note,)
+        if test is not None:
+            splits["test"] = test
+    train = search = full
     if found.search is not None:
-        search, train = found.search, full
-        full = Split(train.source, np.concatenate([train.indices, search.indices]))
-        if search_images is not None and len(search) > search_images:
-            notes += (
-                f"architectures are scored on {search_images:,} of these, drawn with seed {seed}: see --search-images",
-            )
-            search = search.drawn(search_images, strata, rng)
+        more, search = _scored(found.search, strata, search_images, seed)
+        full = Split(full.source, np.concatenate([full.indices, found.search.indices]))
+        notes += more
     elif training:
-        count = round(search_fraction * len(full))
-        if search_images is not None and count > search_images:
-            notes += (f"architectures are scored on {search_images:,} training images: see --search-images",)
-            count = search_images
-        search, train = full.cut(count, strata, rng, f"{name}, search")
-    else:
-        search = train = full
+        more, train, search = _set_aside(name, full, strata, search_fraction, search_images, seed)
+        notes += more
     splits |= {"train": train, "search": search, "train_full": full}
     if full.labels.ndim > 1:
         unseen = ~search.labels.any(axis=0) & full.labels.any(axis=0)
@@ -129,6 +109,43 @@ def open_data(
     data = Data(name, classes, images.in_chans, images.size, seed, notes, splits, found.open_test, prepare, labelled)
     data.check(check, progress, when)
     return data
+
+
+def _without_tests(
+    name: str, images: Split, strata: Sequence[str], fraction: float, seed: int, training: bool
+) -> tuple[str, Split | None, Split]:
+    """Of data that have no test images of their own: a note, those that are set aside, if any, and the rest."""
+    if not training and _too_rare(images, strata):
+        note = f"{name}: none of its {len(images)} images were set aside as test, as some class has no two of them."
+        return note, None, images
+    count, rng = round(fraction * len(images)), np.random.default_rng((seed, _TEST))
+    how = "class by class" if images.labels.ndim == 1 and strata else "at random"
+    test, rest = images.cut(count, strata, rng, f"{name}, test")
+    note = (
+        f"{name} has no test images of its own: {len(test)} of its {len(images)} images were "
+        f"set aside as test, {how}, with seed {seed}; another seed sets aside others."
+    )
+    return note, test, rest
+
+
+def _scored(images: Split, strata: Sequence[str], most: int | None, seed: int) -> tuple[tuple[str, ...], Split]:
+    """Of images that are there to score on: notes, and at most so many of them."""
+    if most is None or len(images) <= most:
+        return (), images
+    note = f"architectures are scored on {most:,} of these, drawn with seed {seed}: see --search-images"
+    return (note,), images.drawn(most, strata, np.random.default_rng((seed, _SEARCH)))
+
+
+def _set_aside(
+    name: str, images: Split, strata: Sequence[str], fraction: float, most: int | None, seed: int
+) -> tuple[tuple[str, ...], Split, Split]:
+    """Of data without images to score on: notes, those to train on, and a share, at most so many, set aside to score on."""
+    count, notes = round(fraction * len(images)), tuple[str, ...]()
+    if most is not None and count > most:
+        notes = (f"architectures are scored on {most:,} training images: see --search-images",)
+        count = most
+    search, train = images.cut(count, strata, np.random.default_rng((seed, _SEARCH)), f"{name}, search")
+    return notes, train, search
 
 
 def open_pictures(
@@ -152,14 +169,7 @@ def open_pictures(
     return data
 
 
-def open_tests(
-    place: Place,
-    classes: Sequence[str],
-    images: ImageFormat,
-    *,
-    when: Checking = "once",
-    progress: Progress | None = None,
-) -> Data:
+def open_tests(place: Place, classes: Sequence[str], images: ImageFormat, *, progress: Progress | None = None) -> Data:
     """A folder of images or shards that a model was not trained on, as test images: those set aside for that, or else all.
 
     classes: the model's; the folder may lack some of them. There is no other split than `test`, whose images are decoded
@@ -176,7 +186,7 @@ def open_tests(
     notes += (f"all {len(source)} images of {str(folder)!r} are test images.",)
     prepare, splits = _transform(place, images, Augmentation.none()), {"test": whole(source)}
     data = Data(place.name, tuple(classes), images.in_chans, images.size, 0, notes, splits, None, prepare)
-    data.check(("test",), progress, when)
+    data.check(("test",), progress)
     return data
 
 

@@ -132,7 +132,7 @@ class Images:
                 image.load()
                 return as_seen(image, self.scale_16bit), content
         except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else _reason(error, item)
+            reason = _reason(error, item)
         where = repr(item) if isinstance(item, str) else f"{self.name}, image {index}"
         raise BrokenDataError(f"cannot read {where} ({reason})")
 
@@ -208,7 +208,7 @@ def _read_mask(path: str) -> tuple[np.ndarray, bytes]:
                 raise DataError(f"colours, mode {image.mode}, in place of class indices")
             return np.array(image, dtype=np.int64), content
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error …
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else _reason(error, path)
+        reason = _reason(error, path)
     raise BrokenDataError(f"cannot read {path!r} ({reason})")
 
 
@@ -238,12 +238,13 @@ def _set_limit() -> None:
     text = os.environ.get(PIXELS_VARIABLE)
     if text is not None and (not text.isdecimal() or int(text) < 2):
         raise DataError(f"{PIXELS_VARIABLE}={text!r} is not a number of pixels")
-    Image.MAX_IMAGE_PIXELS = (
-        PILLOWS_PIXELS if text is None else int(text) // 2
-    )  # where it warns; it refuses twice as many
+    # Where it warns; it refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = PILLOWS_PIXELS if text is None else int(text) // 2
 
 
 def _reason(error: Exception, item: Any) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: set {PIXELS_VARIABLE}=N to allow N"
     if isinstance(error, FileNotFoundError) and isinstance(item, str) and os.path.islink(item):

@@ -34,7 +34,7 @@ def image_of(item: Any) -> Any:
     return item[0] if isinstance(item, (tuple, list)) and item else item
 
 
-def pair(item: Any, targets: Targets = "class") -> tuple[Any, Any]:
+def pair(item: Any, targets: Targets) -> tuple[Any, Any]:
     """Image and label of a sample, or images and labels of a batch; without labels zeros. Raises DataError for anything else."""
     if targets == "dense":
         image = image_of(item)
@@ -70,7 +70,7 @@ def whole_numbers(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex())
 
 
-def label_fault(label: Any, targets: Targets = "class") -> str:
+def label_fault(label: Any, targets: Targets) -> str:
     if targets == "classes":
         fault = hot_fault(label, 1)
         return f"its label is {described(label)}, and must be a 0 or 1 for each class" if fault else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,32 +56,6 @@ def is_settled(times: Any) -> Any:
     return times < time.time_ns() - _FRESH
 
 
-class Seen:
-    """Digests of the files of one store that could be decoded; each holds while size and time of change are the same.
-
-    The time is that of the file's last change of any kind (ctime), which no program can set back.
-    """
-
-    def __init__(self, key: str, read: Images) -> None:
-        self.path = cached("images", key, *map(str, read.how), os.environ.get(PIXELS_VARIABLE, ""))
-
-    def recall(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Digests of files by name, bytes and nanoseconds of change, (N,) uint64; 0 where nothing is known."""
-        with suppress(*_UNREADABLE), np.load(self.path, allow_pickle=False) as kept:
-            # a column is read where it is named
-            rows = _rows(kept["names"], Names.of(names))
-            same = (kept["sizes"][rows] == sizes) & (kept["times"][rows] == times)
-            if not isinstance(rows, slice):
-                same &= rows >= 0
-            return np.where(same, kept["digests"][rows], np.uint64(0))
-        return np.zeros(len(names), dtype=np.uint64)
-
-    def keep(self, names: Sequence[str], sizes: np.ndarray, times: np.ndarray, digests: np.ndarray) -> None:
-        """Remember what is known of the files now, in place of what was; a cache that cannot be written is no error."""
-        known = np.where(is_settled(times), digests, 0).astype(np.uint64)
-        save(self.path, names=Names.of(names).column, sizes=sizes, times=times, digests=known)
-
-
 def _rows(earlier: np.ndarray, names: Names) -> np.ndarray | slice:
     """Where names stand in a column of a file, -1 for new ones; all of it where they are the same, as they mostly are."""
     if hashlib.sha256(earlier.data).digest() == hashlib.sha256(names.text).digest():  # a copy to compare would be large
@@ -91,29 +65,37 @@ def _rows(earlier: np.ndarray, names: Names) -> np.ndarray | slice:
 
 
 def recall(source: Source) -> None:
-    """Put what is known of its files' contents into `digests`, where nothing stands yet."""
-    assert source.digests is not None
-    for seen, rows, columns in _parts(source):
-        known = source.digests[rows]
-        source.digests[rows] = np.where(known == 0, seen.recall(*columns), known)
+    """Put what is known of its files' contents into `digests`, where nothing stands yet.
+
+    What was kept of a file holds while its size and the time of its last change are the same. The change is one of any
+    kind (ctime), whose time no program can set back.
+    """
+    for path, names, sizes, times, digests in _stores(source):
+        with suppress(*_UNREADABLE), np.load(path, allow_pickle=False) as kept:
+            # a column is read where it is named
+            rows = _rows(kept["names"], names)
+            same = (kept["sizes"][rows] == sizes) & (kept["times"][rows] == times)
+            if not isinstance(rows, slice):
+                same &= rows >= 0
+            digests[:] = np.where(same & (digests == 0), kept["digests"][rows], digests)
 
 
 def keep(source: Source) -> None:
-    """Remember `digests` for the next time."""
-    assert source.digests is not None
-    for seen, rows, columns in _parts(source):
-        seen.keep(*columns, source.digests[rows])
+    """Remember `digests`, in place of what was; a cache that cannot be written is no error."""
+    for path, names, sizes, times, digests in _stores(source):
+        known = np.where(is_settled(times), digests, 0).astype(np.uint64)
+        save(path, names=names.column, sizes=sizes, times=times, digests=known)
 
 
-def _parts(source: Source) -> Iterator[tuple[Seen, slice, tuple[Sequence[str], np.ndarray, np.ndarray]]]:
-    """What was seen of each store of a source, the rows of its files, and their names, sizes and times of change."""
-    read = source.read
+def _stores(source: Source) -> Iterator[tuple[Path, Names, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each store: where it is remembered, and of its files the names, and views of sizes, times of change and digests."""
+    read, columns = source.read, (source.sizes, source.times, source.digests)
     assert isinstance(read, Images)
     assert isinstance(read.items, Files)
-    assert source.sizes is not None
-    assert source.times is not None
+    how = *map(str, read.how), os.environ.get(PIXELS_VARIABLE, "")
     start = 0
     for part in read.items.parts:
-        rows = slice(start, start + len(part.names))
-        yield Seen(part.key, read), rows, (part.names, source.sizes[rows], source.times[rows])
-        start = rows.stop
+        stop = start + len(part.names)
+        sizes, times, digests = (column[start:stop] for column in columns if column is not None)
+        yield cached("images", part.key, *how), Names.of(part.names), sizes, times, digests
+        start = stop

@@ -8,8 +8,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Literal, Protocol
+from functools import cache, cached_property, partial
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from .listing import some
 from .pictures import Files, Images, Pairs, Progress, advance, check_images
 from .seen import keep, recall
 from .sources import Source, Split
-from .transforms import Prepare, kept_generators, random_numbers
+from .transforms import Prepare, kept_generators
 
+T = TypeVar("T")
 Checking = Literal["once", "now", "never"]  # when images are decoded as a check
 CACHE_BYTES = 2**30  # evaluation splits of up to this size, as float32, are kept decoded
 
@@ -109,8 +110,8 @@ class Data:
     def relabelled(self, classes: Sequence[str], indices: Sequence[int]) -> "Data":
         """The same images under the classes of a model, of which class i of these is the one at `indices[i]`."""
         table, open_test = np.asarray(indices, dtype=np.int64), self._open_test
-        sources = {id(split.source): split.source for split in self._splits.values()}
 
+        @cache  # splits share their source
         def moved_to(source: Source) -> Source:
             if isinstance(source.read, Pairs):
                 return replace(source, read=source.read.relabelled(indices))
@@ -120,11 +121,8 @@ class Data:
             labels[:, table] = source.labels
             return replace(source, labels=labels)
 
-        moved = {key: moved_to(source) for key, source in sources.items()}
-
         def translated(split: Split) -> Split:
-            source = moved.get(id(split.source)) or moved_to(split.source)
-            return Split(source, split.indices)
+            return Split(moved_to(split.source), split.indices)
 
         return replace(
             self,
@@ -143,7 +141,16 @@ class Data:
         return replace(self, labelled=True, answering=model.eval())
 
     def _answered(self, batches: Batches) -> Batches:
-        return batches if self.answering is None else _Answered(batches, self.answering)
+        if (model := self.answering) is None:
+            return batches
+
+        @torch.no_grad()
+        def answers() -> Iterator[tuple[Tensor, Tensor]]:
+            device = next(model.parameters()).device
+            for images, _ in batches:
+                yield images, model(images.to(device)).cpu()
+
+        return Anew(answers, len(batches))
 
     @property
     def fingerprint(self) -> str:
@@ -218,14 +225,14 @@ class Data:
 
         def rows() -> Iterator[list[_Row]]:
             for now in range(epoch, epoch + epochs):
-                order = split.indices[random_numbers(self.seed, _ORDER, now).permutation(len(split))]
+                order = split.indices[np.random.default_rng((self.seed, _ORDER, now)).permutation(len(split))]
                 first = start_step if now == epoch else 0
                 batches = order[: steps * whole].reshape(steps, whole)[first:, rank * share : (rank + 1) * share]
                 for batch in batches:
                     yield [(index, now) for index in batch.tolist()]
 
         items = _Items(split.source, self._prepare, self.seed)
-        return _Loader(items, _Rows(rows, epochs * steps - start_step), workers, pin)
+        return _Loader(items, Anew(rows, epochs * steps - start_step), workers, pin)
 
     def eval_loader(
         self, split: str, batch_size: int, *, workers: int = 0, start: int = 0, stop: int | None = None
@@ -265,40 +272,23 @@ class Data:
             for at in starts:
                 yield [(index, None) for index in indices[at : at + batch_size].tolist()]
 
-        return _Loader(_Items(part.source, self._prepare, self.seed), _Rows(rows, len(starts)), workers)
-
-
-@dataclass(frozen=True, eq=False)
-class _Answered:
-    """Batches whose targets are a model's outputs, on the CPU."""
-
-    batches: Batches
-    model: nn.Module
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next(self.model.parameters()).device
-        for images, _ in self.batches:
-            yield images, self.model(images.to(device)).cpu()
+        return _Loader(_Items(part.source, self._prepare, self.seed), Anew(rows, len(starts)), workers)
 
 
 _Row = tuple[int, int | None]  # an image, and the epoch that augments it; None: as evaluation sees it
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
-    """The images of one batch after the other; no more are listed than are asked for."""
+class Anew(Generic[T]):
+    """`count` items, which every iteration has `make` give anew; none is kept."""
 
-    make: Callable[[], Iterator[list[_Row]]]
+    make: Callable[[], Iterator[T]]
     count: int
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[_Row]]:
+    def __iter__(self) -> Iterator[T]:
         return self.make()
 
 
@@ -335,7 +325,7 @@ class _Loader:
     """The items of `rows`, a batch for each. Its workers live as long as it does."""
 
     items: _Items
-    rows: _Rows
+    rows: Anew[list[_Row]]
     workers: int
     pin: bool = False
 

@@ -91,11 +91,6 @@ class Augmentation:
 DEFAULT_AUGMENTATION = Augmentation()
 
 
-def random_numbers(*key: int) -> np.random.Generator:
-    """Random numbers that depend on the key alone."""
-    return np.random.default_rng(key)
-
-
 @contextmanager
 def kept_generators() -> Iterator[None]:
     """Leave the three global generators that timm's transforms draw from afterwards as they were."""
@@ -246,7 +241,7 @@ class _Digits:
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         if draw is not None and self.shift:
-            top, left = random_numbers(*draw).integers(0, 2 * self.shift + 1, size=2).tolist()
+            top, left = np.random.default_rng(draw).integers(0, 2 * self.shift + 1, size=2).tolist()
             image = pad(image, (self.shift,) * 4)[top : top + 8, left : left + 8]
         return (image / 16 - self.mean) / self.std
 

@@ -26,7 +26,7 @@ def kmedoids(
     """
     distances, weight = _squared_distances(_points(patches)), sizes if weights is None else weights
     weighted = distances if weight is None else distances * at_least_float32(weight.detach())[:, :, None]
-    medoids = _start(patches, after, weights)
+    medoids = _evenly_spaced(patches, after) if weights is None else best_and_rest(weights, after)[0]
     for _ in range(ROUNDS):
         clusters = _nearest_medoid(distances, medoids)
         medoids = _central_members(weighted, clusters, after)
@@ -34,18 +34,15 @@ def kmedoids(
     return take(patches, order.values), order.indices.sort(dim=1).indices.gather(1, clusters)
 
 
-def kmeans(
-    patches: torch.Tensor, after: int, weights: torch.Tensor | None = None, sizes: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted means of `after` clusters, in the order of the tokens they began as.
+def kmeans(patches: torch.Tensor, after: int, sizes: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted means of `after` clusters, in the order of the tokens they began as, which were evenly spaced.
 
-    (B, P, C) → (B, after, C), and (B, P): the cluster of each token. Weights, sizes and start: as in `kmedoids`. A cluster
-    that loses all its members, or all their weight, keeps its centre.
+    (B, P, C) → (B, after, C), and (B, P): the cluster of each token. sizes: (B, P), ≥ 0, what each token weighs; None: 1.
+    A cluster that loses all its members, or all their weight, keeps its centre.
     """
-    points, start = _points(patches), _start(patches, after, weights)
-    given = sizes if weights is None else weights
-    weight = torch.ones_like(points[:, :, :1]) if given is None else at_least_float32(given.detach())[:, :, None]
-    centres = take(points, start)
+    points = _points(patches)
+    weight = torch.ones_like(points[:, :, :1]) if sizes is None else at_least_float32(sizes.detach())[:, :, None]
+    centres = take(points, _evenly_spaced(patches, after))
     weighted = weight * points
     for _ in range(ROUNDS):
         clusters = _nearest_centre(points, centres)
@@ -64,10 +61,8 @@ def _mean_token(patches: torch.Tensor) -> torch.Tensor:
     return at_least_float32(patches.detach()).mean(dim=1, keepdim=True)
 
 
-def _start(patches: torch.Tensor, after: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """Ascending indices to begin with, (B, after): the heaviest tokens, or evenly spaced ones."""
-    if weights is not None:
-        return best_and_rest(weights.detach(), after)[0]
+def _evenly_spaced(patches: torch.Tensor, after: int) -> torch.Tensor:
+    """Ascending indices of tokens, (B, after)."""
     B, P, _ = patches.shape
     return (torch.arange(after, device=patches.device) * P // after).expand(B, -1)
 

@@ -108,7 +108,7 @@ class Pooling(nn.Module):
             case "kmedoids":
                 return kmedoids(patches, after, sizes=sizes)
             case "kmeans":
-                return kmeans(patches, after, sizes=sizes)
+                return kmeans(patches, after, sizes)
             case "random":
                 return random_tokens(patches, after)
         if attended is None:

@@ -10,13 +10,16 @@ from .classification import CLASSIFICATION
 from .embedding import EMBEDDING
 from .multilabel import MULTILABEL
 from .segmentation import SEGMENTATION
-from .task import Task, check_task
+from .task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABEL, SEGMENTATION, EMBEDDING)}
 
 
 def task_named(task: Any) -> Task:
-    """The task of a name, or the task that was given. Raises ConfigError for an unknown name, and what `check_task` does."""
+    """The task of a name, or the task that was given.
+
+    Raises ConfigError for an unknown name, for what is no task, and for a task without a name of its own.
+    """
     if isinstance(task, str):
         if task not in TASKS:
             raise ConfigError(
@@ -24,4 +27,16 @@ def task_named(task: Any) -> Task:
                 "with what `poolshare.search.search` returned, or give it to `poolshare.search.work`"
             )
         return TASKS[task]
-    return check_task(task, [type(one) for one in TASKS.values()])
+    if not isinstance(task, Task):
+        what = task.__name__ if isinstance(task, type) else f"{task!r:.60}"
+        raise ConfigError(
+            f"task {what} is not a task: give its name, or an instance of a subclass of poolshare.search.Task"
+        )
+    name = getattr(task, "name", "")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"the task {type(task).__name__} is called {name!r}: give it a name, which is recorded")
+    if name in TASKS and type(task) is not type(TASKS[name]):
+        raise ConfigError(
+            f"the task {type(task).__name__} is called {name}, as one of poolshare's: give it another name"
+        )
+    return task

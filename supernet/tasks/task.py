@@ -123,23 +123,6 @@ def contributed(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def check_task(task: Any, known: Sequence[type[Task]]) -> Task:
-    """The task itself. Raises ConfigError for what is none, or has a name that is no name of its own."""
-    if not isinstance(task, Task):
-        what = task.__name__ if isinstance(task, type) else f"{task!r:.60}"
-        raise ConfigError(
-            f"task {what} is not a task: give its name, or an instance of a subclass of poolshare.search.Task"
-        )
-    name = getattr(task, "name", "")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"the task {type(task).__name__} is called {name!r}: give it a name, which is recorded")
-    if any(name == one.name and type(task) is not one for one in known):
-        raise ConfigError(
-            f"the task {type(task).__name__} is called {name}, as one of poolshare's: give it another name"
-        )
-    return task
-
-
 def check_contributions(task: Task, outputs: Tensor) -> None:
     """Raise ConfigError for a task that does not judge image by image, tried on the outputs of a few images.
 

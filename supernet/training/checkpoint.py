@@ -64,9 +64,15 @@ def load_tensors(path: Path, shapes: Shapes | None = None) -> tuple[dict[str, to
 def read_weights(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
     """The weights of an exported model, shapes first. Raises RunError for other shapes, SafetensorError for damage."""
     with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+        return _tensors(path, file, shapes)
+
+
+def _tensors(path: Path, file: Any, shapes: Shapes | None) -> dict[str, torch.Tensor]:
+    """The tensors of an open safetensors file, their shapes compared before any is read."""
+    names = list(file.keys())
+    if shapes is not None:
         _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
-        return {name: file.get_tensor(name) for name in names}
+    return {name: file.get_tensor(name) for name in names}
 
 
 def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -78,10 +84,7 @@ def _read(path: Path, shapes: Shapes | None, tensors: bool) -> tuple[dict[str, t
                 if metadata["facts sha256"] != _checksum(text, {}):
                     raise ValueError("the checksum of its facts does not match")
                 facts = json.loads(text)
-                names = list(file.keys())
-                if shapes is not None:
-                    _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes)
-                found = {name: file.get_tensor(name) for name in names} if tensors else {}
+                found = _tensors(path, file, shapes) if tensors else {}
         except SafetensorError as error:
             raise ValueError(str(error)) from None
         if tensors and metadata["sha256"] != _checksum(text, found):
@@ -112,11 +115,6 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def state_before(path: Path) -> Path:
     """Where the state before the newest one is kept."""
     return path.with_name(f"{path.stem}-before{path.suffix}")
-
-
-def save_state(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a training state; the newest before it is kept beside it."""
-    save_tensors(path, tensors, facts, earlier=state_before(path))
 
 
 def load_state(
@@ -199,7 +197,7 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         average: ModelEmaV3 | None,
         say: Callable[[str], None],
-        otherwise: str = "move the file away",
+        otherwise: str,
     ):
         self.otherwise = otherwise  # what else can be done about a state of another training
         self.path = path if distributed.rank() == 0 else None
@@ -226,7 +224,7 @@ class TrainingState:
         self.saved = time.monotonic()
         facts = {"step": step, "epochs": step / steps, "seconds": self.spent + self.saved - self.begun}
         facts["threads"] = torch.get_num_threads()
-        save_state(self.path, tensors, facts | {"identity": self.identity})
+        save_tensors(self.path, tensors, facts | {"identity": self.identity}, earlier=state_before(self.path))
 
     def restore(self) -> int:
         """Put back what the file of the first process holds, on all of them; returns the number of steps done."""

@@ -38,8 +38,9 @@ class Curve:
         self.path, self.watch, self.steps_per_epoch = path, watch, steps_per_epoch
         self.every = max(1, math.ceil(total / ROWS))
         self.rows = [row for row in ([] if path is None else read_curve(path)) if row.step <= first]
-        for row in self.rows if watch else ():
-            watch(row)  # type: ignore[misc]
+        if watch:
+            for row in self.rows:
+                watch(row)
         self._begin()
 
     def _begin(self) -> None:

@@ -30,7 +30,7 @@ class Stop:
 
 
 @contextmanager
-def kept_signals(wanted: bool = True) -> Iterator[Stop]:
+def kept_signals(wanted: bool) -> Iterator[Stop]:
     """Within, the first SIGINT or SIGTERM is only noted. Not wanted, or outside the main thread, nothing changes."""
     stop = Stop()
     if wanted and threading.current_thread() is threading.main_thread():

@@ -28,7 +28,7 @@ from ..tasks import CLASSIFICATION, Task
 from . import distributed
 from .checkpoint import TrainingState
 from .curve import Curve, Watch
-from .interrupt import kept_signals
+from .interrupt import Stop, kept_signals
 from .recipe import Recipe
 from .sandwich import Sandwich, answers_of, taught_loss
 
@@ -169,49 +169,39 @@ def fit(
         return
     check_batches(data, recipe, distributed.world_size())
     steps = steps_per_epoch(data, recipe)
-    total = recipe.epochs * steps
-    training = _Training(model, batch_loss, recipe, total, len(data.classes), seed)
+    training = _Training(model, batch_loss, recipe, steps, len(data.classes), seed, state)
     identity = {**recipe.model_dump(exclude={"epochs"}), **(settings or {}), "seed": seed, "steps_per_epoch": steps}
     say = say or (lambda _: None)
     kept = TrainingState(state, identity, model, training.optimizer, training.average, say, otherwise)
-    first = kept.restore()
+    done, total, device = kept.restore(), training.total, training.device
     training.start("guided" in identity)
-    curve = Curve(kept.path and kept.path.with_suffix(".csv"), first, total, steps, watch)
-    if progress and first:
-        progress(first, None)
+    curve = Curve(kept.path and kept.path.with_suffix(".csv"), done, total, steps, watch)
+    if progress and done:
+        progress(done, None)
+    batches = _batches(data, recipe, done, steps, workers, device)
     catching = state is not None or distributed.world_size() > 1
-    device, done = training.device, first
-    batches = _batches(data, recipe, first, steps, workers, device)
+
+    def save() -> None:
+        kept.save(done, steps)
+        curve.save()
+
     with memory_of(recipe, model), attention_of(recipe, model, device), kept_signals(catching) as stop:
         while done < total:
-            step = done
             try:
                 images, labels = next(batches)
             except BrokenDataError as error:
-                kept.save(done, steps)
-                curve.save()
-                saved = (
-                    f"; {done:,} of {total:,} steps are saved: mend it, then give the same command again"
-                    if state
-                    else ""
-                )
-                raise BrokenDataError(f"{error}{saved}") from None
-            loss = training.backward(images, labels, step)
-            value, stopping = distributed.agree(loss, stop.number)
-            if not math.isfinite(value):
-                raise _not_finite(f"the loss is {value}", step, steps, recipe, state)
-            norm = training.update(step)
-            done = step + 1
-            curve.add(
-                done, value, norm, training.optimizer.param_groups[0]["lr"], len(images) * distributed.world_size()
-            )
+                save()
+                saved = f"; {done:,} of {total:,} steps are saved: mend it, then give the same command again"
+                raise BrokenDataError(f"{error}{saved if state else ''}") from None
+            loss, norm, stopping = training.take(images, labels, done, stop)
+            done += 1
+            lr = training.optimizer.param_groups[0]["lr"]
+            curve.add(done, loss, norm, lr, len(images) * distributed.world_size())
             if stopping or done % steps == 0 or kept.seconds >= save_seconds:
-                if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-                    raise _not_finite("a weight is not finite", step, steps, recipe, state)
-                kept.save(done, steps)
-                curve.save()
+                training.check_weights(done)
+                save()
             if progress:
-                progress(done, value)
+                progress(done, loss)
             if stopping:
                 distributed.wait_for_first()  # it may still be writing
                 say(f"stopping after step {done:,} of {total:,}" + (", which is saved" if state else ""))
@@ -222,21 +212,32 @@ def fit(
 
 
 class _Training:
-    """A model with its optimiser, schedule, mixing and moving average: what one step needs."""
+    """A model with its optimiser, schedule, mixing and moving average: what one step needs.
+
+    steps: of an epoch. state: the file that is kept, for messages.
+    """
 
     def __init__(
-        self, model: nn.Module, batch_loss: BatchLoss, recipe: Recipe, total: int, num_classes: int, seed: int
+        self,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        recipe: Recipe,
+        steps: int,
+        num_classes: int,
+        seed: int,
+        state: Path | None,
     ) -> None:
-        self.model, self.batch_loss, self.recipe, self.seed = model, batch_loss, recipe, seed
+        self.model, self.batch_loss, self.recipe, self.seed, self.state = model, batch_loss, recipe, seed, state
+        self.steps, self.total = steps, recipe.epochs * steps
         self.device = next(model.parameters()).device
         self.optimizer = create_optimizer_v2(
             model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
         )
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=total,
+            t_initial=self.total,
             lr_min=recipe.lr * 1e-2,
-            warmup_t=math.ceil(recipe.warmup * total),
+            warmup_t=math.ceil(recipe.warmup * self.total),
             warmup_lr_init=recipe.lr * 1e-2,
             t_in_epochs=False,
         )
@@ -256,7 +257,31 @@ class _Training:
         self.parallel = distributed.parallel(self.model, some_unused)
         self.model.train()
 
-    def backward(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+    def take(
+        self, images: torch.Tensor, labels: torch.Tensor, step: int, stop: Stop
+    ) -> tuple[float, torch.Tensor, int | None]:
+        """Take a step; returns the mean loss of all processes, the gradient's norm (), and a signal to stop that any got.
+
+        Raises TrainingError for a loss that is not finite.
+        """
+        loss, stopping = distributed.agree(self._backward(images, labels, step), stop.number)
+        if not math.isfinite(loss):
+            raise self._failed(f"the loss is {loss}", step)
+        return loss, self._update(step), stopping
+
+    def check_weights(self, done: int) -> None:
+        """Raise TrainingError for weights that are not finite after so many steps."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise self._failed("a weight is not finite", done - 1)
+
+    def _failed(self, what: str, step: int) -> TrainingError:
+        remains = "the last state before is kept; " if self.state is not None and self.state.exists() else ""
+        return TrainingError(
+            f"{what} at step {step + 1} of {self.total} (epoch {step // self.steps + 1}); {remains}"
+            f"try a --lr below {self.recipe.lr:g} with a new --out"
+        )
+
+    def _backward(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         """Leave the gradients of a step in the parameters; returns the mean loss, ()."""
         # Dropout and drop-path of a resumed run are those of an undisturbed one.
         torch.manual_seed(_key(self.seed, step, distributed.rank()))
@@ -276,8 +301,8 @@ class _Training:
                 whole += weighted.detach()
         return whole
 
-    def update(self, step: int) -> torch.Tensor:
-        """Take the step; returns the norm of its gradient, before it is clipped, ()."""
+    def _update(self, step: int) -> torch.Tensor:
+        """Change the weights by their gradient; returns its norm, before it is clipped, ()."""
         limit = math.inf if self.recipe.clip_grad is None else self.recipe.clip_grad
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
@@ -371,14 +396,6 @@ class _Mixer:
 _MIX = 17  # sets these draws apart from the others of the same seed
 
 
-def _not_finite(what: str, step: int, steps: int, recipe: Recipe, state: Path | None) -> TrainingError:
-    remains = "the last state before is kept; " if state is not None and state.exists() else ""
-    return TrainingError(
-        f"{what} at step {step + 1} of {recipe.epochs * steps} (epoch {step // steps + 1}); {remains}"
-        f"try a --lr below {recipe.lr:g} with a new --out"
-    )
-
-
-def _key(seed: int, step: int, rank: int = 0) -> int:
+def _key(seed: int, step: int, rank: int) -> int:
     """For the global generator; two processes skip other branches."""
     return random.Random(f"step {seed} {step}" + (f" {rank}" if rank else "")).getrandbits(63)

@@ -17,6 +17,7 @@ from ..tasks import CLASSIFICATION, Task
 # images (B, channels, H, W), architectures → outputs (architectures, B, …)
 Forward = Callable[[torch.Tensor, Sequence[Architecture]], torch.Tensor]
 
+BANDS = 8  # of equal width, from the cheapest to the most expensive
 DRAWN = 6  # architectures of a step that trains within a limit: about the MACs of a sandwich
 GUIDED = 3  # architectures of a step that learns from a teacher
 LEAST = 0.3  # share of the dense MACs below which such a step trains nothing, unless the limit is below twice that
@@ -44,7 +45,6 @@ class Sandwich:
         costs: CostTable,
         seed: int,
         students: int = 2,
-        bands: int = 8,
         within: float | None = None,
         guided: bool = False,
     ):
@@ -55,7 +55,7 @@ class Sandwich:
             high = space.within(costs, None, int(within * costs.total(self.largest))).high
         if guided:
             low = min(max(low, int(min(LEAST * costs.total(self.largest), high / 2))), high)
-        borders = even_borders(low, high, bands)
+        borders = even_borders(low, high, BANDS)
         self.bands: list[Band] = []
         for start, stop in pairwise(borders):
             try:

@@ -30,15 +30,18 @@ class Layout:
     notes: tuple[str, ...]
 
 
+Read = tuple[tuple[str, ...], Source, tuple[str, ...]]  # class names, images, and notes on what was passed over
+
+
 @dataclass(frozen=True)
 class Reader:
     """How images with their targets are read from a folder.
 
-    read: the folder, class names whose indices hold or None, and `Place.scale_16bit` → class names, images, notes.
+    read: the folder, class names whose indices hold or None, and `Place.scale_16bit` → what was read.
     holds: whether a folder has such images. form: what it holds then.
     """
 
-    read: Callable[[Path, Sequence[str] | None, bool], tuple[tuple[str, ...], Source, tuple[str, ...]]]
+    read: Callable[[Path, Sequence[str] | None, bool], Read]
     holds: Callable[[Path], bool]
     form: str
 
@@ -144,9 +147,7 @@ def _foreign(root: Path, classes: Sequence[str]) -> str:
     )
 
 
-def read_folder(
-    root: Path, known: Sequence[str] | None, scale_16bit: bool
-) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+def read_folder(root: Path, known: Sequence[str] | None, scale_16bit: bool) -> Read:
     """Class names, images, and notes on what was passed over.
 
     known: class names whose indices hold; some of them may be missing here. None: those found here, each with images.
@@ -183,9 +184,7 @@ def read_folder(
     return names if known is None else tuple(known), source, notes
 
 
-def read_pictures(
-    root: Path, known: Sequence[str] | None, scale_16bit: bool
-) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+def read_pictures(root: Path, known: Sequence[str] | None, scale_16bit: bool) -> Read:
     """No classes, all images in a folder, however deep, each with the label 0, and notes on what was passed over."""
     listing = list_folder(root)
     if not listing.paths:

@@ -17,7 +17,7 @@ from poolshare.space.processes import usable_cores
 from ..listing import Listing, Names, list_folder, readable, some
 from ..pictures import Files, Folder, Pairs
 from ..sources import Source
-from .folders import Reader
+from .folders import Read, Reader
 from .tables import CLASSES, class_names
 
 IMAGES, MASKS = "images", "masks"  # the two folders of a part
@@ -29,9 +29,7 @@ def mask_reader(ignore_index: int) -> Reader:
     return Reader(read, lambda root: (root / MASKS).is_dir(), f"{IMAGES}/ and {MASKS}/")
 
 
-def _read_masks(
-    ignore_index: int, root: Path, known: Sequence[str] | None, scale_16bit: bool
-) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+def _read_masks(ignore_index: int, root: Path, known: Sequence[str] | None, scale_16bit: bool) -> Read:
     """Class names, images with their masks, and notes on what was passed over.
 
     A mask is called as its image, but for the ending. known: class names in order; None: a name a line in classes.txt, in
@@ -57,10 +55,9 @@ def _read_masks(
         masks=Files(Folder(masks.root, Names.of(masks.paths[row] for row in rows))),
         ignore_index=ignore_index,
     )
+    known = known or class_names(root / CLASSES) or class_names(root.parent / CLASSES)
     if known is None:
-        known = class_names(root / CLASSES) or class_names(root.parent / CLASSES)
-    if known is None:
-        known = tuple(map(str, range(1 + _highest(read, len(rows)))))
+        known = [str(index) for index in range(1 + _highest(read, len(rows)))]
         notes += (
             f"the masks of {str(root)!r} hold classes 0 to {len(known) - 1}; {CLASSES} beside it, a name a line in the order of "
             "the indices, names them.",

@@ -29,15 +29,7 @@ from .folders import TEST_FOLDERS, TRAIN_FOLDERS, VALIDATION_FOLDERS
 INFO = ("_info.json", "info.json")  # where timm looks for which shard belongs to what
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _PARTS = {"train": TRAIN_FOLDERS, "test": TEST_FOLDERS, "validation": VALIDATION_FOLDERS}
-_IMAGES = (
-    "jpg",
-    "png",
-    "webp",
-    "jpeg",
-    "bmp",
-    "tif",
-    "tiff",
-)  # of several in a sample the first; timm's three, then others
+_IMAGES = ("jpg", "png", "webp", "jpeg", "bmp", "tif", "tiff")  # the first of a sample's; timm's three, then others
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's rule: key, and what comes after its first dot
 _META = re.compile(r"__[^/]*__($|/)")  # what WebDataset passes over
 

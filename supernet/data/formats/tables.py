@@ -11,8 +11,7 @@ import numpy as np
 from poolshare.space.errors import DataError
 
 from ..listing import Names, list_folder, readable, some
-from ..sources import Source
-from .folders import Reader, source_of
+from .folders import Read, Reader, source_of
 
 TABLE, CLASSES = "labels.csv", "classes.txt"
 HEADER = ["file", "labels"]
@@ -23,9 +22,7 @@ _HOW = (
 )
 
 
-def read_table(
-    root: Path, known: Sequence[str] | None, scale_16bit: bool
-) -> tuple[tuple[str, ...], Source, tuple[str, ...]]:
+def read_table(root: Path, known: Sequence[str] | None, scale_16bit: bool) -> Read:
     """Class names, images with a 0 or 1 for each class, (N, classes) uint8, and notes on what was passed over.
 
     ROOT/labels.csv names images by their path below ROOT. known: class names in order; None: those of ROOT/classes.txt, one
