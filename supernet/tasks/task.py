@@ -42,7 +42,7 @@ class Task:
     proportion: whether contributions are one truth value per image, so that the score is the share of right answers.
     mixes: whether the loss takes targets mixed by mixup and cutmix, and label smoothing. keeps: whether `details` looks at
     the targets and outputs of all test images.
-    lowest: the least possible score. divergence_unit, divergence_words: of `divergence`, for reports; loss_words: of `losses`.
+    lowest: the least possible score. loss_words, divergence_words: what `losses` and `divergence` are, for reports.
     """
 
     name: ClassVar[str]
