@@ -190,7 +190,9 @@ def sides_text(sides: Sequence[int]) -> str:
 def unsupported_part(model: Any) -> str | None:
     """Why poolshare cannot run this model faithfully, or None where it can."""
     if type(model) not in SUPPORTED:
-        return _missing(model)
+        kind = type(model).__name__
+        needs = f" and needs {MISSING[kind]}, which poolshare does not have" if kind in MISSING else ""
+        return f"it is a {kind}{needs}; {_SUPPORT}"
     for part in model.blocks:
         for found, expected in zip((part, getattr(part, "attn", None)), PARTS, strict=True):
             if type(found) not in expected:
@@ -209,23 +211,13 @@ def unsupported_part(model: Any) -> str | None:
         return "patch dropout changes the token count in training; set patch_drop_rate=0"
     if any(getattr(part.attn, "num_kv_groups", 1) > 1 for part in model.blocks):
         return "it has heads that share keys and values, which poolshare cannot hand on"
-    reason = unsupported_rotation(getattr(model, "rope", None))
-    if reason is not None:
-        return reason
-    return _grid_fault(model.patch_embed)
+    return unsupported_rotation(getattr(model, "rope", None)) or _grid_fault(model.patch_embed)
 
 
 _SUPPORT = (
     "it runs timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos with sequential blocks, hybrids and distilled "
     "DeiT among them"
 )
-
-
-def _missing(model: nn.Module) -> str:
-    kind = type(model).__name__
-    if kind not in MISSING:
-        return f"it is a {kind}; {_SUPPORT}"
-    return f"it is a {kind} and needs {MISSING[kind]}, which poolshare does not have; {_SUPPORT}"
 
 
 def _grid_fault(patches: PatchEmbed | HybridEmbed) -> str | None:

@@ -35,9 +35,7 @@ def local_rank() -> int:
 
 def rank() -> int:
     """Which of all processes this is; the first one, 0, writes and prints."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return launched_rank()
+    return dist.get_rank() if dist.is_initialized() else launched_rank()
 
 
 def world_size() -> int:
