@@ -261,10 +261,10 @@ class Parts:
         return self.supernet.head([normed_map(self.supernet, one) for one in features])
 
 
-def _pool(pooling: Pooling, carry: Carry, x: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
+def _pool(pooling: Pooling, carry: Carry, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A reduction by itself."""
     tokens = _made_up(x, pooling.before, pooling.grid, carry)  # type: ignore[arg-type]
-    return pooling.pool(tokens, Attended(*left), carry).features
+    return pooling.pool(tokens, Attended(queries, keys), carry).features
 
 
 def _made_up(x: torch.Tensor, count: int, whole: Grid, carry: Carry, relative: torch.Tensor | None = None) -> Tokens:
