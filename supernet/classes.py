@@ -14,6 +14,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from poolshare.space.errors import DataError, ModelError
 
+from .data.listing import some
+
 Names = tuple[str, ...]
 
 
@@ -169,4 +171,4 @@ def names_of(value: Any) -> Names:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return some([*map(repr, names)], 3)

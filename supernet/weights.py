@@ -23,6 +23,7 @@ from timm.models import adapt_input_conv, clean_state_dict
 from poolshare.space import ModelError
 
 from .classes import Head, Names, names_of
+from .data.listing import some
 
 HEADS = ("head", "head_dist")  # a distilled DeiT has two
 SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm's, before the name of a model
@@ -345,7 +346,7 @@ def _compare(source: str, name: str, has: dict[str, tuple[int, ...]], wanted: di
     others = [f"{key} {has[key]}, not {wanted[key]}" for key in wanted if key in has and has[key] != wanted[key]]
     complaints = {"lacks": sorted(wanted.keys() - has.keys()), "has besides": sorted(has.keys() - wanted.keys())}
     differences = [
-        f"it {what} {', '.join(items[:3])}" + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+        f"it {what} {some(items, 3)}"
         for what, items in (complaints | {"has in another shape": others}).items()
         if items
     ]
