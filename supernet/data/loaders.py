@@ -61,7 +61,8 @@ class LoaderData(Data):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        **_: Any,
+        workers: int = 0,
+        pin: bool = False,
     ) -> Batches:
         """Epochs of the user's training loader, which has workers of its own; each rank takes its share of every batch."""
         for images in self.sizes:
