@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import typer
 from conftest import Forked
 from opened import open_data
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from poolshare.search.cli.app import app
 from poolshare.search.config import SearchConfig, checked_config
 from poolshare.search.job.classes import matched_classes
 from poolshare.search.job.folder import RunFolder
@@ -550,6 +553,17 @@ def test_announcement_and_page_of_a_search_say_about_where_a_count_is_an_estimat
     assert int(number) == (within if exact else pytest.approx(within, rel=0.2))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f">{announced[1]}<" in page
+
+
+def test_every_verbs_help_ends_with_commands_that_can_be_copied_and_are_understood(verb):
+    verbs = typer.main.get_command(app).commands
+    for name, command in verbs.items():
+        lines = verb(name, "--help")[1].splitlines()
+        shown = [line for line in lines if line.startswith(f"    poolshare {name} ")]
+        assert lines[-max(1, len(shown)) :] == shown, name
+        for line in shown:
+            words = shlex.split(line[4:].partition("    (")[0])
+            command.make_context(name, words[2:])
 
 
 def test_help_and_version_need_no_heavy_import():

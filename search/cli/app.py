@@ -32,6 +32,12 @@ from .options import (
     with_search_options,
 )
 
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help: each command on a line of its own, which is not wrapped, so that it can be copied."""
+    return "\b\n" + "\n".join(["Examples:" if commands[1:] else "Example:", *(f"  {command}" for command in commands)])
+
+
 app = typer.Typer(
     name="poolshare",
     help="Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention.",
@@ -60,12 +66,15 @@ def _options(
     """Search for cheaper Vision Transformers: which layers drop tokens, which reuse their neighbour's attention."""
 
 
-app.command(epilog="Example:  poolshare space --model vit_tiny_patch16_224 --budget 60%")(sizing.space)
+app.command(epilog=examples("poolshare space --model vit_tiny_patch16_224 --budget 60%"))(sizing.space)
 
 
 @app.command(
-    epilog="Examples:  poolshare search --data digits --out runs/digits    "
-    "poolshare search --data photos/ --model vit_tiny_patch16_224 --pretrained --budget 60% --out runs/photos"
+    epilog=examples(
+        "poolshare search --data digits --out runs/digits",
+        "poolshare search --data photos/ --pretrained --budget 60% --out runs/photos",
+        "poolshare search --data photos/ --weights mine.safetensors --no-training --out runs/mine",
+    )
 )
 @with_search_options
 def search(
@@ -112,7 +121,7 @@ def search(
     looking.hint(result.run, result.report)
 
 
-@app.command(epilog="Example:  poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)")
+@app.command(epilog=examples("poolshare worker runs/photos    (beside `poolshare search … --out runs/photos`)"))
 def worker(
     run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
     storage: Storage = None,
@@ -141,24 +150,24 @@ def worker(
     console.print("the `poolshare search` command of this run shows the frontier and writes the report")
 
 
-app.command(epilog="Example:  poolshare pareto runs/digits --budget 60% --pick knee")(looking.pareto)
+app.command(epilog=examples("poolshare pareto runs/digits --budget 60% --pick knee"))(looking.pareto)
 app.command(
-    epilog='Examples:  poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"    '
-    "poolshare show exports/photos --image cat.jpg --image dog.jpg --out regions.png"
+    epilog=examples(
+        'poolshare show "196*2 196 100@max2d*3 49@max2d*2 49*3 49"',
+        "poolshare show exports/photos --image cat.jpg --image dog.jpg --out regions.png",
+    )
 )(looking.show)
-
-
 app.command(
-    epilog="Examples:  poolshare export runs/digits --budget 60% --out exports/digits    "
-    'poolshare export runs/digits --architecture "64*2 36@max2d*3 16@max2d*3" --out exports/mine'
+    epilog=examples(
+        "poolshare export runs/digits --budget 60% --out exports/digits",
+        'poolshare export runs/digits --architecture "64*2 36@max2d*3 16@max2d*3" --out exports/mine',
+    )
 )(using.export)
-app.command(epilog="Example:  poolshare retrain exports/digits --epochs 30")(using.retrain)
-app.command(epilog="Example:  poolshare evaluate exports/digits-retrained")(using.evaluate)
-app.command(epilog="Example:  poolshare predict exports/photos-retrained holiday.jpg more-photos/")(using.predict)
-
-
-app.command(epilog="Example:  poolshare trust runs/digits --architectures 24 --twice 12")(judging.trust)
-app.command(epilog="Example:  poolshare finalists runs/photos --budget 60% --count 8 --epochs 2")(judging.finalists)
+app.command(epilog=examples("poolshare retrain exports/digits --epochs 30"))(using.retrain)
+app.command(epilog=examples("poolshare evaluate exports/digits-retrained"))(using.evaluate)
+app.command(epilog=examples("poolshare predict exports/photos-retrained holiday.jpg more-photos/"))(using.predict)
+app.command(epilog=examples("poolshare trust runs/digits --architectures 24 --twice 12"))(judging.trust)
+app.command(epilog=examples("poolshare finalists runs/photos --budget 60% --count 8 --epochs 2"))(judging.finalists)
 
 
 class _Stopped(BaseException):
