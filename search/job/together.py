@@ -22,7 +22,7 @@ from ..study.loop import Problem
 from .prepare import Job
 
 
-def search_batches(job: Job) -> Batches:
+def _own_share(job: Job) -> Batches:
     """What this process scores on: its share of the search-validation images."""
     return job.data.eval_share(
         "search", SCORING_BATCH, distributed.rank(), distributed.world_size(), workers=job.config.workers
@@ -31,7 +31,7 @@ def search_batches(job: Job) -> Batches:
 
 def make_problem(job: Job, record: Mapping[Architecture, Counts] | None = None) -> Problem:
     """What a search of this job, with its trained supernet, needs to know. record: what was scored before."""
-    batches, known = search_batches(job), dict(record or {})
+    batches, known = _own_share(job), dict(record or {})
 
     def score(architectures: Sequence[Architecture], progress: Callable[[float], None]) -> list[Counts]:
         new = [architecture for architecture in architectures if architecture not in known]
@@ -67,7 +67,7 @@ def scoring_together(job: Job) -> Iterator[None]:
 def help_scoring(job: Job) -> None:
     """In every other process: score what the first one sends, until it has all."""
     with distributed.joined(job.device), _speaking(), computing_with(_share(job)):
-        batches = search_batches(job)
+        batches = _own_share(job)
         while (texts := distributed.from_first(None)) is not None:
             _scored(job, [*map(Architecture.parse, texts)], batches)
 
