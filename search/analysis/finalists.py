@@ -20,15 +20,13 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
-from ..console import say
 from ..exported.export import better_with_dense, load_supernet
 from ..job.dense import answered
 from ..job.folder import FINALISTS, RunFolder
-from ..job.prepare import Job, prepare
+from ..job.prepare import Job, computing, prepare
 from ..job.recipes import checked_recipe, supernet_recipe
 from ..job.records import write_csv
 from ..progress import advance_step, progress_bar
@@ -92,10 +90,7 @@ def train_finalists(
             folder.check_images(job.data.fingerprint, job.data.files)
             job = answered(job, folder)
             check_batches(job.data, recipe, 1)
-            chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
-            if chosen_threads.note:
-                say(console, chosen_threads.note)
-            with computing_with(chosen_threads.number):
+            with computing(job, threads, folder.config.threads, console, recipe):
                 rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))

@@ -21,14 +21,12 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..config import RETRAIN_EPOCHS_GUIDED
-from ..console import say
 from ..job.dense import answered, load_dense
 from ..job.folder import RunFolder
-from ..job.prepare import Job, is_trained, load_weights, prepare
+from ..job.prepare import Job, computing, is_trained, load_weights, prepare
 from ..job.recipes import checked_recipe, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
 from ..progress import advance_step, progress_bar
@@ -108,10 +106,7 @@ def measure_trust(
         job = _within_latency(job, folder, report)
         drawn = draw(job, plan)
         _check_drawn(folder, rows, drawn)
-        chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
-        if chosen.note:
-            say(console, chosen.note)
-        with computing_with(chosen.number):
+        with computing(job, threads, folder.config.threads, console, recipe):
             return _measure(folder, plan, job, drawn, recipe, header, rows, console)
 
 

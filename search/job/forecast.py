@@ -27,7 +27,7 @@ from .memory import Memory, check_memory, measure_memory
 from .prepare import Job
 
 
-def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool = False) -> None:
+def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool) -> None:
     """Say what is to be known, what will be done and about how long it takes. trained: epochs that are done. tuned: so is the
     dense model."""
     tell = partial(say, console)

@@ -419,7 +419,7 @@ def conclude(
     candidates: pd.DataFrame,
     scoring: float,
     timed: Timed | None,
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any],
 ) -> None:
     """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
     limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
@@ -464,7 +464,7 @@ def conclude(
         **path,
         "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
         "versions": versions(),
-        **(more or {}),
+        **more,
     }
     write_json(folder.summary, facts)
     if not job.task.proportion:

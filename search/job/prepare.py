@@ -40,6 +40,7 @@ from poolshare.supernet.latency import Latency
 from poolshare.supernet.options import read_options
 from poolshare.supernet.tasks import CLASSIFICATION, TASKS, Task, task_named
 from poolshare.supernet.tasks.task import Targets, check_contributions
+from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_tensors, shapes_of
 from poolshare.supernet.training.loop import check_recipe, steps_per_epoch
@@ -47,6 +48,7 @@ from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
 from ..config import FEW_IMAGES, SearchConfig, enough_epochs
+from ..console import say
 from ..progress import Advance, progress_bar
 from ..scoring import SCORING_BATCH
 from .classes import matched_classes
@@ -486,6 +488,18 @@ def open_given(
             progress=lambda n, total: advance(n, total=total),
             targets=targets,
         )
+
+
+@contextmanager
+def computing(
+    job: Job, asked: int | None, recorded: int | None, console: Console, recipe: Recipe | None = None
+) -> Iterator[None]:
+    """Compute with the number of threads that `choose_threads` says, after its note."""
+    threads = choose_threads(asked, recorded, job.supernet, recipe)
+    if threads.note:
+        say(console, threads.note)
+    with computing_with(threads.number):
+        yield
 
 
 def supernet_epochs(folder: RunFolder) -> int | None:

@@ -17,7 +17,6 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 
 from ..config import SearchConfig
@@ -26,7 +25,7 @@ from ..study.open import check_storage
 from .dense import answered
 from .folder import RunFolder
 from .job import score_candidates
-from .prepare import Job, check_same_task, is_trained, load_weights, open_given, pick_device, prepare
+from .prepare import Job, check_same_task, computing, is_trained, load_weights, open_given, pick_device, prepare
 from .together import help_scoring, make_problem, scoring_together
 
 SECONDS_BETWEEN_LOOKS = 2
@@ -90,10 +89,7 @@ def work(
         scored += len(architectures)
         return result
 
-    chosen = choose_threads(threads, folder.config.threads, job.supernet)
-    if chosen.note:
-        say(console, chosen.note)
-    with computing_with(chosen.number), scoring_together(job):
+    with computing(job, threads, folder.config.threads, console), scoring_together(job):
         problem = make_problem(job)
         found = score_candidates(job, replace(problem, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}

@@ -101,9 +101,9 @@ def search_untrained(
     return Found(sorted(left, key=costs.total), race, rounds)
 
 
-def expected_cost(allowed: Band, images: int, effort: Effort = Effort()) -> float:
+def expected_cost(allowed: Band, images: int) -> float:
     """About what `search_untrained` spends, in units of cost, known before it begins: rather more than less."""
-    return sum(_expected_steps(allowed, images, effort))
+    return sum(_expected_steps(allowed, images, Effort()))
 
 
 def _expected_steps(allowed: Band, images: int, effort: Effort) -> list[float]:
