@@ -60,8 +60,8 @@ class PlainConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich does; text is made `printable` first."""
-        options.setdefault("soft_wrap", all(isinstance(part, str) for part in objects))
-        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
+        whole = {"soft_wrap": all(isinstance(part, str) for part in objects)}  # paths and commands are to be copied
+        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **whole | options)
 
 
 def say(console: Console, text: str) -> None:

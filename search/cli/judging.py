@@ -65,7 +65,8 @@ def trust(
     console = PlainConsole()
     console.print(
         f"{result['n']} architectures trained alone for {result['recipe']['epochs']} epochs, {result['twice']} of them twice, "
-        f"scored on {result['images']:,} search-validation images; Kendall tau with 95 % intervals"
+        f"scored on {result['images']:,} search-validation images; Kendall tau with 95 % intervals",
+        soft_wrap=False,
     )
     for title, part in [
         ("all", result),

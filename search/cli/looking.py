@@ -85,7 +85,7 @@ def pareto(
             console.print(f"written: {path}")
     if chosen is not None:
         console.print(f"{chosen.how}: {chosen.architecture}")
-        console.print(f"why: {chosen.why}")
+        console.print(f"why: {chosen.why}", soft_wrap=False)  # a sentence, to be read here
         console.print(report.export_command(chosen.architecture))
     else:
         hint(folder, report, budget)
