@@ -33,8 +33,10 @@ from .untrained.job import run_untrained
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
 # What the user's own data decide.
-NOT_OWN = ("data_dir", "download", "search_fraction", "search_data", "search_images", "check_images", "scale_16bit")
-NOT_OWN += ("img_size", "in_chans")
+NOT_OWN = (
+    "data_dir", "download", "search_fraction", "search_data", "search_images", "check_images", "scale_16bit", "img_size",
+    "in_chans",
+)  # fmt: skip
 
 
 def search(
