@@ -32,17 +32,11 @@ from .report.report import Pick, Report, load_report
 from .untrained.job import run_untrained
 
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
+# What the user's own data decide.
 NOT_OWN = (
-    "data_dir",
-    "download",
-    "search_fraction",
-    "search_data",
-    "search_images",
-    "check_images",
-    "scale_16bit",
-    "img_size",
+    "data_dir", "download", "search_fraction", "search_data", "search_images", "check_images", "scale_16bit", "img_size",
     "in_chans",
-)  # what the user's own data decide
+)  # fmt: skip
 
 
 def search(
@@ -174,10 +168,9 @@ class SearchResult:
         task given in Python it needs the result that `search` returned: repeat that call.
         """
         self._check_batch(options)
-        console = progress_console(quiet)
+        given = {"data": self.data} | options
         try:
-            given = {"data": self.data} | options
-            return train_finalists(self.run, count, console=console, task=self.task, **given)
+            return train_finalists(self.run, count, console=progress_console(quiet), task=self.task, **given)
         finally:
             self.__dict__.pop("report", None)  # it knows of none, or of fewer
 
@@ -206,12 +199,11 @@ class SearchResult:
         """
         self._check_batch(recipe)
         plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
-        given: dict[str, Any] = {"console": progress_console(quiet), "data": data or self.data, "task": self.task}
-        given |= {"data_dir": data_dir, "weights": weights}
         try:
             return measure_trust(
-                self.run, plan, recipe_changes=recipe, workers=workers, device=device, threads=threads, **given
-            )
+                self.run, plan, recipe_changes=recipe, workers=workers, device=device, threads=threads,
+                console=progress_console(quiet), data=data or self.data, data_dir=data_dir, weights=weights, task=self.task,
+            )  # fmt: skip
         finally:
             self.__dict__.pop("report", None)
 

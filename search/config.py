@@ -23,15 +23,8 @@ from poolshare.space import COSTS, ConfigError, budget_quantity
 from poolshare.space.data_kind import DataKind, is_place, split_name
 from poolshare.space.presets import UNTRAINED
 
-SEARCHING = (
-    "budget",
-    "sampler",
-    "score",
-    "objective",
-    "latency_batch",
-    "latency_dtype",
-    "include",
-)  # what to look for; trains nothing
+# What to look for; trains nothing.
+SEARCHING = ("budget", "sampler", "score", "objective", "latency_batch", "latency_dtype", "include")
 WARM_LR, WARM_LR_PRETRAINED = 1e-3, 3e-4  # where a model begins with the supernet's weights
 # The path of a pretrained model, at 60 % of its MACs, in epochs of the tuning: 15 of it, 3 × 1.7 of a supernet, 5 for the
 # trials, 9 for a retraining on all training images; without a supernet about 4 for the race instead of the 10, and 11.
@@ -40,17 +33,8 @@ RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, RETRAIN_EPOCHS_FROM_SCRATCH = 15, 8, 30
 LEAST_STEPS = 250  # of a tuning or retraining by default: of few images an epoch is a few steps (results/defaults)
 FEW_IMAGES = 5000  # to train on: with fewer, the tuned dense model is searched as it is (results/defaults)
 ONLY_TRAINING = (
-    "tune_epochs",
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "amp",
-    "recipe",
-    "search_fraction",
-    "trials",
-    "sampler",
-)
+    "tune_epochs", "epochs", "batch_size", "lr", "weight_decay", "amp", "recipe", "search_fraction", "trials", "sampler",
+)  # fmt: skip
 IMAGES = 1000  # scored on, at most, where nothing is trained: more add little and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")

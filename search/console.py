@@ -53,14 +53,20 @@ def printable(text: str) -> str:
 
 
 class PlainConsole(Console):
-    """A rich console that reads no markup in what it prints and highlights nothing."""
+    """A rich console that reads no markup in what it prints, highlights nothing, and leaves lines of text whole."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich does; text is made `printable` first."""
-        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
+        whole = {"soft_wrap": all(isinstance(part, str) for part in objects)}  # paths and commands are to be copied
+        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **whole | options)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is on any console: without reading markup in it, and in whole lines."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def progress_console(quiet: bool) -> PlainConsole:

@@ -102,16 +102,11 @@ class Counts(NamedTuple):
     @classmethod
     def from_json(cls, value: Any, score: str, measure: Measure = TOP1) -> Counts:
         """The same of anything. Raises ValueError for what `to_json` of such a search does not give."""
-        whole = isinstance(value, list) and all(type(number) is int for number in value)
-        if not whole or len(value) < (2 if score == "metric" else 3):
-            raise ValueError(f"its counts are {value!r:.40}")
-        counts = cls.of(value, score)
-        short = len(counts.sums) == 1 or not measure.proportion
-        if (
-            not short
-            or counts.total < 1
-            or (counts.loss or 0) < 0
-            or not measure.lowest <= counts.score(measure) <= 100
-        ):
-            raise ValueError(f"its counts are {value!r:.40}")
-        return counts
+        least = 2 if score == "metric" else 3
+        if isinstance(value, list) and len(value) >= least and all(type(number) is int for number in value):
+            counts = cls.of(value, score)
+            short = len(counts.sums) == 1 or not measure.proportion
+            positive = counts.total > 0 and (counts.loss or 0) >= 0
+            if short and positive and measure.lowest <= counts.score(measure) <= 100:
+                return counts
+        raise ValueError(f"its counts are {value!r:.40}")

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Column
 from rich.text import Text
 
+from .console import say
+
 SECONDS_BETWEEN_LINES = 10  # at first; later a twentieth of the time spent, so that a day's log stays readable
 
 Advance = Callable[..., None]  # (units done so far, note="", total=None)
@@ -129,8 +131,7 @@ def _lines(console: Console, title: str, total: float, unit: str) -> Iterator[Ad
             parts.append(rate_text(rate, unit))
             if last < whole:
                 parts.append(f"about {time_text((whole - last) / rate)} left")
-        line = f"{title}: {', '.join(parts)}{said and f', {said}'}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{title}: {', '.join(parts)}{said and f', {said}'}")
 
     yield advance
     if first is not None and last >= whole:

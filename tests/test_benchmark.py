@@ -15,6 +15,7 @@ from poolshare.search.job.folder import RunFolder
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.benchmark import Benchmark
 from poolshare.search.samplers.surrogate import _RATES, _RATIOS, Surrogate, expected_gain
+from poolshare.search.study.journal import JournalStore
 from poolshare.search.study.loop import run_study
 from poolshare.space import CostTable, RunError, SearchSpace
 
@@ -54,7 +55,7 @@ def test_a_benchmark_reads_back_the_same_from_equal_bytes(tmp_path):
 def test_a_search_on_a_benchmark_finds_the_frontier_of_the_table(tmp_path):
     table = made()
     with RunFolder.claim(tmp_path / "run", SearchConfig(data="digits")) as folder:
-        frame = run_study(table.problem(), folder, "evolution", SPACE.size, 0, "s", no_progress)
+        frame = run_study(table.problem(), JournalStore(folder.journal, "s"), "evolution", SPACE.size, 0, no_progress)
     assert len(frame) == SPACE.size
     columns = ["architecture", "top1", "macs", "parameters"]
     pd.testing.assert_frame_equal(frontier(frame)[columns], frontier(table.candidates)[columns])

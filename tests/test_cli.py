@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from poolshare.search.cli.app import app
 from poolshare.search.config import SearchConfig, checked_config
+from poolshare.search.job.classes import matched_classes
 from poolshare.search.job.folder import RunFolder
-from poolshare.search.job.prepare import matched_classes, model_options, prepare, space_of
+from poolshare.search.job.prepare import model_options, prepare, space_of
 from poolshare.search.job.records import read_json, write_json
 from poolshare.space import OPERATORS, Architecture, ModelError, RunError, SearchSpace, band, counting
 from poolshare.supernet import SuperNet, count_macs, measure_macs

@@ -8,10 +8,8 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from test_search import MACS, SPACE, Counter, make_folder, make_problem
+from test_search import MACS, SPACE, Counter, make_folder, make_problem, run
 
-from poolshare.search.progress import no_progress
-from poolshare.search.study.loop import run_study
 from poolshare.space import Architecture
 
 BUDGET = 400
@@ -22,7 +20,7 @@ def address(tmp_path_factory):
     """The address of a dashboard over the journal of a search whose study has a hostile name."""
     wsgi = pytest.importorskip("optuna_dashboard", reason="needs pip install '.[dashboard]'").wsgi
     folder = make_folder(tmp_path_factory.mktemp("dashboard") / "run")
-    run_study(make_problem(Counter(), BUDGET), folder, "nsga2", 100, 0, "<script>alert(1)</script>", no_progress)
+    run(make_problem(Counter(), BUDGET), folder, "nsga2", 100, name="<script>alert(1)</script>")
 
     class Silent(WSGIRequestHandler):
         def log_message(self, *_):

@@ -24,7 +24,8 @@ from poolshare.search import Classification, SearchResult, search, work
 from poolshare.search.exported.export import load_export
 from poolshare.search.exported.predict import predict
 from poolshare.search.exported.retrain import evaluate, retrain
-from poolshare.search.job.prepare import model_options, supernet_recipe
+from poolshare.search.job.prepare import model_options
+from poolshare.search.job.recipes import supernet_recipe
 from poolshare.search.job.records import read_csv
 from poolshare.space import (
     Architecture,

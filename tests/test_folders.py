@@ -19,7 +19,7 @@ from test_sources import write_digits
 from poolshare.search.config import checked_config
 from poolshare.search.exported import retrain as retraining
 from poolshare.search.exported.export import save_export
-from poolshare.search.exported.retrain import evaluate
+from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import prepare
 from poolshare.space.errors import BrokenDataError, DataError, RunError
@@ -317,6 +317,19 @@ def test_evaluate_decodes_test_images_alone_and_shows_progress(tmp_path, quick, 
     assert (status, seen) == (0, {str(test)})
     assert "checking images: 100%" in error
     assert "on 30 test images" in out
+
+
+def test_few_images_are_retrained_for_250_steps_where_no_epochs_are_given(flat, tmp_path, monkeypatch, verb):
+    def stop(model, data, recipe, **_):
+        raise RunError(f"{recipe.epochs} epochs")
+
+    monkeypatch.setattr(retraining, "train_model", stop)
+    model = exported(tmp_path / "model", flat)  # of 80 training images, in batches of 8
+    for words, epochs in (((), 25), (("--epochs", 3), 3)):
+        status, _, err = verb("retrain", model, "-q", *words)
+        assert (status, err) == (1, f"error: {epochs} epochs\n")
+    with pytest.raises(RunError, match="25 epochs"):
+        retrain(model, tmp_path / "out")
 
 
 def test_what_was_set_aside_is_said_even_when_quiet(flat, tmp_path, quick, verb):

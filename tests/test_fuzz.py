@@ -133,7 +133,8 @@ def search(folder):
         return [Counts((500 + MACS.total(architecture) % 97,), 1000) for architecture in architectures]
 
     problem = Problem(SPACE, MACS, MACS, SPACE.within(MACS), score)
-    return run_study(problem, folder, "evolution", TRIALS, 0, "study", no_progress)
+    store = JournalStore(folder.journal, "study")
+    return run_study(problem, store, "evolution", TRIALS, 0, no_progress, folder.write_candidates)
 
 
 @given(st.data())

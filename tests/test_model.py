@@ -19,9 +19,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
-from poolshare.search.cli.options import model_args_of
+from poolshare.search.cli.options import model_args_of, settings_of
 from poolshare.search.config import checked_config
-from poolshare.search.job.prepare import make_supernet, model_options
+from poolshare.search.job.prepare import make_supernet
 from poolshare.space import (
     Architecture,
     ArchitectureError,
@@ -493,7 +493,7 @@ OPTIONS = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_cla
     ],
 )  # fmt: skip
 def test_an_option_is_read_by_the_type_that_timms_signature_has(text: str, value: Any):
-    found = model_args_of("vit_tiny_patch16_224", text)
+    found = model_args_of("vit_tiny_patch16_224", settings_of(text))
     name, _, written = text.split(",")[0].partition("=")
     assert type(found[name]) is type(value)
     assert found[name] == value
@@ -559,7 +559,7 @@ def test_a_base_model_is_allocated_once():
         for module in (base, supernet_model):
             patch.setattr(module, "make_base", recorded)
         config = checked_config(data="digits", model="digits_vit", model_args={"depth": 2}, levels=(64, 16))
-        assert make_supernet(config, model_options(config)).space.levels == (64, 16)
+        assert make_supernet(config, None).space.levels == (64, 16)
     assert made == ["meta", "cpu"]
 
 

@@ -1,7 +1,9 @@
 """`search --no-training`: a model with its trained head is made cheaper as it is, with labels and without them."""
 
+import io
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,20 @@ import torch
 import torch.nn.functional as F
 from conftest import randomise
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from poolshare.search import search
 from poolshare.search.config import checked_config
 from poolshare.search.exported.retrain import evaluate, retrain
 from poolshare.search.job import job as job_module
+from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import prepare, space_of
 from poolshare.search.untrained import job as untrained_job
 from poolshare.search.untrained import record as untrained_record
 from poolshare.search.untrained import search as untrained_search
+from poolshare.search.untrained.job import run_untrained
+from poolshare.search.untrained.record import Record
 from poolshare.space import Architecture, CostTable, PoolshareError
 from poolshare.space.presets import UNTRAINED, aligned_levels, even_levels
 from poolshare.supernet.base import outline
@@ -148,6 +154,24 @@ def test_a_stopped_search_goes_on_and_finds_the_same(place, monkeypatch):
     assert (found.folder / "candidates.csv").read_bytes() == (whole.folder / "candidates.csv").read_bytes()
     again("stopped")
     assert walks == []  # all is known
+
+
+def test_another_budget_is_forecast_beside_what_the_record_holds(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("poolshare.search.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(untrained_search, "FEWEST", 4)
+    given = {"weights": str(place / "model.safetensors"), "class_map": str(place / "classes.txt"), "unlabelled": True}
+    for budget in ("90%", "70%"):
+        config = checked_config(data=str(place / "pictures"), budget=budget, **MODEL, **given, **SMALL)
+        console = Console(file=io.StringIO(), width=300)
+        run_untrained(config, tmp_path / "run", console)
+        said = console.file.getvalue()
+        assert "searching without training: 100%" in said
+        assert "longer than forecast" not in said
+        assert float(re.search(r"as long as the dense model on ([\d,]+) images", said)[1].replace(",", "")) > 0
+        assert ("goes on" in said) == (budget == "70%")
+        record = Record(RunFolder.open(tmp_path / "run"))
+        record.spent *= 10  # as in a larger space, of which other budgets allow other parts
+        record.save()
 
 
 def test_pictures_without_labels_are_scored_by_agreement(place, unlabelled, verb, tmp_path):

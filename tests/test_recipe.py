@@ -15,7 +15,8 @@ from torch import nn
 
 from poolshare.search.cli.options import recipe_of
 from poolshare.search.config import SearchConfig
-from poolshare.search.job.prepare import checked_recipe, input_config, supernet_recipe
+from poolshare.search.job.prepare import input_config
+from poolshare.search.job.recipes import checked_recipe, supernet_recipe
 from poolshare.space import ConfigError, SearchSpace
 from poolshare.supernet import Subnet, SuperNet
 from poolshare.supernet.data.transforms import keyed_generators
@@ -206,8 +207,8 @@ def test_augmentation_of_the_recipe_reaches_the_images(tmp_path):
 
 def test_evaluation_takes_whole_images_where_training_took_no_crops():
     for scale, crop_pct in ((0.35, 0.9), (0.99, 0.9), (1.0, 1.0)):
-        recipe = supernet_recipe(SearchConfig(data="x", recipe={"crop_scale": scale}))
-        assert input_config("vit_tiny_patch16_224", {"img_size": 28}, recipe)["crop_pct"] == crop_pct
+        config = SearchConfig(data="x", img_size=28, recipe={"crop_scale": scale})
+        assert input_config(config)["crop_pct"] == crop_pct
 
 
 @pytest.mark.parametrize(

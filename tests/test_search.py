@@ -52,6 +52,12 @@ def make_folder(path):
         return folder
 
 
+def run(problem, folder, sampler, trials, seed=0, name="study"):
+    """A study in the journal of a run folder, which publishes its candidates."""
+    store = JournalStore(folder.journal, name)
+    return run_study(problem, store, sampler, trials, seed, no_progress, folder.write_candidates)
+
+
 @pytest.fixture(scope="module")
 def everything():
     return [Scored(a, 100 * accuracy(a) / IMAGES, MACS.total(a)) for a in SPACE]
@@ -96,7 +102,7 @@ def test_every_sampler_finds_something_within_the_tightest_budget(sampler, tmp_p
     limit = min(map(MACS.total, SPACE))
     problem = make_problem(Counter(), limit)
     assert problem.allowed.size < 10
-    frame = run_study(problem, make_folder(tmp_path / "run"), sampler, 5, 0, "study", no_progress)
+    frame = run(problem, make_folder(tmp_path / "run"), sampler, 5, 0)
     assert frame["macs"].min() == limit
 
 
@@ -104,7 +110,7 @@ def test_every_sampler_finds_something_within_the_tightest_budget(sampler, tmp_p
 def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sampler, tmp_path):
     score = Counter()
     folder = make_folder(tmp_path / "run")
-    frame = run_study(make_problem(score, 450), folder, sampler, 120, 0, "study", no_progress)
+    frame = run(make_problem(score, 450), folder, sampler, 120, 0)
     assert len(score.asked) == len(set(score.asked)) == len(frame)
     pd.testing.assert_frame_equal(frame, folder.read_candidates())
     for row in frame.itertuples():
@@ -121,7 +127,7 @@ def test_every_sampler_scores_each_architecture_once_and_fills_the_record(sample
 
 @pytest.mark.parametrize("sampler", ["evolution", "random"])
 def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampler, tmp_path):
-    undisturbed = run_study(make_problem(Counter()), make_folder(tmp_path / "a"), sampler, 130, 7, "s", no_progress)
+    undisturbed = run(make_problem(Counter()), make_folder(tmp_path / "a"), sampler, 130, 7)
 
     class Stopped(Exception):
         pass
@@ -137,12 +143,12 @@ def test_a_search_stopped_anywhere_and_continued_gives_the_same_candidates(sampl
             return result
 
         with pytest.raises(Stopped):
-            run_study(make_problem(stop), folder, sampler, 130, 7, "s", no_progress)
+            run(make_problem(stop), folder, sampler, 130, 7)
         with open(folder.journal, "ab") as journal:  # a killed writer leaves half a line
             journal.write(b'{"op_code": 5, "worker')
-        first = run_study(make_problem(Counter()), folder, sampler, GENERATION, 7, "s", no_progress)
+        first = run(make_problem(Counter()), folder, sampler, GENERATION, 7)
         assert len(first) == GENERATION
-    continued = run_study(make_problem(Counter()), folder, sampler, 130, 7, "s", no_progress)
+    continued = run(make_problem(Counter()), folder, sampler, 130, 7)
     pd.testing.assert_frame_equal(continued, undisturbed)
 
 
@@ -152,7 +158,7 @@ def test_evolution_comes_closer_to_the_true_frontier_than_random_draws(tmp_path,
 
     def found(sampler, seed):
         folder = make_folder(tmp_path / f"{sampler}{seed}")
-        frame = run_study(make_problem(Counter()), folder, sampler, 150, seed, "s", no_progress)
+        frame = run(make_problem(Counter()), folder, sampler, 150, seed)
         return len(true & set(frame["architecture"]))
 
     assert sum(found("evolution", seed) for seed in range(3)) > sum(found("random", seed) for seed in range(3))

@@ -11,7 +11,7 @@ from poolshare.search.scoring import ImageScores
 from poolshare.search.untrained.cheapest import CheapestPaths
 from poolshare.search.untrained.damage import DamageModel, single_reductions, steps
 from poolshare.search.untrained.racing import Race
-from poolshare.search.untrained.search import Effort, changed, gradual, search_untrained
+from poolshare.search.untrained.search import Effort, changed, expected_cost, gradual, search_untrained
 from poolshare.space import Architecture, CostTable, SearchSpace, forecast
 from poolshare.space.presets import aligned_levels, even_levels
 
@@ -117,6 +117,23 @@ def test_what_an_earlier_call_scored_is_not_scored_again_and_changes_nothing(all
     assert again.asked == []
     first = {architecture: losses for architecture, losses in known.items() if SPACE.rank(architecture) % 2}
     assert search_untrained(allowed, score, IMAGES, known=first).finalists == found.finalists
+
+
+def test_at_every_step_it_is_known_about_how_much_is_ahead_whatever_an_earlier_call_scored(allowed, found):
+    def walked(asked):
+        return sum((stop - start) * forecast({SPACE[0], *members}, COSTS).cost for members, start, stop in asked)
+
+    tighter = SPACE.within(COSTS, None, 0.6 * COSTS.total(SPACE[0]))
+    for band, known in ((allowed, {}), (tighter, dict(found.race.losses))):
+        recorded, steps = Recorded(), []
+        note = lambda _, ahead, recorded=recorded, steps=steps: steps.append((len(recorded.asked), ahead))
+        search_untrained(band, recorded, IMAGES, note=note, known=known)
+        assert len(steps) >= 4
+        assert steps[0][1] == expected_cost(band, IMAGES)
+        aheads = [ahead for _, ahead in steps]
+        assert aheads == sorted(aheads, reverse=True)
+        for begun, ahead in steps:
+            assert 0 < walked(recorded.asked[begun:]) <= ahead
 
 
 def test_few_images_are_all_looked_at_from_the_beginning(allowed):

@@ -25,8 +25,8 @@ from poolshare.search.job import worker
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.job import study_name
 from poolshare.search.job.prepare import load_weights, prepare
-from poolshare.search.job.problem import make_problem
 from poolshare.search.job.records import read_json, write_json
+from poolshare.search.job.together import make_problem
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.samplers.propose import PROPOSERS
@@ -118,8 +118,8 @@ def place(request, alone, job, tmp_path, monkeypatch):
 
 
 def searcher(job, place, trials):
-    folder, make_store = place
-    run_study(make_problem(job), folder, "evolution", trials, 0, "", no_progress, make_store(), publish=False)
+    _, make_store = place
+    run_study(make_problem(job), make_store(), "evolution", trials, 0, no_progress)
 
 
 def trials_of(place):

@@ -107,7 +107,7 @@ def search(split: int, scorer: Scorer, effort: Effort, budget: float) -> tuple[d
     places, _ = scorer.setting.places(split)
     start, dense = time.monotonic(), scorer.costs.total(scorer.net.space[0])
 
-    def note(text: str) -> None:
+    def note(text: str, ahead: float = 0.0) -> None:
         print(f"{time.monotonic() - start:6.0f} s  split {split}: {text}", flush=True)
 
     allowed = scorer.net.space.within(scorer.costs, None, budget * dense)

@@ -30,7 +30,7 @@ from torch import nn
 from poolshare.search.analysis.ranking import summarise
 from poolshare.search.analysis.trust import Plan, draw
 from poolshare.search.config import SearchConfig
-from poolshare.search.job.prepare import Job, make_supernet, model_options, prepare
+from poolshare.search.job.prepare import Job, make_supernet, prepare
 from poolshare.search.job.records import versions, write_csv, write_json
 from poolshare.search.scoring import answers, score_counts
 from poolshare.space import Architecture, Layer, forecast
@@ -263,7 +263,7 @@ def draws(job: Job, lever: Lever, seed: int, steps: int) -> Callable[[int], list
 def train(job: Job, lever: Lever, seed: int, state: Path) -> SuperNet:
     """A supernet on a job's images, trained with a lever."""
     torch.manual_seed(seed)
-    supernet = make_supernet(job.config, model_options(job.config) | {"num_classes": len(job.data.classes)})
+    supernet = make_supernet(job.config, len(job.data.classes), job.config.pretrained)
     supernet = StateNet.of(supernet) if lever.norms else supernet
     recipe = job.recipe.model_copy(update={"epochs": lever.epochs * job.recipe.epochs, "ema": lever.ema})
     steps = recipe.epochs * len(job.data.train_loader(0, recipe.batch_size))

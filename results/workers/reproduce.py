@@ -24,7 +24,7 @@ import torch
 from poolshare.search.config import checked_config
 from poolshare.search.job.folder import RunFolder
 from poolshare.search.job.prepare import Job, prepare
-from poolshare.search.job.problem import make_problem
+from poolshare.search.job.together import make_problem
 from poolshare.search.progress import no_progress
 from poolshare.search.samplers.exhaustive import score_everything
 from poolshare.search.study.loop import run_study
@@ -40,7 +40,7 @@ def one(job: Job, kind: str, folder: RunFolder) -> None:
     if kind == "exhaustive":
         score_everything(problem, open_store(folder.journal, None, kind), no_progress)
     else:
-        run_study(problem, folder, kind, TRIALS, 0, kind, no_progress, publish=False)
+        run_study(problem, open_store(folder.journal, None, kind), kind, TRIALS, 0, no_progress)
 
 
 def measure(job: Job, kind: str, workers: int) -> tuple[float, float]:

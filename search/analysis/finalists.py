@@ -20,19 +20,19 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet import Subnet
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import check_batches, steps_per_epoch, train_model
 from poolshare.supernet.training.recipe import Recipe
 
 from ..exported.export import better_with_dense, load_supernet
 from ..job.dense import answered
 from ..job.folder import FINALISTS, RunFolder
-from ..job.prepare import Job, checked_recipe, prepare, supernet_recipe
+from ..job.prepare import Job, computing, prepare
+from ..job.recipes import checked_recipe, supernet_recipe
 from ..job.records import write_csv
 from ..progress import advance_step, progress_bar
 from ..report.report import load_report
 from ..report.write import write_report
-from ..scoring import SCORING_BATCH, answers
+from ..scoring import answers
 from .intervals import score_interval
 from .pareto import TRAINED, ranked, score_of
 
@@ -90,10 +90,7 @@ def train_finalists(
             folder.check_images(job.data.fingerprint, job.data.files)
             job = answered(job, folder)
             check_batches(job.data, recipe, 1)
-            chosen_threads = choose_threads(threads, folder.config.threads, job.supernet, recipe)
-            if chosen_threads.note:
-                console.print(chosen_threads.note, markup=False, soft_wrap=True)
-            with computing_with(chosen_threads.number):
+            with computing(job, threads, folder.config.threads, console, recipe):
                 rows = _train(folder, job, missing, rows, recipe, console)
             write_report(folder)  # the page shows the winner
     allowed = rows["architecture"].isin(set(report.allowed["architecture"]))
@@ -124,20 +121,27 @@ def _train(
     recipe: Recipe,
     console: Console,
 ) -> pd.DataFrame:
-    workers, seed, device = job.config.workers, job.config.seed, next(job.supernet.parameters()).device
+    config = job.config
     teacher = _start(folder, job.dense) if folder.dense.exists() else None
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
+    batches = job.search_batches
     steps = recipe.epochs * steps_per_epoch(job.data, recipe)
     with progress_bar(console, "training finalists", len(missing) * steps, "steps") as advance:
         for index, candidate in enumerate(missing):
             text = str(candidate["architecture"])
             note = f"{index + 1} of {len(missing)}: {text}"
-            torch.manual_seed(seed)
+            torch.manual_seed(config.seed)
             architecture = Architecture.parse(text)
-            model = _start(folder, architecture).to(device)
+            model = _start(folder, architecture).to(job.device)
             show = partial(advance_step, advance, index * steps, note)
             train_model(
-                model, job.data, recipe, teacher=teacher, task=job.task, seed=seed, workers=workers, progress=show
+                model,
+                job.data,
+                recipe,
+                teacher=teacher,
+                task=job.task,
+                seed=config.seed,
+                workers=config.workers,
+                progress=show,
             )
             found = answers(model, batches, job.task)
             low, high = score_interval(job.task, found.contributions)

@@ -21,18 +21,18 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.subnet import checkpoint_filter_fn
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
 from ..config import RETRAIN_EPOCHS_GUIDED
 from ..job.dense import answered, load_dense
 from ..job.folder import RunFolder
-from ..job.prepare import Job, checked_recipe, is_trained, load_weights, prepare, supernet_recipe
+from ..job.prepare import Job, computing, is_trained, load_weights, prepare
+from ..job.recipes import checked_recipe, supernet_recipe
 from ..job.records import FORMAT, read_csv, write_csv, write_json
 from ..progress import advance_step, progress_bar
 from ..report.report import Report, load_report
 from ..report.write import write_report
-from ..scoring import SCORING_BATCH, answers, score_counts
+from ..scoring import answers, score_counts
 from .ranking import summarise
 
 POINTS = ("architecture", "band", "macs", "supernet_score", "repeat", "score", "total")
@@ -106,10 +106,7 @@ def measure_trust(
         job = _within_latency(job, folder, report)
         drawn = draw(job, plan)
         _check_drawn(folder, rows, drawn)
-        chosen = choose_threads(threads, folder.config.threads, job.supernet, recipe)
-        if chosen.note:
-            console.print(chosen.note, markup=False, soft_wrap=True)
-        with computing_with(chosen.number):
+        with computing(job, threads, folder.config.threads, console, recipe):
             return _measure(folder, plan, job, drawn, recipe, header, rows, console)
 
 
@@ -141,14 +138,12 @@ def _measure(
     rows: list[dict[str, Any]],
     console: Console,
 ) -> dict[str, Any]:
-    workers = job.config.workers
     untrained = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     load_weights(job.supernet, folder.supernet)
     # An architecture has one score: the one from before its first training.
     scores = {row["architecture"]: row["supernet_score"] for row in rows}
     new = [architecture for architecture, _ in drawn if str(architecture) not in scores]
-    batches = job.data.eval_loader("search", SCORING_BATCH, workers=workers)
-    counts = score_counts(job.supernet, new, batches, task=job.task) if new else []
+    counts = score_counts(job.supernet, new, job.search_batches, task=job.task) if new else []
     scores |= {str(one): count.score(job.task) for one, count in zip(new, counts, strict=True)}
     if not rows:
         write_json(folder.trust, header)
@@ -249,16 +244,23 @@ def _train_alone(
     progress: Progress,
 ) -> tuple[float, int]:
     """One architecture from the supernet's own start; its score on the search-validation images, and their number."""
-    workers = job.config.workers
     seed = random.Random(f"alone {key}").getrandbits(31)
     torch.manual_seed(seed)
     base, options = job.supernet.base
-    device = next(job.supernet.parameters()).device
     model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
     if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
-    model.to(device)
+    model.to(job.device)
     teacher = job.data.answering if job.task.targets == "dense" else None
-    train_model(model, job.data, recipe, teacher=teacher, task=job.task, seed=seed, workers=workers, progress=progress)
-    counts = answers(model, job.data.eval_loader("search", SCORING_BATCH, workers=workers), job.task).counts
+    train_model(
+        model,
+        job.data,
+        recipe,
+        teacher=teacher,
+        task=job.task,
+        seed=seed,
+        workers=job.config.workers,
+        progress=progress,
+    )
+    counts = answers(model, job.search_batches, job.task).counts
     return counts.score(job.task), counts.total

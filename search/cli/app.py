@@ -147,7 +147,7 @@ def worker(
         return print_json(result)
     console = PlainConsole()
     console.print(f"{run}: {result['scored']:,} of its {result['candidates']:,} architectures were scored here")
-    console.print("the `poolshare search` command of this run shows the frontier and writes the report", soft_wrap=True)
+    console.print("the `poolshare search` command of this run shows the frontier and writes the report")
 
 
 app.command(epilog=examples("poolshare pareto runs/digits --budget 60% --pick knee"))(looking.pareto)

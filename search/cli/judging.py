@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import PlainConsole, progress_console
+from ..console import PlainConsole
 from .options import (
     Budget,
     DataDir,
@@ -53,22 +53,20 @@ def trust(
 
     Test images stay unseen. The same command continues an interrupted one; the report shows the outcome.
     """
-    from ..analysis.trust import Plan, measure_trust
-    from ..job.folder import RunFolder
+    from ..api import SearchResult
 
-    plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
-    folder = RunFolder.open(run)
-    changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "amp": amp}
-    result = measure_trust(
-        folder, plan, recipe_changes=changes, data=data, data_dir=data_dir, weights=None if weights is None else str(weights),
-        workers=workers, device=device, threads=threads, console=progress_console(quiet),
+    result = SearchResult(run).trust(
+        architectures, twice, bands, seed=seed, epochs=epochs, batch_size=batch_size, lr=lr, amp=amp, data=data,
+        data_dir=data_dir, weights=None if weights is None else str(weights), workers=workers, device=device, threads=threads,
+        quiet=quiet,
     )  # fmt: skip
     if as_json:
         return print_json(result)
     console = PlainConsole()
     console.print(
         f"{result['n']} architectures trained alone for {result['recipe']['epochs']} epochs, {result['twice']} of them twice, "
-        f"scored on {result['images']:,} search-validation images; Kendall tau with 95 % intervals"
+        f"scored on {result['images']:,} search-validation images; Kendall tau with 95 % intervals",
+        soft_wrap=False,
     )
     for title, part in [
         ("all", result),
@@ -78,7 +76,7 @@ def trust(
         cells = [
             f"{name.replace('_', ' ')} {_with_interval(part[name])}" for name in ("tau", "ceiling", "share_of_ceiling")
         ]
-        console.print(f"{title:<20} {'  '.join(cells)}", soft_wrap=True)
+        console.print(f"{title:<20} {'  '.join(cells)}")
 
 
 def _with_interval(estimate: dict[str, float | None]) -> str:
@@ -114,20 +112,17 @@ def finalists(
     command continues an interrupted one. `poolshare export RUN --pick finalist` exports the winner; where finalists were
     trained in several ways, that of the largest group.
     """
-    from ..analysis.finalists import train_finalists
-    from ..job.folder import RunFolder
-    from ..report.report import load_report
+    from ..api import SearchResult
     from ..report.terminal import finalists_table
 
-    folder = RunFolder.open(run)
-    console = progress_console(quiet)
-    rows = train_finalists(
-        folder, count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, data=data,
-        data_dir=data_dir, workers=workers, device=device, threads=threads, console=console,
+    result = SearchResult(run)
+    rows = result.finalists(
+        count, epochs=epochs, budget=budget, batch_size=batch_size, lr=lr, amp=amp, data=data, data_dir=data_dir,
+        workers=workers, device=device, threads=threads, quiet=quiet,
     )  # fmt: skip
     if as_json:
         return print_json({"run": str(run), "finalists": rows.to_dict("records")})
     out = PlainConsole()
-    out.print(finalists_table(rows, load_report(folder), out.width))
+    out.print(finalists_table(rows, result.report, out.width))
     name, best = shlex.quote(str(run)), shlex.quote(str(rows["architecture"].iloc[0]))
-    out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export", soft_wrap=True)
+    out.print(f"export: poolshare export {name} --architecture {best} --out {name}-export")

@@ -9,30 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from poolshare.space.errors import ConfigError
+from poolshare.space import COSTS, Architecture, ConfigError, RunError
+from poolshare.space.files import reading
 
 from ..console import PlainConsole
-from .options import Budget, ImgSize, InChans, Json, ModelArgs, option, print_json, read_options
+from .options import Budget, ImgSize, InChans, Json, ModelArgs, PickName, option, print_json, read_options
 
 if TYPE_CHECKING:
     from ..job.folder import RunFolder
     from ..report.report import Report
 
-CostName = Annotated[
-    Literal["macs", "parameters", "latency"] | None,
-    typer.Option("--cost", help="What the frontier weighs against accuracy. Default: the search's objective."),
-]
-PickName = Annotated[
-    Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
-    typer.Option(help="Name one point and why. half-point: the cheapest within half a point of dense."),
-]
-
 
 def pareto(
     run: Annotated[Path, typer.Argument(help="The run folder of a search.", metavar="RUN")],
     budget: Budget = None,
-    cost: CostName = None,
-    pick: PickName = None,
+    cost: Annotated[
+        Literal["macs", "parameters", "latency"] | None,
+        typer.Option(help="What the frontier weighs against accuracy. Default: the search's objective."),
+    ] = None,
+    pick: Annotated[
+        PickName | None,
+        typer.Option(help="Name one point and why. half-point: the cheapest within half a point of dense."),
+    ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Draw another run's frontier too; repeatable.", metavar="RUN")
     ] = None,
@@ -49,8 +47,6 @@ def pareto(
 
     pareto.csv, pareto.png and report.html lie in the run folder.
     """
-    from poolshare.space import COSTS
-
     from ..job.folder import RunFolder
     from ..job.records import write_csv
     from ..report.report import load_report
@@ -86,11 +82,11 @@ def pareto(
     console = PlainConsole()
     for path in (csv, png, png and png.with_suffix(".csv"), folder.report if refresh else None):
         if path is not None:
-            console.print(f"written: {path}", soft_wrap=True)
+            console.print(f"written: {path}")
     if chosen is not None:
-        console.print(f"{chosen.how}: {chosen.architecture}", soft_wrap=True)
-        console.print(f"why: {chosen.why}")
-        console.print(report.export_command(chosen.architecture), soft_wrap=True)
+        console.print(f"{chosen.how}: {chosen.architecture}")
+        console.print(f"why: {chosen.why}", soft_wrap=False)  # a sentence, to be read here
+        console.print(report.export_command(chosen.architecture))
     else:
         hint(folder, report, budget)
 
@@ -120,24 +116,10 @@ def show(
     With --image also a PNG: each photo, and beside it the parts that are one token after each reduction. An exported folder
     brings its weights; an architecture needs --pretrained or --weights where its operators look at the contents of tokens.
     """
-    from poolshare.space import COSTS, Architecture, RunError
-    from poolshare.space.files import reading
-
-    from ..job.records import read_json
     from ..report.terminal import draw_architecture
 
-    facts: dict[str, Any] = {}
-    if os.path.isdir(what):  # unlike Path's it takes a text of any length
-        path = Path(what) / "architecture.json"
-        if not path.is_file():
-            raise RunError(f"{what} is not an exported folder: it has no architecture.json")
-        with reading(path, "export it again"):
-            facts = read_json(path)
-            architecture = Architecture.parse(facts["architecture"])
-            if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
-                raise ValueError("a cost is not a positive whole number")
-    else:
-        architecture = Architecture.parse(what)
+    # unlike Path's isdir takes a text of any length
+    architecture, facts = _exported(what) if os.path.isdir(what) else (Architecture.parse(what), {})
     given = {
         "model": model, "pretrained": pretrained or None, "weights": weights, "img_size": img_size, "in_chans": in_chans,
         "model_args": model_args,
@@ -148,13 +130,27 @@ def show(
         value = {"architecture": str(architecture), **architecture.to_json(), "layers": layers}
         return print_json(value | ({"regions": str(drawn)} if drawn else {}))
     console = PlainConsole()
-    console.print(draw_architecture(architecture, min(console.width, 100)), soft_wrap=True)
+    console.print(draw_architecture(architecture, min(console.width, 100)))
     if facts:
         share = facts["macs"] / facts["dense_macs"]
         macs, parameters = (COSTS[name].format(facts[name]) for name in ("macs", "parameters"))
         console.print(f"{macs}, {share:.1%} of dense; {parameters}")
     if drawn:
-        console.print(f"written: {drawn}", soft_wrap=True)
+        console.print(f"written: {drawn}")
+
+
+def _exported(folder: str) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of an exported folder, and what is known about it; without loading its weights."""
+    from ..job.records import read_json
+
+    path = Path(folder, "architecture.json")
+    if not path.is_file():
+        raise RunError(f"{folder} is not an exported folder: it has no architecture.json")
+    with reading(path, "export it again"):
+        facts = read_json(path)
+        if any(type(facts[name]) is not int or facts[name] <= 0 for name in ("macs", "dense_macs", "parameters")):
+            raise ValueError("a cost is not a positive whole number")
+        return Architecture.parse(facts["architecture"]), facts
 
 
 def _draw(what: str, images: list[Path] | None, out: Path | None, model: dict[str, Any]) -> Path | None:
@@ -194,7 +190,7 @@ def present(report: Report, cost: str, others: list[Report] | None = None) -> No
     if others:
         console.print(comparison_table([report, *others], cost))
     for warning in report.warnings:
-        console.print(warning, soft_wrap=True)
+        console.print(warning)
     width = max(40, min(78, console.width))
     print(terminal_plot(report, width, colour=console.is_terminal, cost=cost, others=others or ()))
 
@@ -209,5 +205,5 @@ def hint(folder: RunFolder, report: Report, budget: str | None = None) -> None:
     if picks[0] == "finalist" or not budget:
         wishes.append(f"--pick {picks[0]}")  # finalist, or else half-point where there is one
     wish = " ".join(wishes)
-    console.print(f"report: {folder.report}", soft_wrap=True)
-    console.print(f"export: poolshare export {run} {wish} --out {run}-export", soft_wrap=True)
+    console.print(f"report: {folder.report}")
+    console.print(f"export: poolshare export {run} {wish} --out {run}-export")

@@ -88,6 +88,7 @@ SearchAmp = Annotated[
 SearchBatch = Annotated[
     int | None, option("batch_size", help="Images of one training step. Default: as in the search.")
 ]
+PickName = Literal["finalist", "half-point", "knee", "budget", "accuracy"]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -176,9 +177,8 @@ def settings_of(
     return settings
 
 
-def model_args_of(model: str | None, text: str | None) -> dict[str, Any]:
-    """--model-args read: options of timm's VisionTransformer, each by its type."""
-    settings = settings_of(text)
+def model_args_of(model: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of --model-args read: options of timm's VisionTransformer, each by its type."""
     if not settings:
         return {}
     from poolshare.supernet.options import read_options
@@ -194,7 +194,7 @@ def recipe_of(text: str | None) -> dict[str, Any]:
     changes = settings_of(text, "--recipe", "mixup=0.8,label_smoothing=0.1")
     if not changes:
         return {}
-    from ..job.prepare import read_recipe
+    from ..job.recipes import read_recipe
 
     check_recipe_names(changes)
     return read_recipe(changes)
@@ -209,6 +209,6 @@ def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a search with those that are lists or settings read; what was not given is left out."""
     given = {name: value for name, value in options.items() if value is not None}
     values = {name: READERS[name](value) if name in READERS else value for name, value in given.items()}
-    return values | (
-        {"model_args": model_args_of(given.get("model"), given["model_args"])} if "model_args" in given else {}
-    )
+    if "model_args" in values:
+        values["model_args"] = model_args_of(values.get("model"), values["model_args"])
+    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,9 +60,9 @@ def space(
     With the classes of the data, and the options of the search that decide its defaults, it says what `search` will say.
     """
     from poolshare.space import parse_budget
-    from poolshare.supernet import SuperNet, measure_macs
+    from poolshare.supernet import measure_macs
 
-    from ..job.prepare import model_options, space_of, with_card
+    from ..job.prepare import make_supernet, with_card
 
     given = {
         "model": model, "levels": levels, "operators": operators, "max_run": max_run, "sharing": sharing, "budget": budget,
@@ -71,11 +70,8 @@ def space(
         "training": not no_training, "latency_batch": latency_batch, "latency_dtype": latency_dtype, "device": device,
     }  # fmt: skip
     config = checked_config(data="", **with_card(read_options(given)))
-    options, budget = model_options(config), config.budget
-    if num_classes is not None:
-        options |= {"num_classes": num_classes}
-    # Costs ask for no weights, so none are fetched.
-    net = SuperNet.from_timm(config.model, partial(space_of, config), sharing=config.sharing, **options)
+    budget = config.budget
+    net = make_supernet(config, num_classes)  # costs ask for no weights, so none are fetched
     macs = measure_macs(net)
     costs, conditions = (macs, "") if config.objective == "macs" else _latency(net, config, threads)
     limit = None if budget is None else parse_budget(budget, costs.total(net.space[0]), costs.quantity)
@@ -165,4 +161,4 @@ def _print(net: SuperNet, macs: CostTable, facts: dict[str, Any], head: str, bud
         *facts["notes"],
     ]
     for line in lines:
-        PlainConsole().print(line, soft_wrap=True)
+        PlainConsole().print(line)

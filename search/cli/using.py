@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from .options import (
     Download,
     Json,
     OtherData,
+    PickName,
     Quiet,
     RecipeChanges,
     SearchBatch,
@@ -43,7 +44,7 @@ def export(
         str | None, typer.Option(help="This one, scored or not; dense: all tokens, no sharing.", metavar="TEXT")
     ] = None,
     pick: Annotated[
-        Literal["finalist", "half-point", "knee", "budget", "accuracy"] | None,
+        PickName | None,
         typer.Option(
             help="finalist: the best that `poolshare finalists` trained. From the frontier; half-point: the cheapest within "
             "half a point of dense; budget: the best within --budget. Default: budget where there is one, the search's or "
@@ -72,7 +73,7 @@ def export(
     console = PlainConsole()
     console.print(f"{out}: {facts['architecture']}")
     console.print(f"{facts['macs'] / facts['dense_macs']:.1%} of the dense MACs, {facts['parameters']:,} parameters")
-    console.print(f"next: poolshare retrain {shlex.quote(str(out))}", soft_wrap=True)
+    console.print(f"next: poolshare retrain {shlex.quote(str(out))}")
 
 
 def retrain(
@@ -141,7 +142,7 @@ def retrain(
     )
     _print_beside(facts["test_details"])
     if facts["against_dense"]:
-        PlainConsole().print(facts["against_dense"], soft_wrap=True)
+        PlainConsole().print(facts["against_dense"])
     if quiet:  # otherwise they were printed at the beginning
         print_notes(facts["notes"])
 
@@ -149,14 +150,14 @@ def retrain(
 def print_notes(notes: list[str]) -> None:
     """Notes on data and weights, which belong to the result, quiet or not."""
     for note in notes:
-        PlainConsole().print(note, soft_wrap=True)
+        PlainConsole().print(note)
 
 
 def _print_beside(details: Mapping[str, Any]) -> None:
     """What a task says beside its score, without the classes."""
     numbers = {name.replace("_", " "): value for name, value in details.items() if isinstance(value, float)}
     if numbers:
-        PlainConsole().print(", ".join(f"{name} {value:.2f} %" for name, value in numbers.items()), soft_wrap=True)
+        PlainConsole().print(", ".join(f"{name} {value:.2f} %" for name, value in numbers.items()))
 
 
 def evaluate(
@@ -174,15 +175,9 @@ def evaluate(
     from ..exported.retrain import evaluate as run_evaluate
 
     result = run_evaluate(
-        exported,
-        data=data,
-        data_dir=data_dir,
-        download=download,
-        workers=workers,
-        device=device,
-        threads=threads,
+        exported, data=data, data_dir=data_dir, download=download, workers=workers, device=device, threads=threads,
         console=progress_console(quiet),
-    )
+    )  # fmt: skip
     if as_json:
         return print_json(result)
     console = PlainConsole()
@@ -191,11 +186,11 @@ def evaluate(
         f"{result['metric']} {result['score']:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {result['total']:,} test images"
     )
     if result["against_dense"]:
-        console.print(result["against_dense"], soft_wrap=True)
+        console.print(result["against_dense"])
     _print_beside(result["details"])
     worst_first = sorted(result["details"].get("per_class", ()), key=lambda one: (one["score"], -one["images"]))
     for one in worst_first[:CLASSES_SHOWN]:
-        console.print(f"  {one['class']}: {one['score']:.2f} % of {one['images']:,} images", soft_wrap=True)
+        console.print(f"  {one['class']}: {one['score']:.2f} % of {one['images']:,} images")
     if len(worst_first) > CLASSES_SHOWN:
         console.print(f"  and {len(worst_first) - CLASSES_SHOWN} classes with a higher score; --json lists all")
     print_notes(result["notes"])
@@ -223,7 +218,7 @@ def predict(
     """
     from ..exported.predict import predict as run_predict
 
-    aside = PlainConsole(stderr=True, soft_wrap=True)
+    aside = PlainConsole(stderr=True)
     console = progress_console(False)
     answers = run_predict(
         exported, images, top=top, out=out, device=device, threads=threads, say=aside.print, console=console
@@ -233,9 +228,8 @@ def predict(
         print_json(answers)
     console = PlainConsole()
     for one in [] if as_json else answers:
-        if "error" in one:
-            continue
-        console.print(f"{one['image']}: {_said(one)}", soft_wrap=True)
+        if "error" not in one:
+            console.print(f"{one['image']}: {_said(one)}")
     if broken:
         raise BrokenDataError(f"{len(broken)} of {len(answers)} images cannot be read: {'; '.join(broken)}")
 

@@ -26,10 +26,10 @@ from poolshare.supernet.heads.maps import tapped
 from poolshare.supernet.tasks.task import Targets
 from poolshare.supernet.training.checkpoint import on_cpu, read_weights, shapes_of
 
-from ..config import short_name
+from ..config import SearchConfig, short_name
 from ..job.dense import Tuned, load_dense, read_tuned
 from ..job.folder import RunFolder, check_outside
-from ..job.prepare import input_config, load_weights, make_supernet, model_options, supernet_recipe
+from ..job.prepare import input_config, load_weights, make_supernet
 from ..job.records import read_json, versions, write_json
 
 FORMAT = 1
@@ -109,6 +109,11 @@ class Exported:
     data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
     digest: str  # of its weights
 
+    @property
+    def share(self) -> float:
+        """Of the dense model's MACs, 0 to 1."""
+        return float(self.facts["macs"] / self.facts["dense_macs"])
+
 
 def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -> SuperNet:
     """The trained supernet of a finished search, in evaluation mode. Raises RunError where it is missing or damaged.
@@ -116,7 +121,7 @@ def load_supernet(folder: RunFolder, architecture: Architecture | None = None) -
     architecture: with the dense model's weights instead, where those are better for it, see `better_with_dense`.
     """
     config, summary = folder.config.without_weights, folder.read_summary()  # the weights come from the run
-    supernet = make_supernet(config, model_options(config) | {"num_classes": summary["outputs"]})
+    supernet = make_supernet(config, summary["outputs"])
     if architecture is not None and better_with_dense(folder, architecture) is not None:
         load_dense(supernet, folder.dense)
     else:
@@ -147,24 +152,15 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
     check_outside(out, folder.config.data)
     config, summary = folder.config, folder.read_summary()
     classes = tuple(summary["classes"])
-    supernet, by_dense, tuned = (
-        load_supernet(folder, architecture),
-        better_with_dense(folder, architecture),
-        read_tuned(folder),
-    )
+    supernet, by_dense = load_supernet(folder, architecture), better_with_dense(folder, architecture)
+    tuned = read_tuned(folder)
     supernet.space.check(architecture)
     candidates = folder.read_candidates()
     scored = candidates[candidates["architecture"] == str(architecture)]
     task = summary["task"]
     score = [by_dense] if by_dense is not None else scored[task["column"]].tolist()
-    weights = f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
-    if not config.training:
-        weights = f"{short_name(config.weights or config.model)}, not trained any further"
-    elif by_dense is not None or (tuned and not config.epochs):
-        weights = f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
     model = Subnet.from_supernet(supernet, architecture)
-    recipe = supernet_recipe(config)
-    data_config = input_config(config.model, model_options(config), recipe, config.preprocessing)
+    data_config = input_config(config)
     facts = {
         "architecture": str(architecture),
         "macs": count_macs(model, (torch.zeros(1, *data_config["input_size"]),)),
@@ -186,11 +182,20 @@ def export_architecture(folder: RunFolder, architecture: Architecture, out: Path
         "batch_size": config.batch_size,
         "pretrained": config.warm,
         "threads": config.threads,
-        "weights": weights,
+        "weights": _origin(config, by_dense is not None or (tuned is not None and not config.epochs)),
         **({"dense": _dense_facts(folder, tuned)} if tuned or not config.training else {}),
     }
     save_export(out, model, classes, data_config, facts)
     return facts
+
+
+def _origin(config: SearchConfig, dense: bool) -> str:
+    """Where an export's weights come from. dense: from the dense model, if any was tuned."""
+    if not config.training:
+        return f"{short_name(config.weights or config.model)}, not trained any further"
+    if dense:
+        return f"the dense model, tuned for {config.tune_epochs} epochs on {short_name(config.data)}"
+    return f"the supernet, trained for {config.epochs} epochs on {short_name(config.data)}"
 
 
 def _loss_facts(summary: Mapping[str, Any], scored: pd.DataFrame) -> dict[str, Any]:
@@ -228,23 +233,7 @@ def save_export(
     """
     out = Path(out).resolve()
     check_new(out)
-    base, options = model.base
-    options = {key: value for key, value in options.items() if key != "num_classes"}
-    config = {
-        "architecture": "poolshare_vit",
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "label_names": list(classes),
-        "model_args": {"base": base, "architecture": str(model.architecture), "sharing": model.sharing, **options},
-        "pretrained_cfg": {
-            **{key: _plain(value) for key, value in data_config.items()},
-            "num_classes": model.num_classes,
-            "fixed_input_size": True,
-            "first_conv": model.pretrained_cfg["first_conv"],  # type: ignore[index]
-            # what timm makes anew for another number of classes
-            "classifier": "head.classify" if tapped(model) else model.pretrained_cfg["classifier"],  # type: ignore[index]
-        },
-    }
+    config = _timm_config(model, classes, data_config)
     try:
         config_text = json.dumps(config, indent=2)
     except TypeError as error:
@@ -279,6 +268,27 @@ def save_export(
         raise RunError(f"{out} cannot be written ({error}); free some space, or choose another --out") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _timm_config(model: Subnet, classes: tuple[str, ...], data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, as timm has it."""
+    base, options = model.base
+    options = {key: value for key, value in options.items() if key != "num_classes"}
+    return {
+        "architecture": "poolshare_vit",
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "label_names": list(classes),
+        "model_args": {"base": base, "architecture": str(model.architecture), "sharing": model.sharing, **options},
+        "pretrained_cfg": {
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()},
+            "num_classes": model.num_classes,
+            "fixed_input_size": True,
+            "first_conv": model.pretrained_cfg["first_conv"],  # type: ignore[index]
+            # what timm makes anew for another number of classes
+            "classifier": "head.classify" if tapped(model) else model.pretrained_cfg["classifier"],  # type: ignore[index]
+        },
+    }
 
 
 def check_new(out: Path) -> None:
@@ -335,16 +345,12 @@ def load_export(path: str | Path) -> Exported:
     return Exported(path, model, facts, data_config, facts["weights_sha256"])
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _card(out: Path, record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """README.md of an exported folder."""
     numbers = [
-        f"| MACs per image | {record['macs']:,} ({record['macs'] / record['dense_macs']:.1%} of the dense model's) |"
+        f"| MACs per image | {record['macs']:,} ({record['macs'] / record['dense_macs']:.1%} of the dense model's) |",
+        f"| parameters | {record['parameters']:,} |",
     ]
-    numbers.append(f"| parameters | {record['parameters']:,} |")
     dense = record.get("dense") or {}
     if "search_loss" in record:
         numbers.append(f"| {record['loss']} | {record['search_loss']:.4f} {record['unit']} |")

@@ -22,7 +22,7 @@ from poolshare.supernet.subnet import smallest_space
 from poolshare.supernet.weights import load_base_weights, read_checkpoint
 
 from ..config import checked_config
-from ..job.prepare import image_format, input_config, model_options, supernet_recipe, with_card
+from ..job.prepare import image_format, input_config, model_options, with_card
 from ..job.regions import photos, trace
 from ..report.sheet import sheet
 from .export import load_export
@@ -83,7 +83,6 @@ def _built(text: str, model: dict[str, Any]) -> tuple[Any, Architecture, ImageFo
     architecture = Architecture.parse(text)
     _check_reduces(architecture)
     config = checked_config(**with_card({"data": "", **model}))
-    options = model_options(config)
     choosing = [layer.operator for layer in architecture.layers if layer.operator and _chooses(layer.operator)]
     if choosing and not config.warm:
         raise ModelError(
@@ -95,12 +94,11 @@ def _built(text: str, model: dict[str, Any]) -> tuple[Any, Architecture, ImageFo
         config.model,
         lambda base: smallest_space(architecture, base.patch_embed.grid_size),
         config.pretrained,
-        **options,
+        **model_options(config),
     )
     if found is not None:
         load_base_weights(net, found, config.model, fresh_head=True)
-    data_config = input_config(config.model, options, supernet_recipe(config), config.preprocessing)
-    return net, architecture, image_format(data_config), False
+    return net, architecture, image_format(input_config(config)), False
 
 
 def _chooses(operator: str) -> bool:

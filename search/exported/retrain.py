@@ -41,17 +41,17 @@ from ..config import (
     moved,
     short_name,
 )
+from ..console import say
 from ..job.folder import check_outside
 from ..job.images import difference
-from ..job.prepare import as_trained, checked_recipe, checking_images, image_format, pick_device
+from ..job.prepare import as_trained, checking_images, image_format, pick_device
+from ..job.recipes import checked_recipe
 from ..job.records import read_json
 from ..progress import advance_loss, progress_bar
-from ..scoring import Answers, answers
+from ..scoring import SCORING_BATCH, Answers, answers
 from .export import Exported, check_new, load_export, save_export
 
-EVALUATION_BATCH = 256
 LATENCY_BATCHES = (1, 64)
-# Peak learning rates from a supernet's weights, and where that began with pretrained ones.
 
 
 def retrain(
@@ -91,6 +91,7 @@ def retrain(
     check_whole(1, threads=threads)
     check_trackers(tracker)
     out, console = Path(out).resolve(), console or Console(quiet=True)
+    changes = {name: value for name, value in (recipe_changes or {}).items() if value is not None}
     if distributed.rank() == 0:
         _remove_finished(out)
     check_new(out)
@@ -103,28 +104,21 @@ def retrain(
             f"task {task.name} learns from the dense model of the run alone: leave out --teacher none, and retrain a model that "
             "is not the dense one"
         )
-    recipe = _recipe(source, from_scratch, guide is not None and teacher is None, recipe_changes or {})
+    recipe = _recipe(source, from_scratch, guide is not None and teacher is None, changes)
     source = replace(source, data_config=as_trained(source.data_config, recipe))
     # The seed of the search decides the splits, the seed of the retraining order and augmentation.
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
     check_outside(out, name)
-    opened = _open(source, name, data_dir, download, ("train", "test"), console, recipe.augmentation)
-    opened = _answered(source, opened, task, place)
-    opened = replace(opened, seed=seed)
+    opened = _open(source, _place(source, name, data_dir, download), ("train", "test"), console, recipe.augmentation)
+    opened = replace(_answered(source, opened, task, place), seed=seed)
     training = opened.full
-    if "epochs" not in (recipe_changes or {}):
+    if "epochs" not in changes:
         epochs = enough_epochs(recipe.epochs, steps_per_epoch(training, recipe))
         recipe = recipe.model_copy(update={"epochs": epochs})
     for note in opened.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        say(console, note)
     torch.manual_seed(seed)
-    model: Any = source.model
-    if from_scratch:
-        base, options = model.base
-        fresh = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
-        fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
-        model = fresh
-    model = model.to(place)
+    model = (_untrained(source.model) if from_scratch else source.model).to(place)
     settings = {
         "architecture": str(model.architecture),
         "weights": None if from_scratch else source.digest,
@@ -142,7 +136,7 @@ def retrain(
             stack.enter_context(distributed.joined(place))
             chosen = distributed.from_first(_threads(threads, state, source, model, recipe) if first else Threads(None))
             if chosen.note:
-                console.print(chosen.note, markup=False, soft_wrap=True)
+                say(console, chosen.note)
             stack.enter_context(computing_with(chosen.number))
             logs = out.with_name(f"{out.name}-logs") if first else None
             watch = stack.enter_context(watching(tracker, logs, "retraining"))
@@ -159,30 +153,21 @@ def retrain(
                 settings=settings,
                 progress=partial(advance_loss, advance),
                 watch=watch,
-                say=partial(console.print, markup=False, soft_wrap=True),
+                say=partial(say, console),
                 otherwise=f"give --restart to discard these epochs and start {out.name} again, or choose another --out",
             )
         if not first:
             return {}
         with computing_with(chosen.number):
             tested = Tested.of(task, answers_on_test(model, opened, task, workers), opened.classes)
-        share = source.facts["macs"] / source.facts["dense_macs"]
-        with computing_with(chosen.number):
             dense = _dense_on_test(source, place, opened, task, workers)
         start = "random initialisation" if from_scratch else f"{source.path.name} ({source.facts['weights']})"
-        facts = {
-            key: value for key, value in source.facts.items() if key not in ("format", "runs", "classes", "versions")
-        }
+        own = ("format", "runs", "classes", "versions")  # which the new folder says of itself
+        facts = {key: value for key, value in source.facts.items() if key not in own}
+        facts |= _tested_facts(source, opened, tested, dense)
         facts |= {
             "data": name,
             "data_dir": data_dir,
-            "data_fingerprint": opened.fingerprint,
-            "test_score": tested.score,
-            "test_total": tested.total,
-            "test_details": tested.details,
-            "notes": list(opened.notes),
-            **({"dense": dense} if dense else {}),
-            "against_dense": tested.beside(dense, share),
             "recipe": recipe.model_dump(),
             "threads": chosen.number,
             "from_scratch": from_scratch,
@@ -194,6 +179,27 @@ def retrain(
         if state is not None and (curve := state.with_suffix(".csv")).exists():
             shutil.copy(curve, out)
     return facts
+
+
+def _untrained(model: Any) -> Any:
+    """The same model with random weights."""
+    base, options = model.base
+    fresh: Any = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
+    fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
+    return fresh
+
+
+def _tested_facts(source: Exported, data: Data, tested: Tested, dense: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What architecture.json says of a test. dense: see `_dense_on_test`."""
+    return {
+        "data_fingerprint": data.fingerprint,
+        "test_score": tested.score,
+        "test_total": tested.total,
+        "test_details": tested.details,
+        "notes": list(data.notes),
+        **({"dense": dense} if dense else {}),
+        "against_dense": tested.beside(dense, source.share),
+    }
 
 
 def _threads(asked: int | None, state: Path | None, source: Exported, model: nn.Module, recipe: Recipe) -> Threads:
@@ -328,7 +334,7 @@ def evaluate(
     source, console = load_export(exported), console or Console(quiet=True)
     task = task_of(source, task)
     name, data_dir = moved(source.facts["data"], source.facts["data_dir"], data, data_dir)
-    opened = _answered(source, _open_tests(source, name, data_dir, download, console), task, place)
+    opened = _answered(source, _open_tests(source, _place(source, name, data_dir, download), console), task, place)
     inputs = torch.zeros(1, *source.data_config["input_size"])
     macs = count_macs(source.model, (inputs,))
     model = source.model.to(place)
@@ -340,7 +346,6 @@ def evaluate(
             for batch in LATENCY_BATCHES
         }
         dense = _dense_on_test(source, place, opened, task, workers)
-    share = source.facts["macs"] / source.facts["dense_macs"]
     return {
         "model": str(source.path),
         "architecture": str(model.architecture),
@@ -351,7 +356,7 @@ def evaluate(
         "device": str(place),
         "notes": list(opened.notes),
         "dense_score": dense and dense["test_score"],
-        "against_dense": tested.beside(dense, share),
+        "against_dense": tested.beside(dense, source.share),
         "threads": chosen.number if place.type == "cpu" else None,
         "latency_ms": latency,
     }
@@ -397,16 +402,28 @@ def answers_on_test(
     model: nn.Module, data: Data, task: Task, workers: int = 0, console: Console | None = None
 ) -> Answers:
     """What a model says to the test images."""
-    batches = data.eval_loader("test", EVALUATION_BATCH, workers=workers)
+    batches = data.eval_loader("test", SCORING_BATCH, workers=workers)
     with progress_bar(console or Console(quiet=True), "testing", len(batches), "batches") as advance:
         return answers(model, batches, task, advance)
 
 
+def _place(source: Exported, name: str, data_dir: str | None, download: bool) -> Place:
+    """Where images for a model are, and what they are to it."""
+    facts = source.facts
+    return Place(
+        name,
+        data_dir=data_dir,
+        download=download,
+        search_data=facts.get("search_data") if name == facts["data"] else None,
+        scale_16bit=facts.get("scale_16bit", False),
+        targets=facts["targets"],
+        ignore_index=facts.get("ignore_index", 255),
+    )
+
+
 def _open(
     source: Exported,
-    name: str,
-    data_dir: str | None,
-    download: bool,
+    place: Place,
     check: Sequence[str],
     console: Console,
     augmentation: Augmentation = DEFAULT_AUGMENTATION,
@@ -415,7 +432,7 @@ def _open(
 
     check: what to decode once, `train` or `test`.
     """
-    facts = source.facts
+    facts, name = source.facts, place.name
     same = name == facts["data"]
     if same and facts.get("unlabelled"):
         raise DataError(
@@ -423,15 +440,7 @@ def _open(
         )
     with checking_images(console) as progress:
         opened = open_data(
-            Place(
-                name,
-                data_dir=data_dir,
-                download=download,
-                search_data=facts.get("search_data") if same else None,
-                scale_16bit=facts.get("scale_16bit", False),
-                targets=facts["targets"],
-                ignore_index=facts.get("ignore_index", 255),
-            ),
+            place,
             image_format(source.data_config),
             seed=facts["seed"],  # where test images had to be set aside, the search has not seen them
             augmentation=augmentation,
@@ -455,28 +464,21 @@ def _open(
     return opened
 
 
-def _open_tests(source: Exported, data: str, data_dir: str | None, download: bool, console: Console) -> Data:
+def _open_tests(source: Exported, place: Place, console: Console) -> Data:
     """Data to test on; of a folder that the model was not searched on, all images that are not there to train on."""
     facts = source.facts
-    place = Place(
-        data,
-        data_dir,
-        scale_16bit=facts.get("scale_16bit", False),
-        targets=facts["targets"],
-        ignore_index=facts.get("ignore_index", 255),
-    )
-    searched = data == facts["data"]
+    searched = place.name == facts["data"]
     if searched or place.kind not in (DataKind.FOLDER, DataKind.SHARDS) or not place.path.is_dir():
-        return _open(source, data, data_dir, download, ("test",), console)
+        return _open(source, place, ("test",), console)
     with suppress(DataError):  # not a folder to train on, as far as that can tell
-        opened = _open(source, data, data_dir, download, (), console)
+        opened = _open(source, place, (), console)
         if not difference(opened.fingerprint, facts["data_fingerprint"]):  # the search's, at another place
-            return _open(source, data, data_dir, download, ("test",), console)
+            return _open(source, place, ("test",), console)
     with checking_images(console) as progress:
         opened = open_tests(place, facts["classes"], image_format(source.data_config), progress=progress)
     if not difference(opened.fingerprint_of("test"), facts["data_fingerprint"]):
         raise DataError(
-            f"{data} holds the images that {source.path} was searched on: give images it was not trained on"
+            f"{place.name} holds the images that {source.path} was searched on: give images it was not trained on"
         )
     return opened
 

@@ -23,11 +23,13 @@ from poolshare.supernet.training.checkpoint import load_facts, load_state_facts,
 from poolshare.supernet.training.loop import steps_per_epoch, train_model
 from poolshare.supernet.training.trackers import watching
 
+from ..console import say
 from ..counts import Counts
 from ..progress import advance_loss, progress_bar
-from ..scoring import SCORING_BATCH, answers, score_counts
+from ..scoring import answers, score_counts
 from .folder import RunFolder
-from .prepare import Job, tuning_recipe
+from .prepare import Job
+from .recipes import tuning_recipe
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,24 @@ def _tune(job: Job, model: Subnet, folder: RunFolder | None, console: Console) -
                 settings={"tuning": recipe.epochs},
                 progress=partial(advance_loss, advance),
                 watch=watch,
-                say=partial(console.print, markup=False, soft_wrap=True),
+                say=partial(say, console),
                 otherwise="search into a new folder",
             )
     if folder is None:
         return
-    data = job.data.answered_by(model.eval()) if job.task.targets == "dense" else job.data
-    batches = data.eval_loader("search", SCORING_BATCH, workers=config.workers)
-    counts = answers(model, batches, job.task).counts
+    if job.task.targets == "dense":
+        job = replace(job, data=job.data.answered_by(model.eval()))
+    counts = answers(model, job.search_batches, job.task).counts
     score = counts.score(job.task)
     seconds = float((load_state_facts(folder.tuning) or {}).get("seconds", 0.0))
     facts = {"epochs": recipe.epochs, "seconds": seconds, "counts": counts.to_json(), "score": score}
     save_tensors(folder.dense, model.state_dict(), facts)
     for state in folder.path.glob(f"{folder.tuning.stem}*{folder.tuning.suffix}"):  # nothing goes on from it
         state.unlink()
-    console.print(
+    say(
+        console,
         f"the dense model{f', tuned for {recipe.epochs} epochs,' if recipe.epochs else ''} reaches {job.task.metric} "
         f"{score:.2f} % on the {counts.total:,} search-validation images",
-        markup=False,
-        soft_wrap=True,
     )
 
 
@@ -128,10 +129,9 @@ def answered(job: Job, folder: RunFolder | None) -> Job:
     if job.task.targets != "dense":
         return job
     model = Subnet.from_supernet(job.supernet, job.dense)
-    device = next(job.supernet.parameters()).device
     if folder and folder.dense.exists():
         model.load_state_dict(load_tensors(folder.dense, shapes_of(model))[0])
-    model.to(device).load_state_dict(distributed.tensors_from_first(model.state_dict(), device))
+    model.to(job.device).load_state_dict(distributed.tensors_from_first(model.state_dict(), job.device))
     return replace(job, data=job.data.answered_by(model))
 
 
@@ -152,8 +152,7 @@ def score_with_dense(job: Job, folder: RunFolder, texts: Iterable[str]) -> dict[
     own = {name: tensor.clone() for name, tensor in job.supernet.state_dict().items()}
     try:
         load_dense(job.supernet, folder.dense)
-        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        counts = score_counts(job.supernet, architectures, batches, job.config.score, job.task)
+        counts = score_counts(job.supernet, architectures, job.search_batches, job.config.score, job.task)
     finally:
         job.supernet.load_state_dict(own)
     return dict(zip(map(str, architectures), counts, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from poolshare.space import Architecture, RunError
 from poolshare.space.data_kind import DataKind, is_place
 from poolshare.space.files import check_folder, digest_of, held, reading
 
-from ..analysis.pareto import measured
+from ..analysis.pareto import TRAINED, measured
 from ..config import ADDRESSES, LOCAL, MAY_DIFFER, PLACES, SearchConfig, first_problem
 from .images import FileList, changed_files, difference, write_images
 from .records import FORMAT, read_csv, read_json, write_csv, write_json
@@ -26,32 +25,14 @@ from .records import FORMAT, read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
 
-BY_MODEL = (
-    "head",
-    "levels",
-    "operators",
-    "max_run",
-    "img_size",
-    "in_chans",
-)  # not decided until the model has been made:
-UNDECIDED = (None, "even", "auto")
+# Not decided until the model has been made, and what they are until then.
+BY_MODEL, UNDECIDED = ("head", "levels", "operators", "max_run", "img_size", "in_chans"), (None, "even", "auto")
 # Of candidates, after the architecture and its score, whose column is called as the metric of the task.
 SUMS = ("correct", "sums")  # right answers, or what else the images contribute
 CANDIDATES = ("total", "macs", "parameters", "generation")
 MORE = ("latency_ms", "loss", "loss_margin")  # of candidates too, where they are known
-FINALISTS = (
-    "architecture",
-    "macs",
-    "epochs",
-    "batch_size",
-    "lr",
-    "amp",
-    "supernet_score",
-    "score",
-    "low",
-    "high",
-    "total",
-)
+FINALISTS = ("architecture", "macs", *TRAINED, "supernet_score", "score", "low", "high", "total")
+SUMMARY = {"dense", "task", "score", "classes", "outputs", "certified", "space", "space_size", "seconds", "versions"}
 
 
 class RunFolder:
@@ -348,7 +329,7 @@ class RunFolder:
         """The version of torch that latency.json was measured with; empty where there is none."""
         if not self.latency.exists():
             return ""
-        return str(json.loads(self.latency.read_text(encoding="utf-8")).get("torch", ""))
+        return str(read_json(self.latency).get("torch", ""))
 
     def write_latency(self, latency: Latency) -> None:
         """Replace latency.json. Times are nanoseconds per image; `checked` holds whole models, timed and summed."""
@@ -368,22 +349,8 @@ class RunFolder:
             summary = read_json(self.summary)
             if summary["format"] != FORMAT:
                 raise ValueError(f"format {summary['format']!r}")
-            facts = {
-                "dense",
-                "task",
-                "score",
-                "classes",
-                "outputs",
-                "certified",
-                "space",
-                "space_size",
-                "seconds",
-                "versions",
-            }
-            missing = facts - set(summary)
-            if missing or not {"architecture", summary["task"]["column"], "macs", "parameters"} <= set(
-                summary["dense"]
-            ):
+            missing, dense = SUMMARY - set(summary), set(summary.get("dense", ()))
+            if missing or not {"architecture", summary["task"]["column"], "macs", "parameters"} <= dense:
                 raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'facts of the dense model'}")
             if "timed" in summary:
                 Timed.from_json(summary["timed"])
@@ -444,13 +411,8 @@ def _weights_file(weights: str | None) -> Path | None:
 def _columns(frame: pd.DataFrame) -> list[str]:
     """Those of candidates.csv, where these are the candidates."""
     sums = [name for name in SUMS if name in frame]
-    return [
-        "architecture",
-        measured(frame),
-        *sums,
-        *CANDIDATES,
-        *(name for name in MORE if name in frame and frame[name].notna().all()),
-    ]
+    more = [name for name in MORE if name in frame and frame[name].notna().all()]
+    return ["architecture", measured(frame), *sums, *CANDIDATES, *more]
 
 
 def check_outside(out: Path, data: str) -> None:

@@ -19,6 +19,7 @@ from poolshare.supernet.training.loop import attention_of, precision_of, steps_p
 from poolshare.supernet.training.sandwich import GUIDED, LEAST, Sandwich
 
 from ..config import IMAGES, SearchConfig, retraining_epochs
+from ..console import say
 from ..progress import time_text
 from ..scoring import score_counts
 from ..untrained.search import expected_cost
@@ -26,49 +27,37 @@ from .memory import Memory, check_memory, measure_memory
 from .prepare import Job
 
 
-def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool = False) -> None:
+def announce(job: Job, pace: Pace, trained: float, console: Console, tuned: bool) -> None:
     """Say what is to be known, what will be done and about how long it takes. trained: epochs that are done. tuned: so is the
     dense model."""
-    say = partial(console.print, markup=False, soft_wrap=True)
+    tell = partial(say, console)
     for note in job.notes:
-        say(note)
-    space, macs, recipe = job.supernet.space, job.macs, job.recipe
-    cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
-    say(f"{job.config.title}: {space.size:,} architectures")
-    say(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
-    if job.latency:
-        table, errors = job.latency.table, job.latency.errors
-        fast, slow = table.total(space.cheapest(table)), table.total(space.most_expensive(table))
-        say(f"they take {table.format(fast)} to {table.format(slow)} per image, {job.latency.conditions}")
-        if errors:
-            median, worst = statistics.median(errors), errors[-1]
-            say(f"sums of layers differ from {len(errors)} whole models by {median:.1%} (median), {worst:.1%} (worst)")
-    if job.config.budget:
-        allowed = f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
-        say(allowed)
+        tell(note)
+    _announce_space(job, tell)
+    recipe, dense = job.recipe, job.macs.total(job.dense)
     step, per_mac, memory = pace
     train, search = (len(job.data.split(name)) for name in ("train", "search"))
     if job.config.tune_epochs and not tuned:
         tuning = 3 * dense * per_mac * train * job.config.tune_epochs  # a step takes about three forwards
-        say(f"tuning the dense model for {job.config.tune_epochs} epochs takes about {time_text(tuning)}")
+        tell(f"tuning the dense model for {job.config.tune_epochs} epochs takes about {time_text(tuning)}")
     epochs = recipe.epochs - trained
     if epochs > 0:
         training = step * epochs * steps_per_epoch(job.data, recipe)
-        say(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
+        tell(f"training the supernet for {epochs:.4g} epochs takes about {time_text(training)}")
     elif recipe.epochs:
-        say(f"the supernet has been trained for its {recipe.epochs} epochs")
+        tell(f"the supernet has been trained for its {recipe.epochs} epochs")
     if memory:
         weights = sum(parameter.nbytes for parameter in job.supernet.parameters())
         # of each training its weights, and two states of three times that
         kept = weights * (14 if job.config.tune_epochs else 7)
-        say(f"{memory.text}; the run folder takes about {human(kept)}B")
-    _announce_scoring(job, per_mac, say)
+        tell(f"{memory.text}; the run folder takes about {human(kept)}B")
+    _announce_scoring(job, per_mac, tell)
     if job.config.guided:
         path = path_epochs(job.config, job.allowed, train, search)
         epochs = retraining_epochs(job.config, train + search)
         seconds = 3 * dense * per_mac * train * path["retraining"]
         guided = " with the dense model as teacher" if job.config.teaches else ""
-        say(
+        tell(
             f"then `poolshare retrain`, for {epochs} epochs{guided}, takes about "
             f"{time_text(seconds)}; the whole path costs about {sum(path.values()):.0f} epochs of the dense model's tuning"
         )
@@ -93,21 +82,41 @@ def path_epochs(config: SearchConfig, allowed: Band, train: int, search: int) ->
     return path | {"retraining": epochs * (train + search) / train * (share + config.teaches / 3)}
 
 
-def _announce_scoring(job: Job, per_mac: float, say: Callable[[str], None]) -> None:
+def _announce_space(job: Job, tell: Callable[[str], None]) -> None:
+    space, macs = job.supernet.space, job.macs
+    cheapest, dense = macs.total(space.cheapest(macs)), macs.total(job.dense)
+    tell(f"{job.config.title}: {space.size:,} architectures")
+    tell(f"they cost {macs.format(cheapest)} to {macs.format(dense)} per image")
+    if job.latency:
+        table, errors = job.latency.table, job.latency.errors
+        fast, slow = table.total(space.cheapest(table)), table.total(space.most_expensive(table))
+        tell(f"they take {table.format(fast)} to {table.format(slow)} per image, {job.latency.conditions}")
+        if errors:
+            median, worst = statistics.median(errors), errors[-1]
+            tell(f"sums of layers differ from {len(errors)} whole models by {median:.1%} (median), {worst:.1%} (worst)")
+    if job.config.budget:
+        tell(
+            f"{job.allowed.size_text} of them cost at most {job.objective.format(job.allowed.high)} ({job.config.budget})"
+        )
+
+
+def _announce_scoring(job: Job, per_mac: float, tell: Callable[[str], None]) -> None:
     space, macs, images = job.supernet.space, job.macs, len(job.data.split("search"))
     if job.config.races:
         seen = expected_cost(job.allowed, min(images, IMAGES)) / job.objective.total(job.dense)
         seconds = per_mac * seen * macs.total(job.dense)
-        return say(f"searching it as it is takes about as long as it takes on {seen:,.0f} images, {time_text(seconds)}")
+        return tell(
+            f"searching it as it is takes about as long as it takes on {seen:,.0f} images, {time_text(seconds)}"
+        )
     whole = forecast_space(space, macs)
     single = whole.one_by_one / whole.architectures
     if job.exhaustive:
-        return say(
+        return tell(
             f"scoring all of them on {images:,} images costs {whole.cost / single:,.0f} single evaluations "
             f"({whole.share:.1%} of one by one) and takes about {time_text(per_mac * whole.cost * images)}"
         )
     seconds = per_mac * single * images * job.config.trials
-    say(
+    tell(
         f"scoring {job.config.trials:,} of them on {images:,} images takes at most about {time_text(seconds)}, less by what "
         "they share"
     )
@@ -128,7 +137,7 @@ def calibrate(job: Job, training: bool = True) -> Pace:
     GPU's memory.
     """
     sandwich = sandwich_of(job)
-    device = next(job.supernet.parameters()).device
+    device = job.device
     images, targets = next(
         iter(job.data.train_loader(0, job.recipe.batch_size, world_size=distributed.launched_size()))
     )

@@ -32,26 +32,26 @@ from ..analysis.intervals import difference_interval, score_interval
 from ..analysis.latency_budget import MODELS, Timed, time_frontier
 from ..analysis.pareto import frontier
 from ..config import MAY_DIFFER, SearchConfig
+from ..console import say
 from ..counts import Counts
 from ..progress import advance_loss, progress_bar
 from ..report.report import load_report
 from ..report.write import write_report
 from ..samplers.benchmark import Benchmark
 from ..samplers.exhaustive import score_everything
-from ..scoring import SCORING_BATCH, image_scores, score_counts
+from ..scoring import image_scores, score_counts
 from ..study.loop import GENERATION, Problem, run_study
 from ..study.open import check_storage, open_store
 from ..untrained.offered import offered
 from ..untrained.record import Record, drawn, search_job
-from ..untrained.search import expected_cost
 from .dense import Tuned, answered, begun_tuning, phases, read_tuned, score_with_dense, tuned_model
 from .folder import RunFolder
 from .forecast import announce, calibrate
-from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs, supernet_recipe, without_usual_recipe
-from .problem import make_problem
+from .prepare import Job, is_trained, load_weights, prepare, supernet_epochs
+from .recipes import supernet_recipe, without_usual_recipe
 from .records import FORMAT, versions, write_csv, write_json
 from .regions import write_regions
-from .together import help_scoring, scoring_together
+from .together import help_scoring, make_problem, scoring_together
 from .trained_head import checked_head
 
 
@@ -72,7 +72,7 @@ def run_job(
     whatever the user can mend. Where torchrun started several processes they train and score together, and the first
     one does all the rest.
     """
-    console = console or Console(quiet=True, markup=False)
+    console = console or Console(quiet=True)
     check_trackers(config.tracker)
     config = RunFolder.continued(out, without_usual_recipe(config))  # before anything long
     folder = RunFolder(Path(out), config)
@@ -87,13 +87,13 @@ def run_job(
     if distributed.rank() > 0:
         if dry_run:
             return RunFolder(Path(out), config)
-        with distributed.joined(next(job.supernet.parameters()).device):
+        with distributed.joined(job.device):
             job, _ = _train(job, None, console)
             if not job.config.races:
                 help_scoring(answered(job, None))
         return RunFolder(Path(out), config)
     if config.races and "trials" in config.given:
-        console.print(f"--trials {config.trials} counts what a supernet scores, and none is trained: it has no effect")
+        say(console, f"--trials {config.trials} counts what a supernet scores, and none is trained: it has no effect")
     job, threads = with_threads(job, folder, kind, job.recipe)
     with computing_with(threads):
         return _run(job, Path(out), console, storage, kind, dry_run)
@@ -115,13 +115,14 @@ def with_threads(job: Job, folder: RunFolder, kind: str, recipe: Recipe | None =
 
 def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, dry_run: bool) -> RunFolder:
     """Train, search and report, in the process that does it all."""
-    job = timed_job(job, RunFolder(out, job.config), console)
-    trained = _epochs_trained(RunFolder(out, job.config), job.recipe.epochs)
+    folder = RunFolder(out, job.config)
+    job = timed_job(job, folder, console)
+    trained = _epochs_trained(folder, job.recipe.epochs)
     # A step that the memory of this machine cannot hold is refused before anything is written.
     pace = calibrate(job, training=trained < job.recipe.epochs)
     if dry_run:
-        announce(job, pace, trained, console, tuned=RunFolder(out, job.config).dense.exists())
-        return RunFolder(out, job.config)
+        announce(job, pace, trained, console, tuned=folder.dense.exists())
+        return folder
     with RunFolder.claim(out, job.config) as folder:
         _refuse_fewer_epochs(folder, job.recipe)
         if job.head is not None:
@@ -130,7 +131,7 @@ def _run(job: Job, out: Path, console: Console, storage: str | None, kind: str, 
         if job.latency:
             folder.write_latency(job.latency)
         announce(job, pace, trained, console, tuned=folder.dense.exists())
-        with distributed.joined(next(job.supernet.parameters()).device):
+        with distributed.joined(job.device):
             job, trying = _train(job, folder, console)
             job = job if job.config.races else answered(job, folder)
             start, more = time.monotonic(), dict[str, Any]()
@@ -148,9 +149,8 @@ def timed_job(job: Job, folder: RunFolder, console: Console) -> Job:
     device, batch size, precision, number of threads or torch. Writes nothing."""
     latency, batch = folder.read_latency(), job.config.latency_batch
     if job.config.objective == "latency":
-        device = next(job.supernet.parameters()).device
-        threads = torch.get_num_threads() if device.type == "cpu" else 0
-        place = batch, device_name(device), threads, job.config.deployed, versions()["torch"]
+        threads = torch.get_num_threads() if job.device.type == "cpu" else 0
+        place = batch, device_name(job.device), threads, job.config.deployed, versions()["torch"]
         there = latency and (latency.batch_size, latency.device, latency.threads, latency.dtype, folder.latency_torch())
         if there != place:
             with progress_bar(console, "measuring latency", 1, "forwards") as advance:
@@ -188,7 +188,7 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
     recipe, trying = job.recipe, 0.0
     finished = folder is not None and is_trained(folder)
     total = recipe.epochs * steps_per_epoch(job.data, recipe)
-    with distributed.joined(next(job.supernet.parameters()).device):
+    with distributed.joined(job.device):
         if distributed.from_first(finished):
             if folder:
                 load_weights(job.supernet, folder.supernet)
@@ -222,12 +222,22 @@ def _train(job: Job, folder: RunFolder | None, console: Console) -> tuple[Job, f
                 state=folder and folder.training,
                 progress=partial(advance_loss, advance),
                 watch=watch,
-                say=partial(console.print, markup=False, soft_wrap=True),
+                say=partial(say, console),
                 otherwise="search into a new folder",
             )
     if folder:
         save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": recipe.epochs})
     return job, trying
+
+
+def _seconds(folder: RunFolder, scoring: float) -> dict[str, float]:
+    """What training and scoring took, in earlier calls and in this one."""
+    try:
+        earlier = folder.read_summary()["seconds"]
+    except RunError:  # none yet, or damaged: it is made again
+        earlier = {}
+    training = _training_seconds(folder, earlier.get("training", 0.0))
+    return {"training": training, "scoring": earlier.get("scoring", 0.0) + scoring}
 
 
 def _training_seconds(folder: RunFolder, otherwise: float) -> float:
@@ -268,24 +278,21 @@ def score_candidates(
 
     publish: write candidates.csv as a search goes on.
     """
-    config, name = job.config, study_name(job, folder)
-    store = open_store(folder.journal, storage, name)
+    config, store = job.config, open_store(folder.journal, storage, study_name(job, folder))
     if job.exhaustive:
         whole = forecast_space(problem.space, job.macs)
         singles = whole.cost * whole.architectures / whole.one_by_one
         with progress_bar(console, "scoring the whole space", singles, "single evaluations") as advance:
             return score_everything(problem, store, lambda share, note: advance(share * singles, note))
     with progress_bar(console, f"searching ({sampler_of(job)})", config.trials, "architectures") as advance:
-        return run_study(
-            problem, folder, sampler_of(job), config.trials, config.seed, name, advance, store, publish=publish
-        )
+        write = folder.write_candidates if publish else None
+        return run_study(problem, store, sampler_of(job), config.trials, config.seed, advance, write)
 
 
 def race(job: Job, folder: RunFolder, console: Console) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Search the model as it is, on the images of `drawn`; returns the candidates frame, and facts for the summary."""
     record, images = Record(folder), len(job.data.split("search"))
-    expected = expected_cost(job.allowed, images) / job.objective.total(job.dense)
-    with progress_bar(console, "searching without training", expected, "dense images") as advance:
+    with progress_bar(console, "searching without training", 1, "dense images") as advance:
         frame = search_job(job, record, advance)
     folder.write_candidates(frame)
     passes = round(record.spent / images, 1)
@@ -354,10 +361,24 @@ def _dense_score(job: Job, folder: RunFolder, tuned: Tuned | None, candidates: p
     if tuned:
         [counts] = score_with_dense(job, folder, [str(job.dense)]).values()
     else:
-        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        [counts] = score_counts(job.supernet, [job.dense], batches, job.config.score, job.task)
+        [counts] = score_counts(job.supernet, [job.dense], job.search_batches, job.config.score, job.task)
     found = counts.columns(job.task)
     return {name: found[name] for name in columns if name in found}
+
+
+def _with_dense_weights(
+    job: Job, folder: RunFolder, tuned: Tuned, candidates: pd.DataFrame, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What the frontier scores with the dense model's weights, and what each phase took; the seconds of both are added."""
+    begin = time.monotonic()
+    best = frontier(candidates, job.config.cost)
+    # Without a supernet these are the weights that were scored.
+    wanted = [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
+    by_dense = {text: counts.score(job.task) for text, counts in score_with_dense(job, folder, wanted).items()}
+    pairs = zip(best["architecture"], best[job.task.column], strict=True)
+    both = [(by_dense[text], score) for text, score in pairs if text in by_dense]
+    seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
+    return {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
 
 
 def task_words(task: Task, labelled: bool) -> dict[str, str]:
@@ -385,8 +406,7 @@ def shown_intervals(job: Job, folder: RunFolder) -> dict[str, list[float]]:
         record = Record(folder).losses
         parts = [record[architecture].contributions[0] for architecture in shown]
     else:
-        batches = job.data.eval_loader("search", SCORING_BATCH, workers=job.config.workers)
-        parts = list(image_scores(job.supernet, shown, batches, task=job.task).contributions)
+        parts = list(image_scores(job.supernet, shown, job.search_batches, task=job.task).contributions)
     return {
         str(architecture): [*score_interval(job.task, part), *difference_interval(job.task, part, parts[0])]
         for architecture, part in zip(shown, parts, strict=True)
@@ -399,7 +419,7 @@ def conclude(
     candidates: pd.DataFrame,
     scoring: float,
     timed: Timed | None,
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any],
 ) -> None:
     """Summary, page and picture, frontier. scoring: seconds of this call. more: facts for the summary."""
     limit = None if job.config.budget is None else job.objective.value(job.allowed.high)
@@ -408,25 +428,8 @@ def conclude(
         Benchmark.of(candidates, job.supernet.space, job.macs, job.parameters).save(folder.benchmark)
     tuned = read_tuned(folder)
     dense = _dense_score(job, folder, tuned, candidates)
-    try:
-        earlier = folder.read_summary()["seconds"]
-    except RunError:  # none yet, or damaged: it is made again
-        earlier = {}
-    seconds = {
-        "training": _training_seconds(folder, earlier.get("training", 0.0)),
-        "scoring": earlier.get("scoring", 0.0) + scoring,
-    }
-    path: dict[str, Any] = {}
-    if tuned:
-        begin = time.monotonic()
-        best = frontier(candidates, cost)
-        # Without a supernet these are the weights that were scored.
-        wanted = [*best["architecture"], *map(str, job.include)] if job.config.epochs else []
-        by_dense = {text: counts.score(job.task) for text, counts in score_with_dense(job, folder, wanted).items()}
-        pairs = zip(best["architecture"], best[job.task.column], strict=True)
-        both = [(by_dense[text], score) for text, score in pairs if text in by_dense]
-        seconds |= {"tuning": tuned.seconds, "scoring": seconds["scoring"] + time.monotonic() - begin}
-        path = {"phases": phases(job, tuned, seconds, len(candidates), both), "with_dense_weights": by_dense}
+    seconds = _seconds(folder, scoring)
+    path = _with_dense_weights(job, folder, tuned, candidates, seconds) if tuned else {}
     splits = ("train", "search") if job.config.training else ("search",)
     facts = {
         "format": FORMAT,
@@ -461,7 +464,7 @@ def conclude(
         **path,
         "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
         "versions": versions(),
-        **(more or {}),
+        **more,
     }
     write_json(folder.summary, facts)
     if not job.task.proportion:

@@ -78,15 +78,14 @@ def _saved(job: Job, sandwich: Sandwich, count: int) -> int:
 
 def check_memory(job: Job, memory: Memory) -> None:
     """Raise TrainingError where a GPU has not enough of it, with the parts that a step can be taken in."""
-    device = next(job.supernet.parameters()).device
-    free = free_bytes(device)
+    free = free_bytes(job.device)
     if free is None or memory.step <= free:
         return
     room = int((free - memory.fixed) / memory.image)
     parts = math.ceil(memory.images * job.recipe.accumulate / max(1, room))
     remedy = f"give --recipe accumulate={parts}, or a smaller --batch-size" if room > 0 else "take a smaller model"
     raise TrainingError(
-        f"{memory.text}, and {device} has {human(free)}B free: {remedy}, or try --recipe checkpoint=true"
+        f"{memory.text}, and {job.device} has {human(free)}B free: {remedy}, or try --recipe checkpoint=true"
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
@@ -23,7 +22,6 @@ from poolshare.space import (
     BudgetError,
     ConfigError,
     CostTable,
-    DataError,
     ModelError,
     RunError,
     SearchSpace,
@@ -33,23 +31,29 @@ from poolshare.space import (
 from poolshare.space.presets import EVEN_LEVELS, aligned_levels, even_levels, space_for
 from poolshare.supernet import SuperNet, measure_macs, measure_parameters
 from poolshare.supernet.base import cropped, outline
-from poolshare.supernet.classes import Head, Matched, match_classes, read_class_map
+from poolshare.supernet.classes import Matched
 from poolshare.supernet.data import Data, ImageFormat, Place, open_data, open_pictures
 from poolshare.supernet.data.given import Parts, open_own
 from poolshare.supernet.data.loaders import loader_batch
+from poolshare.supernet.data.splits import Batches
 from poolshare.supernet.latency import Latency
-from poolshare.supernet.options import read_options, read_value
+from poolshare.supernet.options import read_options
 from poolshare.supernet.tasks import CLASSIFICATION, TASKS, Task, task_named
 from poolshare.supernet.tasks.task import Targets, check_contributions
+from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import load_facts, load_tensors, shapes_of
 from poolshare.supernet.training.loop import check_recipe, steps_per_epoch
 from poolshare.supernet.training.recipe import Recipe
 from poolshare.supernet.weights import Card, Checkpoint, has_card, load_base_weights, read_card, read_checkpoint
 
-from ..config import FEW_IMAGES, SearchConfig, check_recipe_names, enough_epochs, first_problem
+from ..config import FEW_IMAGES, SearchConfig, enough_epochs
+from ..console import say
 from ..progress import Advance, progress_bar
+from ..scoring import SCORING_BATCH
+from .classes import matched_classes
 from .folder import RunFolder
+from .recipes import supernet_recipe, without_usual_recipe
 
 # "auto" scores the whole space where that costs no more than so many single evaluations: about what a published ViT
 # search spends on its candidates.
@@ -76,6 +80,16 @@ class Job:
     def dense(self) -> Architecture:
         """All tokens, no sharing: the base model."""
         return self.supernet.space[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the supernet is."""
+        return next(self.supernet.parameters()).device
+
+    @property
+    def search_batches(self) -> Batches:
+        """The search-validation images, as architectures are scored on them."""
+        return self.data.eval_loader("search", SCORING_BATCH, workers=self.config.workers)
 
     @property
     def objective(self) -> CostTable:
@@ -116,48 +130,6 @@ class Job:
         return whole.cost <= EXHAUSTIVE_PRICE * whole.one_by_one / whole.architectures
 
 
-def supernet_recipe(config: SearchConfig) -> Recipe:
-    """How a configuration trains its supernet. Raises ConfigError naming what the recipe cannot have."""
-    check_recipe_names(config.recipe)
-    for name in ("drop_path", "distill"):
-        if name in config.recipe:
-            raise ConfigError(
-                f"--recipe {name}={config.recipe[name]}: that belongs to `poolshare retrain`; leave it out"
-            )
-    situation: dict[str, Any] = {"layer_decay": 0.75 if config.warm else None, "within": config.drawn_within}
-    flags = ("epochs", "batch_size", "lr", "weight_decay", "amp")
-    return checked_recipe(situation | {name: getattr(config, name) for name in flags} | config.recipe)
-
-
-def tuning_recipe(config: SearchConfig) -> Recipe:
-    """How a configuration tunes the dense model: as the supernet, for epochs of its own."""
-    return supernet_recipe(config).model_copy(update={"epochs": config.tune_epochs, "within": None})
-
-
-def read_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a recipe, each read by its type. Raises ConfigError naming one that cannot be read; unknown ones stay."""
-    found = dict(changes)
-    for name, value in changes.items():
-        field = Recipe.model_fields.get(name)
-        try:
-            found[name] = read_value(field.annotation, value) if field else value
-        except ValueError as error:
-            raise ConfigError(f"--recipe {name}={value} cannot be read: {error}") from None
-    return found
-
-
-def checked_recipe(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A Recipe; changes that are None are left out. Raises ConfigError naming the field and what it may be."""
-    values = read_recipe({**values, **{name: value for name, value in (changes or {}).items() if value is not None}})
-    try:
-        return Recipe(**values)
-    except ValidationError as error:
-        name, problem = str(error.errors()[0]["loc"][0]), first_problem(error)
-        if name not in ("epochs", "batch_size", "lr", "amp"):  # those that are flags
-            problem = f"--recipe {name}={values[name]}: {error.errors()[0]['msg']}; there are {', '.join(Recipe.model_fields)}"
-        raise ConfigError(problem) from None
-
-
 def prepare(
     config: SearchConfig,
     console: Console | None = None,
@@ -184,60 +156,21 @@ def prepare(
         parse_budget(config.budget, 1, config.objective)
     include, device = [Architecture.parse(text) for text in config.include], pick_device(config.device)
     space_of(config, outline(config.model, read_options(config.model, options)))  # a model, before images are read
-    data_config = input_config(config.model, options, recipe, config.preprocessing)
     begin = config if load else config.without_weights
     found = None if begin.weights is None else read_checkpoint(begin.weights)  # what cannot be read is refused first
-    if data is None:
-        with checking_images(console) as progress:
-            place = Place(
-                config.data,
-                data_dir=config.data_dir,
-                download=config.download,
-                search_data=config.search_data,
-                scale_16bit=config.scale_16bit,
-                targets=task.targets,
-                ignore_index=config.ignore_index,
-            )
-            if config.unlabelled:
-                when = config.check_images
-                data = open_pictures(place, image_format(data_config), seed=config.seed, when=when, progress=progress)
-            else:
-                data = open_data(
-                    place,
-                    image_format(data_config),
-                    search_fraction=config.search_fraction,
-                    search_images=config.search_images if config.training else None,
-                    when=config.check_images,
-                    seed=config.seed,
-                    progress=progress,
-                    augmentation=recipe.augmentation,
-                    training=config.training,
-                )
-    if task.targets == "dense":
-        if classes is None and not config.warm:
-            raise ConfigError(
-                f"--task {task.name} makes a trained model cheaper, and {config.model} has no weights yet: give --pretrained or "
-                "--weights FILE"
-            )
-        if config.tune_epochs and "tune_epochs" in config.given:
-            raise ConfigError(
-                f"--tune-epochs {config.tune_epochs}: task {task.name} has nothing to tune on: leave it out"
-            )
-        matched = Matched((), (), False)  # there is no head
-    else:
-        matched = matched_classes(begin, data, found, classes)
+    data = _opened(config, task, console) if data is None else data
+    matched = _matched(config, begin, task, data, found, classes)
     notes = data.notes + matched.notes
     if matched.classes != data.classes:
         data = data.relabelled(matched.classes, matched.indices)
     torch.manual_seed(config.seed)
-    options |= {"num_classes": task.outputs(len(data.classes))}
     if config.guided is None:
         config, said = _guided(config, matched.fresh, data, recipe)
         notes += said
     if config.races and config.score == "metric":  # which tells too little apart on few images
         config = config.changed(score="divergence")
     check_recipe(task, recipe)
-    supernet = make_supernet(config, options, begin.pretrained)
+    supernet = make_supernet(config, task.outputs(len(data.classes)), begin.pretrained)
     if task is not TASKS.get(task.name):
         _try_task(task, supernet)
     config, notes = resolved(config, supernet), notes + cropped(supernet)
@@ -251,25 +184,79 @@ def prepare(
         )
     macs = measure_macs(supernet)
     dense = macs.total(supernet.space[0])
-    timed = config.objective == "latency"
-    limit = None if config.budget is None or timed else parse_budget(config.budget, dense)
+    limit = None if config.budget is None or config.objective == "latency" else parse_budget(config.budget, dense)
     allowed = supernet.space.within(macs, None, limit)
     if config.guided and classes is None and limit is not None and recipe.within is None:
         config = config.changed(drawn_within=min(1.0, math.ceil(1e4 * limit / dense) / 1e4))
-    if "within" in config.recipe and recipe.within is not None:
-        try:
-            supernet.space.within(macs, None, int(recipe.within * dense))
-        except BudgetError as error:
-            raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
-        if not timed and recipe.within < 1 and (limit is None or limit > recipe.within * dense):
-            raise ConfigError(
-                f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
-                f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for more expensive ones too: give "
-                f"--budget {recipe.within:.0%}, or less"
-            )
+    _check_within(config, recipe, supernet.space, macs, limit)
     included = tuple(map(supernet.space.check, include))
     supernet.to(device)
     return Job(config, data, supernet, macs, measure_parameters(supernet), allowed, included, None, task, notes, head)
+
+
+def _opened(config: SearchConfig, task: Task, console: Console | None) -> Data:
+    """The images of a configuration, in the input format of its model."""
+    place = Place(
+        config.data,
+        data_dir=config.data_dir,
+        download=config.download,
+        search_data=config.search_data,
+        scale_16bit=config.scale_16bit,
+        targets=task.targets,
+        ignore_index=config.ignore_index,
+    )
+    images = image_format(input_config(config))
+    with checking_images(console) as progress:
+        common: dict[str, Any] = {"seed": config.seed, "when": config.check_images, "progress": progress}
+        if config.unlabelled:
+            return open_pictures(place, images, **common)
+        return open_data(
+            place,
+            images,
+            search_fraction=config.search_fraction,
+            search_images=config.search_images if config.training else None,
+            augmentation=supernet_recipe(config).augmentation,
+            training=config.training,
+            **common,
+        )
+
+
+def _matched(
+    config: SearchConfig,
+    begin: SearchConfig,
+    task: Task,
+    data: Data,
+    found: Checkpoint | None,
+    classes: Sequence[str] | None,
+) -> Matched:
+    """The classes of the model; none where the dense model's features are learned. begin: with the weights to begin with."""
+    if task.targets != "dense":
+        return matched_classes(begin, data, found, classes)
+    if classes is None and not config.warm:
+        raise ConfigError(
+            f"--task {task.name} makes a trained model cheaper, and {config.model} has no weights yet: give --pretrained or "
+            "--weights FILE"
+        )
+    if config.tune_epochs and "tune_epochs" in config.given:
+        raise ConfigError(f"--tune-epochs {config.tune_epochs}: task {task.name} has nothing to tune on: leave it out")
+    return Matched((), (), False)
+
+
+def _check_within(config: SearchConfig, recipe: Recipe, space: SearchSpace, macs: CostTable, limit: int | None) -> None:
+    """Raise ConfigError where --recipe within leaves nothing to train, or not what the budget allows. limit: in MACs."""
+    if "within" not in config.recipe or recipe.within is None:
+        return
+    most = recipe.within * macs.total(space[0])
+    try:
+        space.within(macs, None, int(most))
+    except BudgetError as error:
+        raise ConfigError(f"--recipe within={recipe.within:g} leaves nothing to train: {error}") from None
+    if config.objective != "latency" and recipe.within < 1 and (limit is None or limit > most):
+        raise ConfigError(
+            f"--recipe within={recipe.within:g} trains architectures up to {recipe.within:.0%} of the dense MACs alone, and "
+            f"{'no --budget' if limit is None else f'--budget {config.budget}'} asks for more expensive ones too: give "
+            f"--budget {recipe.within:.0%}, or less"
+        )
 
 
 def check_same_task(config: SearchConfig, task: Task | None) -> Task:
@@ -337,66 +324,6 @@ def _guided(config: SearchConfig, fresh: bool, data: Data, recipe: Recipe) -> tu
     return config.changed(epochs=0), notes
 
 
-def matched_classes(
-    config: SearchConfig, data: Data, found: Checkpoint | None, classes: Sequence[str] | None
-) -> Matched:
-    """The classes of the model and which of them the data's are; see `match_classes`."""
-    head = (
-        (found.map_head if config.head else found.head) if found else None if config.head else _pretrained_head(config)
-    )
-    trained = config.trains
-    if config.warm and head is None and not trained:
-        if found and not any(name.endswith("patch_embed.proj.weight") for name in found.tensors):
-            raise ModelError(
-                f"{found.name} is not a checkpoint of {config.model}: it has no patch_embed.proj.weight; give weights of that "
-                "model"
-            )
-        raise ModelError(
-            f"{found.name if found else config.model} brings weights without a head for classes, and without training a new one "
-            "would stay untrained; train (--epochs 1 or more), or give weights with their head"
-        )
-    if not data.labelled:
-        return _unmatched(config, head, classes)
-    if classes is None:
-        class_map = None if config.class_map is None else read_class_map(config.class_map)
-        return match_classes(data.classes, head, trained=trained, class_map=class_map)
-    missing = [name for name in data.classes if name not in set(classes)]
-    if missing:
-        raise DataError(
-            f"the classes of {config.data} are not those the run was begun with ({missing[0]!r} is new, {classes[0]!r} and others "
-            "there); restore the data, or search into a new folder"
-        )
-    fresh = head is None or head.count != len(classes)
-    if config.warm and fresh and not trained:
-        match_classes(data.classes, head, trained=False)  # says why a new head is refused
-    return Matched(tuple(classes), tuple(list(classes).index(name) for name in data.classes), fresh)
-
-
-def _unmatched(config: SearchConfig, head: Head | None, classes: Sequence[str] | None) -> Matched:
-    """The head's own classes, for images without labels."""
-    if classes is None:
-        assert head is not None  # of a run that has begun, its classes are known
-        if config.class_map is not None:
-            names = match_classes((), head, class_map=read_class_map(config.class_map)).classes
-        else:
-            names = head.named.names or tuple(map(str, range(head.count)))
-    else:
-        names = tuple(classes)
-    return Matched(names, (0,), False)
-
-
-def _pretrained_head(config: SearchConfig) -> Head | None:
-    """The head of the weights that --pretrained takes; None without it, or where they have none."""
-    if not config.pretrained:
-        return None
-    known = timm.get_pretrained_cfg(config.model)
-    if known is None or not known.num_classes:
-        return None
-    names = known.label_names
-    named = tuple(map(str, names)) if isinstance(names, (list, tuple)) and len(names) == known.num_classes else None
-    return Head(known.num_classes, config.model, named, "timm" if named else "")
-
-
 def with_card(options: Mapping[str, Any], own: bool = False) -> dict[str, Any]:
     """Options of a search with what a card says spelled out: timm's name, its options, and what images it takes.
 
@@ -459,13 +386,6 @@ def resolved(config: SearchConfig, supernet: SuperNet) -> SearchConfig:
     )
 
 
-def without_usual_recipe(config: SearchConfig) -> SearchConfig:
-    """The same without what its recipe spells out and would be so anyway."""
-    usual, recipe = supernet_recipe(config.changed(recipe={})), supernet_recipe(config)
-    changes = {name: value for name in config.recipe if (value := getattr(recipe, name)) != getattr(usual, name)}
-    return config.changed(recipe=changes)
-
-
 def model_options(config: SearchConfig) -> dict[str, Any]:
     """What timm.create_model is given beside the name."""
     if config.pretrained and config.weights is not None:
@@ -481,10 +401,10 @@ def model_options(config: SearchConfig) -> dict[str, Any]:
     return dict(config.model_args) | {name: value for name, value in given.items() if value is not None}
 
 
-def make_supernet(config: SearchConfig, options: dict[str, Any], pretrained: bool | None = None) -> SuperNet:
-    """The supernet of a configuration. pretrained: whether it gets timm's weights; None: as the configuration says."""
-    space, load = partial(space_of, config), config.pretrained if pretrained is None else pretrained
-    return SuperNet.from_timm(config.model, space, load, sharing=config.sharing, **options)
+def make_supernet(config: SearchConfig, num_classes: int | None, pretrained: bool = False) -> SuperNet:
+    """The supernet of a configuration. num_classes: None: the model's own. pretrained: with timm's weights."""
+    options = model_options(config) | ({} if num_classes is None else {"num_classes": num_classes})
+    return SuperNet.from_timm(config.model, partial(space_of, config), pretrained, sharing=config.sharing, **options)
 
 
 def space_of(config: SearchConfig, base: Any) -> SearchSpace:
@@ -499,23 +419,22 @@ def space_of(config: SearchConfig, base: Any) -> SearchSpace:
     return space_for(config.model, depth, patches, levels, config.operators, config.max_run, config.warm, tried, grid)
 
 
-def input_config(
-    model: str, options: Mapping[str, Any], recipe: Recipe, preprocessing: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """timm's input_size, mean, std, interpolation and crop_pct for a model made with `options` and trained so.
+def input_config(config: SearchConfig) -> dict[str, Any]:
+    """timm's input_size, mean, std, interpolation and crop_pct for the model of a configuration, trained as that says.
 
-    preprocessing: what a card says of these but the size; the rest is timm's for the model.
+    What a card says of these but the size goes before what timm says of the model.
     """
-    known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    options = model_options(config)
+    known = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
     if known is None:
-        outline(model, {})  # raises ModelError with what is wrong
-    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | dict(preprocessing or {})
-    channels = options.get("in_chans", config["input_size"][0])
-    height, width = to_2tuple(options.get("img_size") or config["input_size"][1:])
-    keys = ("mean", "std", "interpolation", "crop_pct")
+        outline(config.model, {})  # raises ModelError with what is wrong
+    found = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}) | config.preprocessing
+    channels = options.get("in_chans", found["input_size"][0])
+    height, width = to_2tuple(options.get("img_size") or found["input_size"][1:])
     if "head" in options:  # whose images are whole
-        config |= {"crop_pct": 1.0}
-    return as_trained({"input_size": (channels, height, width)} | {key: config[key] for key in keys}, recipe)
+        found["crop_pct"] = 1.0
+    kept = {key: found[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return as_trained({"input_size": (channels, height, width)} | kept, supernet_recipe(config))
 
 
 def as_trained(data_config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -556,7 +475,7 @@ def open_given(
     seed: int,
     workers: int,
     console: Console,
-    targets: Targets = "class",
+    targets: Targets,
 ) -> Data:
     """Data given in Python, all of them read once before anything starts; see `open_own`."""
     with progress_bar(console, "reading the data", 1, "images") as advance:
@@ -569,6 +488,18 @@ def open_given(
             progress=lambda n, total: advance(n, total=total),
             targets=targets,
         )
+
+
+@contextmanager
+def computing(
+    job: Job, asked: int | None, recorded: int | None, console: Console, recipe: Recipe | None = None
+) -> Iterator[None]:
+    """Compute with the number of threads that `choose_threads` says, after its note."""
+    threads = choose_threads(asked, recorded, job.supernet, recipe)
+    if threads.note:
+        say(console, threads.note)
+    with computing_with(threads.number):
+        yield
 
 
 def supernet_epochs(folder: RunFolder) -> int | None:

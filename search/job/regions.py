@@ -23,7 +23,7 @@ from poolshare.supernet.tokens import Carry, regions
 from ..report.report import load_report
 from ..report.sheet import SMALL, Step
 from .folder import RunFolder
-from .prepare import Job, image_format, input_config, model_options
+from .prepare import Job, image_format, input_config
 from .records import FORMAT, write_json
 
 IMAGES, STEPS = 3, 4  # how many are kept of a run's images, and of an architecture's reductions
@@ -77,8 +77,7 @@ def write_regions(job: Job, folder: RunFolder) -> None:
     images, names = _some_images(job)
     shown = None
     if DataKind.of(job.config.data) is not DataKind.GIVEN:
-        options = model_options(job.config)
-        shown = image_format(input_config(job.config.model, options, job.recipe, job.config.preprocessing))
+        shown = image_format(input_config(job.config))
     found: dict[str, list[dict[str, Any]]] = {}
     size = 0
     for text in dict.fromkeys(frontier):
@@ -117,10 +116,8 @@ def _spread(steps: list[Step]) -> Iterable[Step]:
 
 def _record(step: Step) -> dict[str, Any]:
     _, rows, columns = step.regions.shape
-    texts = [" ".join(map(str, one.ravel())) for one in step.regions]
-    return {"layer": step.layer, "operator": step.operator, "tokens": step.tokens, "rows": rows, "columns": columns} | {
-        "regions": texts
-    }
+    record = {"layer": step.layer, "operator": step.operator, "tokens": step.tokens, "rows": rows, "columns": columns}
+    return record | {"regions": [" ".join(map(str, one.ravel())) for one in step.regions]}
 
 
 def _encoded(photo: np.ndarray) -> str:

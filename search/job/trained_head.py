@@ -15,7 +15,6 @@ from ..progress import progress_bar
 from ..scoring import answers
 from .prepare import Job
 
-BATCH = 256
 IMAGES_PER_CLASS = 5  # fewer do not show which class is taken for which
 GAIN = 0.2  # share of the images that another order of the classes must make right to be believed
 
@@ -27,7 +26,7 @@ def checked_head(job: Job, console: Console) -> Job:
     """
     if job.task.targets != "class":
         return job
-    batches = job.data.eval_loader("search", BATCH, workers=job.config.workers)
+    batches = job.search_batches
     with progress_bar(console, "trying the trained head", len(batches), "batches") as advance:
         found = answers(job.supernet, batches, CLASSIFICATION, advance)
     labels, predicted = found.targets.numpy(), found.outputs.argmax(dim=-1).numpy()

@@ -17,17 +17,16 @@ from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.given import Parts
 from poolshare.supernet.data.splits import Data
 from poolshare.supernet.tasks import Task
-from poolshare.supernet.threads import choose_threads, computing_with
 from poolshare.supernet.training import distributed
 
 from ..config import SearchConfig
+from ..console import say
 from ..study.open import check_storage
 from .dense import answered
 from .folder import RunFolder
 from .job import score_candidates
-from .prepare import check_same_task, is_trained, load_weights, open_given, pick_device, prepare
-from .problem import make_problem
-from .together import help_scoring, scoring_together
+from .prepare import Job, check_same_task, computing, is_trained, load_weights, open_given, pick_device, prepare
+from .together import help_scoring, make_problem, scoring_together
 
 SECONDS_BETWEEN_LOOKS = 2
 PATIENCE_SECONDS = 600  # a search that has just been started checks its images before it makes the run folder
@@ -78,15 +77,7 @@ def work(
     folder = _wait_for_supernet(folder, console)
     config = folder.config.without_weights.at(place, data_dir)
     config = config.changed(device=device or config.device, download=False, workers=workers)
-    job = prepare(config, console, own, task, folder.classes)
-    folder.check_same(job.data.fingerprint, kind, job.data.files)
-    load_weights(job.supernet, folder.supernet)
-    job = answered(job, folder)
-    latency = folder.read_latency()
-    if latency:
-        job = job.with_latency(latency)
-    elif job.config.objective == "latency":
-        raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
+    job = _with_supernet(prepare(config, console, own, task, folder.classes), folder, kind)
     if distributed.rank() > 0:
         help_scoring(job)
         return {}
@@ -98,13 +89,20 @@ def work(
         scored += len(architectures)
         return result
 
-    chosen = choose_threads(threads, folder.config.threads, job.supernet)
-    if chosen.note:
-        console.print(chosen.note, markup=False, soft_wrap=True)
-    with computing_with(chosen.number), scoring_together(job):
+    with computing(job, threads, folder.config.threads, console), scoring_together(job):
         problem = make_problem(job)
         found = score_candidates(job, replace(problem, score=score), folder, console, storage, publish=False)
     return {"run": str(folder.path), "scored": scored, "candidates": len(found)}
+
+
+def _with_supernet(job: Job, folder: RunFolder, kind: str) -> Job:
+    """The job with the weights and the latencies of its run. Raises RunError for other images."""
+    folder.check_same(job.data.fingerprint, kind, job.data.files)
+    load_weights(job.supernet, folder.supernet)
+    job, latency = answered(job, folder), folder.read_latency()
+    if latency is None and job.config.objective == "latency":
+        raise RunError(f"{folder.path} holds no latency.json yet; `poolshare search` measures it, then start workers")
+    return job.with_latency(latency) if latency else job
 
 
 def _open_own(
@@ -130,26 +128,17 @@ def _wait_for_folder(run: Path, console: Console) -> None:
 
     start = time.monotonic()
     if absent():
-        console.print(
-            f"{run} is not a run folder yet: waiting {PATIENCE_SECONDS // 60} minutes for `poolshare search` to begin it",
-            markup=False,
-            soft_wrap=True,
-        )
+        minutes = PATIENCE_SECONDS // 60
+        say(console, f"{run} is not a run folder yet: waiting {minutes} minutes for `poolshare search` to begin it")
     while absent() and time.monotonic() - start < PATIENCE_SECONDS:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _wait_for_supernet(folder: RunFolder, console: Console) -> RunFolder:
     """The run as it is once its supernet has all its epochs."""
-    announced = False
+    if not is_trained(folder):
+        say(console, f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it")
     while not is_trained(folder):
-        if not announced:
-            console.print(
-                f"{folder.path} has no trained supernet yet: waiting for `poolshare search` to train it",
-                markup=False,
-                soft_wrap=True,
-            )
-            announced = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
         folder = RunFolder.open(folder.path)
     return folder

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -110,12 +111,7 @@ def _draw_frontier(axes: Axes, report: Report, cost: str, divisor: float, colour
 
 
 def _style(axes: Axes, per_percent: float, what: str) -> None:
-    def to_percent(value: Any) -> Any:
-        return np.divide(value, per_percent)
-
-    def from_percent(value: Any) -> Any:
-        return np.multiply(value, per_percent)
-
+    to_percent, from_percent = partial(np.multiply, 1 / per_percent), partial(np.multiply, per_percent)
     share = axes.secondary_xaxis("top", functions=(to_percent, from_percent))
     share.set_xlabel(f"% of the dense network's {what}", color=FAINT, fontsize=9)
     share.tick_params(colors=FAINT, labelsize=8, length=0)

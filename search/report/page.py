@@ -71,7 +71,11 @@ def page_data(report: Report) -> dict[str, Any]:
         "spaceSize": report.space_size,
         "certified": report.certified,
         "candidates": {"architecture": list(rows["architecture"])}
-        | ({"correct": _integers(rows["correct"])} if "correct" in rows else {"score": _numbers(rows[report.column])})
+        | (
+            {"correct": list(map(int, rows["correct"]))}
+            if "correct" in rows
+            else {"score": _numbers(rows[report.column])}
+        )
         | {name: _numbers(rows[name].fillna(0)) for name in (*report.costs, "loss", "loss_margin") if name in rows},
         "loss": report.loss_words or None,
         "unit": report.unit,
@@ -79,7 +83,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "gaps": {
             index[text]: list(map(_short, found[2:])) for text, found in report.intervals.items() if text in index
         },
-        "numbers": _numbers_in_space(report, rows),
+        "numbers": report.space and [report.space.rank(Architecture.parse(text)) for text in rows["architecture"]],
         # The report's own cost first: the page opens with it.
         "costs": [
             {"name": cost, "label": BY_COLUMN[cost].label}
@@ -151,10 +155,6 @@ def _embedded(value: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _integers(column: pd.Series) -> list[int]:
-    return [int(value) for value in column]
-
-
 def _numbers(column: pd.Series) -> list[float]:
     return [_short(value) for value in column]
 
@@ -162,13 +162,6 @@ def _numbers(column: pd.Series) -> list[float]:
 def _short(value: float) -> float:
     """Whole where it can be, else in the six digits that an eye or a command could want."""
     return int(value) if float(value).is_integer() else float(f"{value:.6g}")
-
-
-def _numbers_in_space(report: Report, rows: pd.DataFrame) -> list[int] | None:
-    """The number of each row in the space, `SearchSpace.rank`; None without a space."""
-    if report.space is None:
-        return None
-    return [report.space.rank(Architecture.parse(text)) for text in rows["architecture"]]
 
 
 def _heat_rows(part: pd.DataFrame) -> list[dict[str, Any]]:

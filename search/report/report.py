@@ -44,6 +44,7 @@ from ..config import SearchConfig, retraining_epochs
 from ..console import printable
 from ..counts import TOP1
 from ..job.folder import RunFolder
+from .facts import run_facts
 
 COLUMNS = ("architecture", "total", "macs", "parameters")
 DENSE_FIELDS = ("architecture", "macs", "parameters")
@@ -384,6 +385,16 @@ class Report:
             for row in frame.to_dict("records")
         ]  # fmt: skip
 
+    @property
+    def dense_row(self) -> Row:
+        """The same of the dense network, without an interval."""
+        dense = self.dense
+        latency = LATENCY.format(dense["latency_ms"]) if "latency_ms" in dense else ""
+        return Row(
+            f"dense: {dense['architecture']}", self.dense_score, None, None, human(dense["macs"]), 100.0,
+            human(dense["parameters"]), latency, f"{dense.get('loss', 0):.4f}",
+        )  # fmt: skip
+
     def export_command(self, architecture: str) -> str:
         """The shell command that exports an architecture."""
         out = f"{self.run}-export"
@@ -398,6 +409,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
     summary, candidates = folder.read_summary(), folder.read_candidates()
     dense, trust = summary["dense"], folder.read_trust()
     limits, task, scored_by = _limits(summary, budget), summary["task"], summary["score"]
+    baseline = _baseline(folder.config, summary)
     report = Report(
         title=printable(folder.config.title)
         + (f", {folder.config.task}" if folder.config.task != "classification" else ""),
@@ -409,7 +421,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         limits=limits,
         timed=Timed.from_json(summary["timed"]) if "timed" in summary and "latency_ms" in limits else None,
         budget=budget or summary.get("budget"),
-        facts=_facts(folder.config, summary, int(candidates["total"].iloc[0])),
+        facts=run_facts(folder.config, summary, int(candidates["total"].iloc[0]), baseline),
         included=tuple(summary.get("included", ())),
         trust=trust if trust and "tau" in trust else None,  # else not measured to the end
         finalists=folder.read_finalists() if folder.finalists.exists() else None,
@@ -417,7 +429,7 @@ def load_report(folder: RunFolder, budget: str | None = None) -> Report:
         cheapest=summary.get("cheapest", {}),
         retraining=_retraining(folder.config, summary, candidates),
         within=folder.config.within,
-        baseline=_baseline(folder.config, summary),
+        baseline=baseline,
         notes=summary.get("notes", ()),
         untrained=folder.config.epochs == 0 and not folder.config.warm,
         with_dense=summary.get("with_dense_weights"),
@@ -453,69 +465,10 @@ def _limits(summary: Mapping[str, Any], budget: str | None) -> dict[str, float]:
     return {cost.column: parse_budget(budget, dense, cost.quantity) / cost.scale}
 
 
-def _facts(config: SearchConfig, summary: Mapping[str, Any], images: int) -> dict[str, dict[str, str]]:
-    settings = {name: value for name, value in config.model_dump(mode="json").items() if value not in (None, {}, [])}
-    configuration = {name.replace("_", " "): _plain(value) for name, value in settings.items()}
-    space = {name.replace("_", " "): _plain(value) for name, value in summary["space"].items() if value is not None}
-    space["architectures"] = f"{summary['space_size']:,}"
-    if "within_budget" in summary:
-        space["within the budget"] = summary["within_budget"]
-    space["classes"] = _listed(summary["classes"])
-    counts = summary.get("images", {})
-    for split, name in (("train", "training images"), ("search", "search-validation images")):
-        if split in counts:
-            space[f"{name} of each class"] = _listed(counts[split], "{:,}", summary["classes"])
-    if (least := _baseline(config, summary)) is not None:
-        space["most frequent class alone"] = f"{least:.2f} % top-1"
-    space["images scored on"] = f"{images:,} (search-validation)"
-    seconds = {phase: f"{spent:,.0f} s" for phase, spent in summary["seconds"].items()}
-    if "phases" in summary:
-        seconds |= {phase: _phase(facts) for phase, facts in summary["phases"].items()}
-    facts = {"Configuration": configuration, "Space and data": space, "Time": seconds, "Versions": summary["versions"]}
-    notes = {str(number): note for number, note in enumerate(summary.get("notes", ()), start=1)}
-    return facts | ({"Notes": notes} if notes else {})
-
-
-def _phase(facts: Mapping[str, Any]) -> str:
-    """What a phase took and gained, see `job.dense.phases`."""
-    text = f"{facts['seconds']:,.0f} s"
-    if "dense_epochs" in facts:
-        text += f", as {facts['dense_epochs']:.1f} epochs of the dense model"
-    if "score" in facts:
-        text += f": the dense model reaches {facts['score']:.2f} % on search-validation"
-    if "gain" in facts:
-        text += f": {facts['gain']:+.2f} points on the frontier against the dense model's weights"
-    return text
-
-
-CLASSES_SHOWN = 20
-
-
-def _listed(values: Sequence[Any], form: str = "{}", names: Sequence[str] = ()) -> str:
-    """Classes, or a number for each of them; of many the first three, or the range."""
-    if len(values) <= CLASSES_SHOWN:
-        texts = [form.format(value) for value in values]
-        return (
-            ", ".join(f"{name} {text}" for name, text in zip(names, texts, strict=True)) if names else ", ".join(texts)
-        )
-    if names:
-        return f"{form.format(min(values))} to {form.format(max(values))}, {sum(value > 0 for value in values):,} classes with any"
-    return f"{len(values):,}: {', '.join(map(str, values[:3]))}, …"
-
-
 def _baseline(config: SearchConfig, summary: Mapping[str, Any]) -> float | None:
     """Top-1 in percent of always answering with the search-validation images' most frequent class; None: it is not known."""
     counts = summary.get("images", {}).get("search")
     return 100 * max(counts) / sum(counts) if counts and config.task == "classification" else None
-
-
-def _plain(value: Any) -> str:
-    """A JSON value as people write it."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={part}" for name, part in value.items())
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _retraining(config: SearchConfig, summary: Mapping[str, Any], candidates: pd.DataFrame) -> Retraining | None:

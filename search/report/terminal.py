@@ -1,26 +1,26 @@
 """A run and an architecture in characters: table, plot, comparison, picture; all fit 80 columns and need no colour.
 
-Rich and plotext are imported where they are used, so that importing this module stays cheap.
+Plotext is imported where it is used, so that importing this module stays cheap.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from poolshare.space import BY_COLUMN, Architecture, ConfigError, RunError
-from poolshare.space.quantities import LATENCY, human
+from poolshare.space.quantities import human
 
 from ..analysis.pareto import HALF_POINT, hypervolume, measured
 from ..console import printable
-from .report import Report
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .report import Report, Row
 
 WIDE = 72  # columns that tables need to show everything
 RUN_MARKS = "OXHVWZ"  # one per run that is compared: readable without colour
@@ -32,10 +32,6 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     `limit` shows that many points at most, spread evenly over the frontier and with both of its ends. Below `WIDE`
     columns only the score and the cost stand beside the architectures, which are shown whole at any width.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if limit is not None and limit < 1:
         raise RunError(f"a table of {limit} rows shows nothing; limit it to 1 or more, or to None for all")
     rows = report.rows(report.by(cost), cost)
@@ -45,9 +41,7 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
         rows = [rows[round(position)] for position in np.linspace(0, len(rows) - 1, limit)]
     # Text objects are printed as they are; plain strings would be read as markup.
     table = Table(title=Text(printable(report.title)), caption=Text(caption), box=SIMPLE_HEAD, pad_edge=False)
-    timed = "latency_ms" in report.costs
     table.add_column("architecture", overflow="fold")
-    losses = "loss" in report.candidates
     headings = {
         "score": f"{report.metric} % (95 %)",
         "loss": "loss",
@@ -59,30 +53,22 @@ def terminal_table(report: Report, limit: int | None = None, cost: str = "macs",
     if width < WIDE:
         headings = {"score": f"{report.metric} %", cost: headings[cost]}
     else:
-        left_out = ["loss"] * (not losses) + ["parameters"] * losses + ["latency_ms"] * (not timed)
-        headings = {name: heading for name, heading in headings.items() if name not in left_out}
+        del headings["parameters" if "loss" in report.candidates else "loss"]
+        if "latency_ms" not in report.costs:
+            del headings["latency_ms"]
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def add(architecture: str, cells: dict[str, str]) -> None:
-        table.add_row(Text(printable(architecture)), *(cells[name] for name in headings))
+    def add(row: Row) -> None:
+        interval = "" if width < WIDE or row.low is None else f" ({row.low:.1f}-{row.high:.1f})"
+        cells = {"score": f"{row.score:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
+        cells |= {"parameters": row.parameters, "latency_ms": row.latency, "loss": row.loss}
+        table.add_row(Text(printable(row.architecture)), *(cells[name] for name in headings))
 
     for row in rows:
-        known = width >= WIDE and row.low is not None
-        interval = f" ({row.low:.1f}-{row.high:.1f})" if known else ""
-        cells = {"score": f"{row.score:.2f}{interval}", "macs": row.macs, "share": f"{row.of_dense:.1f}"}
-        add(row.architecture, cells | {"parameters": row.parameters, "latency_ms": row.latency, "loss": row.loss})
+        add(row)
     table.add_section()
-    dense = report.dense
-    cells = {
-        "score": f"{report.dense_score:.2f}",
-        "macs": human(dense["macs"]),
-        "share": "100.0",
-        "loss": f"{dense.get('loss', 0):.4f}",
-    }
-    cells |= {"parameters": human(dense["parameters"])}
-    cells |= {"latency_ms": LATENCY.format(dense["latency_ms"])} if timed else {}
-    add(f"dense: {dense['architecture']}", cells)
+    add(report.dense_row)
     return table
 
 
@@ -91,10 +77,6 @@ def finalists_table(rows: pd.DataFrame, report: Report, width: int = WIDE) -> Ta
 
     Below `WIDE` columns costs and intervals are left out. report: of their run.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     epochs, images = int(rows["epochs"].iloc[0]), int(rows["total"].iloc[0])
     more = "one more epoch" if epochs == 1 else f"{epochs} more epochs"
     who = "1 finalist" if len(rows) == 1 else f"{len(rows)} finalists"
@@ -212,10 +194,6 @@ def comparison(reports: Sequence[Report], cost: str = "macs") -> list[dict[str, 
 
 def comparison_table(reports: Sequence[Report], cost: str = "macs") -> Table:
     """`comparison` as a rich table, one row per run, with a warning where the numbers are not of the same images."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=Text("Runs compared"), box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold", min_width=12)
     for heading in ("scored", "points", "best %", "dense %", "half-point", "hypervolume"):

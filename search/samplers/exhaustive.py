@@ -42,9 +42,9 @@ class Subtree(NamedTuple):
     architectures: int
     cost: int  # of one walk over them, per image, the stem and the prefix included
 
-    def members(self, space: SearchSpace, skip: int = 0) -> list[Architecture]:
-        """The architectures in the order of their ranks, without the first `skip`."""
-        return [space[rank] for rank in range(self.first + skip, self.first + self.architectures)]
+    def members(self, space: SearchSpace) -> list[Architecture]:
+        """The architectures in the order of their ranks."""
+        return [space[rank] for rank in range(self.first, self.first + self.architectures)]
 
 
 def subtrees(space: SearchSpace, costs: CostTable, target: int, most: int = MAX_ARCHITECTURES) -> Iterator[Subtree]:

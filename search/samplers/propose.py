@@ -17,6 +17,7 @@ from poolshare.space.band import even_borders
 
 from .surrogate import Surrogate, expected_gain
 
+_BANDS, _ELITE = 10, 3  # of cost, and the best of each, which have offspring
 _TRIES = 50  # for a proposal that is new and within the budget, before drawing one
 _WHOLE = 5000  # architectures within the budget that the model looks at one and all
 _OFFSPRING = 40  # that it looks at for each proposal in a larger space
@@ -43,9 +44,7 @@ def random_draws(allowed: Band, costs: CostTable, scored: Sequence[Scored], key:
     return _fill([], seen, allowed, key, count)
 
 
-def evolution(
-    allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int, bands: int = 10, elite: int = 3
-) -> list[Architecture]:
+def evolution(allowed: Band, costs: CostTable, scored: Sequence[Scored], key: str, count: int) -> list[Architecture]:
     """The offspring that a model of accuracy expects to improve the frontier most.
 
     allowed: the budget. scored: everything scored so far. key: what the randomness is keyed by; equal keys and
@@ -59,23 +58,21 @@ def evolution(
     """
     seen = {candidate.architecture for candidate in scored}
     inside = [candidate for candidate in scored if candidate.cost <= allowed.high]
-    if len(inside) < bands:
-        proposals = _founders(allowed, costs, seen, key, count, bands)
+    if len(inside) < _BANDS:
+        proposals = _founders(allowed, costs, seen, key, count)
         return _fill(proposals, seen, allowed, key, count)
-    pool = _pool(allowed, _elites(allowed, inside, bands, elite), seen, random.Random(f"{key} pool"), count)
+    pool = _pool(allowed, _elites(allowed, inside), seen, random.Random(f"{key} pool"), count)
     proposals = _most_promising(allowed, costs, inside, pool, key, count) if pool else []
     return proposals if allowed.size <= _WHOLE else _fill(proposals, seen, allowed, key, count)
 
 
-def _founders(
-    allowed: Band, costs: CostTable, seen: set[Architecture], key: str, count: int, bands: int
-) -> list[Architecture]:
+def _founders(allowed: Band, costs: CostTable, seen: set[Architecture], key: str, count: int) -> list[Architecture]:
     children: dict[Architecture, None] = {}
     founders = (allowed.space.cheapest(costs), allowed.space[0])
     for index in range(count):
         rng = random.Random(f"{key} {index}")
         child = founders[index] if index < 2 and founders[index] in allowed else None
-        limit = max(allowed.low, _between(allowed, (index % bands + 1) / bands))
+        limit = max(allowed.low, _between(allowed, (index % _BANDS + 1) / _BANDS))
         child = child or allowed.space.within(costs, None, limit).sample(rng)
         if child in allowed and child not in seen:
             children[child] = None
@@ -147,14 +144,13 @@ def _nearest(inside: Sequence[Scored], steps: Sequence[Scored]) -> list[Scored]:
     return [inside[position] for position in sorted(order[:_KNOWN])]
 
 
-def _elites(allowed: Band, scored: Sequence[Scored], bands: int, elite: int) -> list[list[Scored]]:
+def _elites(allowed: Band, scored: Sequence[Scored]) -> list[list[Scored]]:
     """The best of each cost band, cheapest band first; empty bands are left out."""
-    borders = even_borders(allowed.low, allowed.high, bands)
+    borders = even_borders(allowed.low, allowed.high, _BANDS)
     members: dict[int, list[Scored]] = {}
-    for candidate in scored:
+    for candidate in sorted(scored, key=lambda c: (-c.score, c.cost, str(c.architecture))):
         members.setdefault(bisect_right(borders, candidate.cost), []).append(candidate)
-    best = lambda group: sorted(group, key=lambda c: (-c.score, c.cost, str(c.architecture)))[:elite]  # noqa: E731
-    return [best(members[band]) for band in sorted(members)]
+    return [members[band][:_ELITE] for band in sorted(members)]
 
 
 def _offspring(

@@ -17,10 +17,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from poolshare.space import Architecture, Band, CostTable, RunError, SearchSpace
 
 from ..counts import TOP1, Counts, Measure
-from ..job.folder import RunFolder
 from ..progress import Advance
 from ..samplers.propose import PROPOSERS, Scored, decode, distributions, encode, optuna_sampler
-from .open import open_store
 from .store import Store
 
 GENERATION = 25  # architectures that are proposed together, from all that were scored before
@@ -72,26 +70,23 @@ class Problem:
 
 def run_study(
     problem: Problem,
-    folder: RunFolder,
+    store: Store,
     sampler: str,
     trials: int,
     seed: int,
-    name: str,
     advance: Advance,
-    store: Store | None = None,
-    publish: bool = True,
+    publish: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """Search until the study holds `trials` scored trials, as one of any number of workers; returns the candidates.
 
-    sampler: "evolution", "random", "nsga2" or "tpe". name: of the study. advance: called with the number of scored
-    trials and a note. store: where the study is kept; None: in the folder's journal. publish: write candidates.csv
-    as it grows.
+    store: of the study. sampler: "evolution", "random", "nsga2" or "tpe". advance: called with the number of scored
+    trials and a note. publish: called with the candidates as they grow.
 
     A generation is proposed from the complete earlier generations alone, by randomness that is keyed by (seed,
     generation), so its slots hold the same architectures whichever worker queues them, how many workers score them, and
     whichever of them die: what is missing is queued again, what is scored stays.
     """
-    with store or open_store(folder.journal, None, name) as store, store.errors():
+    with store, store.errors():
         search = _Search(problem, store.study(problem.names), store, sampler, trials, seed)
         while True:
             with store.lock():
@@ -107,10 +102,10 @@ def run_study(
                 continue
             search.score(batch, partial(advance_within, advance, done, len(batch), f"generation {generation}"))
             if publish:
-                folder.write_candidates(search.candidates())
+                publish(search.candidates())
         frame = search.candidates()
         if publish:
-            folder.write_candidates(frame)
+            publish(frame)
         return frame
 
 
@@ -222,12 +217,8 @@ class _Search:
             generation, position = facts["generation"], facts["position"]
             architecture = problem.space.check(Architecture.parse(facts["architecture"]))
             counts = None
-            if (
-                type(generation) is not int
-                or type(position) is not int
-                or not 0 <= position < GENERATION
-                or generation < 0
-            ):
+            whole = type(generation) is int and type(position) is int
+            if not whole or generation < 0 or not 0 <= position < GENERATION:
                 raise ValueError(f"its place is {generation!r:.20}, {position!r:.20}")
             if trial.state == TrialState.COMPLETE:
                 counts = Counts.from_json(facts["counts"], problem.scored_by, problem.measure)

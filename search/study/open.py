@@ -16,12 +16,10 @@ def check_storage(url: str | None) -> str:
     """
     if url is None:
         return "journal"
-
     with PostgresStore(url, "a check"):
         return "postgresql"
 
 
 def open_store(journal: Path, url: str | None, name: str) -> Store:
     """The store of a run's study: its journal, or the database at `url`."""
-
     return JournalStore(journal, name) if url is None else PostgresStore(url, name)

@@ -71,21 +71,20 @@ class CheapestPaths:
             np.minimum(longer, ahead[edge.after][: self._width - edge.units] + edge.damage, out=longer)
         return least
 
-    def best(self, limit: float | None = None) -> Path:
-        """The least damaging path that costs at most `limit`, in the table's units; None: at any cost. Of equals a cheap one.
+    def best(self, limit: float) -> Path:
+        """The least damaging path that costs at most `limit`, in the table's units; of equals a cheap one.
 
         Raises BudgetError where none costs so little.
         """
         least = self._ahead[0][None].copy()
-        if limit is not None:
-            least[max(0, int(limit / self.unit) + self.space.depth + 2) :] = np.inf
+        least[max(0, int(limit / self.unit) + self.space.depth + 2) :] = np.inf
         while np.isfinite(least).any():
             path = self._trace(int(least.argmin()))
-            if limit is None or path.cost <= limit:
+            if path.cost <= limit:
                 return path
             least[least.argmin()] = np.inf  # units are rounded: just below the limit they may be too few
         cheapest = self._whole(self.space.cheapest(self.costs))
-        if limit is None or cheapest.cost <= limit:  # a less damaging path of as many units is above the limit
+        if cheapest.cost <= limit:  # a less damaging path of as many units is above the limit
             return cheapest
         raise BudgetError(f"no architecture costs {limit:,} or less; the cheapest costs {cheapest.cost:,}")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +20,7 @@ from poolshare.supernet.training import distributed
 from poolshare.supernet.training.checkpoint import save_tensors
 
 from ..config import ONLY_TRAINING, SearchConfig, checked_config
+from ..console import say
 from ..job.folder import RunFolder
 from ..job.job import conclude, race, time_models, timed_job, with_threads
 from ..job.prepare import Job, check_same_task, load_weights, prepare
@@ -47,11 +46,11 @@ def run_untrained(
     scores only what is new. storage: not used, since there is no study, which is said.
     Raises a PoolshareError for whatever the user can mend.
     """
-    console = console or Console(quiet=True, markup=False)
+    console = console or Console(quiet=True)
     task = check_same_task(config, task)
     config = _checked(config, data, task)
     if storage is not None:
-        console.print("--storage is not used: without training there is no study", soft_wrap=True)
+        say(console, "--storage is not used: without training there is no study")
     config = RunFolder.continued(out, config)
     folder = RunFolder(Path(out), config)
     folder.check_weights(config)
@@ -99,6 +98,11 @@ def _checked(config: SearchConfig, data: Data | None, task: Task) -> SearchConfi
                 f"--unlabelled goes with a folder of pictures, and the data are {config.data}: leave it out"
             )
         return config
+    return _labelled_or_not(config, task)
+
+
+def _labelled_or_not(config: SearchConfig, task: Task) -> SearchConfig:
+    """The configuration of a folder, unlabelled if that holds loose pictures. Raises ConfigError where labels are needed."""
     place = Place(config.data, data_dir=config.data_dir, targets=task.targets)
     root = place.path
     if root.is_dir() and not reader_of(place).holds(root) and any(is_image(one.name) for one in root.iterdir()):
@@ -114,11 +118,10 @@ def _checked(config: SearchConfig, data: Data | None, task: Task) -> SearchConfi
 
 
 def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
-    job = timed_job(job, RunFolder(out, job.config), console)
-    say = partial(console.print, markup=False, soft_wrap=True)
+    folder = RunFolder(out, job.config)
+    job = timed_job(job, folder, console)
     if dry_run:
-        folder = RunFolder(out, job.config)
-        _announce(job, Record(folder), say)
+        _announce(job, folder, console)
         return folder
     with RunFolder.claim(out, job.config) as folder:
         begun = folder.supernet.exists()
@@ -132,22 +135,26 @@ def _run(job: Job, out: Path, console: Console, dry_run: bool) -> RunFolder:
         if not begun:
             save_tensors(folder.supernet, job.supernet.state_dict(), {"epochs": 0})
         start = time.monotonic()
-        _announce(job, Record(folder), say)
+        _announce(job, folder, console)
         candidates, more = race(job, folder, console)
         spent = time.monotonic() - start
         conclude(job, folder, candidates, spent, time_models(job, candidates, console), more)
     return folder
 
 
-def _announce(job: Job, record: Record, say: Callable[[str], None]) -> None:
+def _announce(job: Job, folder: RunFolder, console: Console) -> None:
+    record = Record(folder)
     for note in job.notes:
-        say(note)
+        say(console, note)
     dense = job.objective.total(job.dense)
-    left = max(0.0, expected_cost(job.allowed, len(job.data.split("search"))) / dense - record.spent)
+    spent = 0.0 if folder.summary.exists() else record.spent  # what a finished search spent was for another budget
+    left = max(0.0, expected_cost(job.allowed, len(job.data.split("search"))) / dense - spent)
     say(
-        f"{job.config.title}: {job.supernet.space.size:,} architectures, {job.allowed.size_text} of them within the budget"
+        console,
+        f"{job.config.title}: {job.supernet.space.size:,} architectures, {job.allowed.size_text} of them within the budget",
     )
     say(
+        console,
         f"searching {'goes on and ' if record.spent else ''}takes about as long as the dense model on "
-        f"{left:,.0f} images, {time_text(left * dense * seconds_per_unit(job))}"
+        f"{left:,.0f} images, {time_text(left * dense * seconds_per_unit(job))}",
     )

@@ -9,6 +9,7 @@ from rich.console import Console
 from poolshare.space import OPERATORS, Architecture, BudgetError, SearchSpace, SpaceError, forecast
 from poolshare.supernet.training import distributed
 
+from ..console import say
 from ..job.folder import RunFolder
 from ..job.prepare import Job
 from ..progress import progress_bar
@@ -29,7 +30,7 @@ def offered(job: Job, folder: RunFolder | None, console: Console) -> Job:
     space, note = distributed.from_first(_least_damaging(job, folder, console) if folder else (job.supernet.space, ""))
     narrower = job.narrowed(space)
     if folder and note:
-        console.print(note, markup=False, soft_wrap=True)
+        say(console, note)
         folder.decide(narrower.config, note)
     return narrower
 

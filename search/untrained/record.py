@@ -17,7 +17,7 @@ from poolshare.supernet.training.checkpoint import load_tensors, save_tensors
 from ..config import IMAGES
 from ..job.folder import RunFolder
 from ..job.prepare import Job
-from ..job.problem import make_problem
+from ..job.together import make_problem
 from ..progress import Advance
 from ..scoring import ImageScores, image_scores, paired
 from .damage import single_reductions
@@ -102,21 +102,20 @@ def search_job(job: Job, record: Record, advance: Advance) -> pd.DataFrame:
     """The candidates frame: finalists, dense, and the user's own, on all images of the job."""
     images, said = len(job.data.split("search")), ""
 
-    def note(text: str) -> None:
+    def note(text: str, ahead: float) -> None:
         nonlocal said
         said = text
         if record.losses:
             record.save()
+        advance(record.spent, said, record.spent + ahead / job.objective.total(job.dense))
 
-    def show(done: float, total: float | None = None) -> None:
-        advance(done, said, total)
-
-    show(record.spent)
-    score = record.scorer(job, show)
+    score = record.scorer(job, lambda done: advance(done, said))
     found = search_untrained(job.allowed, score, images, Effort(seed=job.config.seed), note, known=record.losses)
-    found.race.run(job.include, images)
-    record.save()
-    show(record.spent, record.spent)
+    if job.include:
+        ahead = images * forecast(dict.fromkeys([job.dense, *job.include]), job.objective).cost
+        note(f"{len(job.include)} included architectures on {images} images", ahead)
+        found.race.run(job.include, images)
+    note(said, 0)
     problem, rows = make_problem(job), []
     for architecture in dict.fromkeys([*found.finalists, job.dense, *job.include]):
         losses = found.race.losses[architecture]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -55,19 +56,20 @@ def search_untrained(
     score: ScoreImages,
     images: int,
     effort: Effort = Effort(),
-    note: Callable[[str], None] = lambda _: None,
+    note: Callable[[str, float], None] = lambda text, ahead: None,
     known: dict[Architecture, ImageScores] | None = None,
 ) -> Found:
     """The least damaging architectures within `allowed`, down to half of its highest cost.
 
-    score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens. known:
-    what an earlier call scored, whatever became of it; it is not scored again, and this call's losses are added to it.
+    score: losses of architectures on a range of the `images`, in a fixed order. note: told what happens, and about what all
+    from there on costs. known: what an earlier call scored, whatever became of it; it is not scored again, and this call's
+    losses are added to it.
     """
     space, costs = allowed.space, allowed.costs
     race = Race(space[0], costs, images, score, known if known is not None else {})
-    first = first_images(images)
+    first, ahead = first_images(images), _expected_steps(allowed, images, effort)
     singles = single_reductions(space)
-    note(f"{len(singles)} single reductions on {first} of {images} images")
+    note(f"{len(singles)} single reductions on {first} of {images} images", sum(ahead))
     race.run(singles, first)
     model = DamageModel(space, {single: race.damage(single, first)[0] for single in singles})
     low = max(allowed.low, allowed.high // 2)
@@ -85,31 +87,36 @@ def search_untrained(
             break
         seen.update(new)
         rounds += 1
-        note(f"round {rounds}: {len(new)} new architectures on {first} images")
+        note(f"round {rounds}: {len(new)} new architectures on {first} images", sum(ahead[rounds:]))
         race.run(new, first)
         damages = {candidate: race.damage(candidate, first) for candidate in candidates if candidate not in measured}
         model.fit(list(damages), *zip(*damages.values(), strict=True))
         scored = {candidate: damage for candidate, (damage, _) in damages.items()}
     left, seen_by_all = list(candidates), first
-    for stage in _stages(first, images):
+    for step, stage in enumerate(_stages(first, images), start=1 + effort.rounds):
         left = race.survivors(left, effort.finalists * images // stage, seen_by_all)
-        note(f"race: {len(left)} of {len(candidates)} architectures on {stage} of {images} images")
+        note(f"race: {len(left)} of {len(candidates)} architectures on {stage} of {images} images", sum(ahead[step:]))
         race.run(left, stage)
         seen_by_all = stage
     return Found(sorted(left, key=costs.total), race, rounds)
 
 
-def expected_cost(allowed: Band, images: int, effort: Effort = Effort()) -> float:
+def expected_cost(allowed: Band, images: int) -> float:
     """About what `search_untrained` spends, in units of cost, known before it begins: rather more than less."""
+    return sum(_expected_steps(allowed, images, Effort()))
+
+
+def _expected_steps(allowed: Band, images: int, effort: Effort) -> list[float]:
+    """What the single reductions, each round, and each stage of the race cost."""
     space, costs = allowed.space, allowed.costs
     first = first_images(images)
-    spent: float = first * forecast([space[0], *single_reductions(space)], costs).cost
-    spent += first * effort.rounds * effort.proposals * _SHARE * allowed.high
-    before = first
-    for stage in _stages(first, images):
-        spent += (stage - before) * (effort.finalists * images // stage * _SHARE * allowed.high + costs.total(space[0]))
-        before = stage
-    return spent
+    singles = first * forecast([space[0], *single_reductions(space)], costs).cost
+    each_round = first * effort.proposals * _SHARE * allowed.high
+    race = [
+        (stage - before) * (effort.finalists * images // stage * _SHARE * allowed.high + costs.total(space[0]))
+        for before, stage in pairwise([first, *_stages(first, images)])
+    ]
+    return [singles, *[each_round] * effort.rounds, *race]
 
 
 def gradual(allowed: Band) -> list[Architecture]:

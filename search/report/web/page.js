@@ -5,7 +5,7 @@ const costLabel = (cost) => data.costs.find((each) => each.name === cost).label;
 const shellQuote = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
 const plot = new Plot(byId("plot"), state, (row) => select(row));
 
-const scoreLabel = data.score[0].toUpperCase() + data.score.slice(1);
+const scoreLabel = capitalised(data.score);
 /* By loss where there is one, else by score. */
 const beats = (other, row) => rows.loss ? rows.loss[other] < rows.loss[row] : scores[other] > scores[row];
 const [betterWord, rankWord] = rows.loss ? ["less damaging", "Loss"] : ["more accurate", scoreLabel];
@@ -55,7 +55,7 @@ function showSelection() {
   const [low, high] = interval(row), picked = data.picks[cost].filter((pick) => pick.row === row);
   byId("selection-kind").textContent = kindOf(row);
   byId("selection-title").textContent =
-    `${scores[row].toFixed(2)} % at ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense ${costLabel(cost)}`;
+    `${scores[row].toFixed(2)} % at ${ofDense(row, cost).toFixed(1)} % of dense ${costLabel(cost)}`;
   const { better, cheaperAndBetter } = ranks(row);
   const why = picked.map((pick) => `${pick.label}: ${pick.why}.`);
   if (!why.length && row === data.dense) why.push("All tokens, no sharing: the base model as timm has it.");
@@ -84,8 +84,8 @@ function showSelection() {
   for (const { name, label } of data.costs) {
     const here = rows[name][row], there = rows[name][data.dense];
     const change = here === there ? "no change" : `${here < there ? "−" : "+"}${quantity(Math.abs(here - there), name)}`;
-    facts.push([label[0].toUpperCase() + label.slice(1), quantity(here, name),
-      `${((100 * here) / there).toFixed(1)} % of dense, ${change}`]);
+    facts.push([capitalised(label), quantity(here, name),
+      `${ofDense(row, name).toFixed(1)} % of dense, ${change}`]);
   }
   const scored = grouped(data.scored);
   facts.push([`${rankWord} rank`, row < data.scored ? `${grouped(better + 1)} of ${scored}` : "not among the scored",
@@ -133,18 +133,17 @@ function roughly(seconds) {
 }
 
 function showPicks() {
-  const cost = state.cost, costs = rows[cost];
-  const picks = [...data.picks[cost]];
+  const cost = state.cost, picks = [...data.picks[cost]];
   if (!picks.some((pick) => pick.row === data.dense)) picks.push({ label: "Dense", row: data.dense });
   byId("picks").replaceChildren(...picks.map((pick) => {
-    const share = ((100 * costs[pick.row]) / costs[data.dense]).toFixed(0);
+    const share = ofDense(pick.row, cost).toFixed(0);
     const button = make("button", { type: "button", "data-row": pick.row, "aria-pressed": "false" },
       make("b", {}, pick.label), make("span", {}, `${scores[pick.row].toFixed(1)} % at ${share} % of ${costLabel(cost)}`));
     button.addEventListener("click", () => select(pick.row));
     return button;
   }));
   const best = data.picks[cost].find((pick) => pick.how === "half-point");
-  const share = best && (100 * costs[best.row]) / costs[data.dense];
+  const share = best && ofDense(best.row, cost);
   byId("headline").textContent = best && share < 99.95
     ? `Within half a point of dense at ${share.toFixed(0)} % of its ${costLabel(cost)}.`
     : nearest(cost);
@@ -155,16 +154,16 @@ function nearest(cost) {
   const cheaper = data.frontier[cost].filter((row) => rows[cost][row] < rows[cost][data.dense]), row = cheaper.at(-1);
   if (row === undefined) return `Nothing that was scored costs fewer ${costLabel(cost)} than dense.`;
   return `Nothing that was scored comes within half a point of dense; the nearest loses ` +
-    `${(scores[data.dense] - scores[row]).toFixed(1)} points at ${((100 * rows[cost][row]) / rows[cost][data.dense]).toFixed(0)} % of its ` +
+    `${(scores[data.dense] - scores[row]).toFixed(1)} points at ${ofDense(row, cost).toFixed(0)} % of its ` +
     `${costLabel(cost)}.`;
 }
 
 function showTable() {
-  const cost = state.cost, costs = rows[cost];
+  const cost = state.cost;
   const head = make("tr", {}, make("th", { class: "text", scope: "col" }, "Architecture"),
     make("th", { class: "text narrow", scope: "col" }, "Tokens"));
   for (const name of [scoreLabel, "95 % interval", ...(rows.loss ? ["Loss"] : []), ...data.costs.map((each) => each.label), "Of dense"]) {
-    head.append(make("th", { scope: "col" }, name[0].toUpperCase() + name.slice(1)));
+    head.append(make("th", { scope: "col" }, capitalised(name)));
   }
   const body = make("tbody");
   for (const row of data.frontier[cost]) {
@@ -177,7 +176,7 @@ function showTable() {
       ...(rows.loss ? [make("td", {}, rows.loss[row].toFixed(4))] : []),
       ...data.costs.map(({ name }) =>
         make("td", name === cost ? {} : { class: "spare" }, quantity(rows[name][row], name))),
-      make("td", { class: "share" }, `${((100 * costs[row]) / costs[data.dense]).toFixed(1)} %`));
+      make("td", { class: "share" }, `${ofDense(row, cost).toFixed(1)} %`));
     line.addEventListener("click", () => select(row));
     body.append(line);
   }

@@ -27,6 +27,7 @@ function human(count) {
 const quantity = (value, cost) => cost === "latency_ms" ? `${+value.toPrecision(3)} ms` : human(value);
 /* The same without zeros at its end, for axes. */
 const short = (value, cost) => quantity(value, cost).replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
+const capitalised = (text) => text[0].toUpperCase() + text.slice(1);
 const grouped = (number) => number.toLocaleString("en-US");
 const signed = (value, decimals) =>
   `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(decimals)}`.replace(/^[+−](0\.?0*)$/, "±$1");

@@ -8,6 +8,9 @@ const scores = rows.correct ? Float64Array.from(rows.correct, (correct) => (100 
 const known = (row) => data.intervals[rows.correct ? rows.correct[row] : row];
 const interval = (row) => known(row) || [scores[row], scores[row]];
 
+/* What a row costs, in percent of the dense network. */
+const ofDense = (row, cost) => (100 * rows[cost][row]) / rows[cost][data.dense];
+
 /* Round numbers that divide low..high into some `wanted` steps. */
 function ticks(low, high, wanted) {
   const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
@@ -184,10 +187,10 @@ class Plot {
       this.waiting = 0;
       const row = this.nearest(event, 20);
       if (row < 0) return this.leave();
-      const { cost } = this.state, costs = rows[cost];
+      const { cost } = this.state;
       this.tip.replaceChildren(
         make("b", {}, `${scores[row].toFixed(2)} %`),
-        ` at ${quantity(costs[row], cost)}, ${((100 * costs[row]) / costs[data.dense]).toFixed(1)} % of dense`,
+        ` at ${quantity(rows[cost][row], cost)}, ${ofDense(row, cost).toFixed(1)} % of dense`,
         make("code", {}, rows.architecture[row]));
       this.tip.hidden = false;
       const left = this.x[row] > this.box.width / 2;
