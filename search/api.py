@@ -34,9 +34,16 @@ from .untrained.job import run_untrained
 AUGMENTING = ("hflip", "crop_scale", "color_jitter", "auto_augment", "re_prob")
 # What the user's own data decide.
 NOT_OWN = (
-    "data_dir", "download", "search_fraction", "search_data", "search_images", "check_images", "scale_16bit", "img_size",
+    "data_dir",
+    "download",
+    "search_fraction",
+    "search_data",
+    "search_images",
+    "check_images",
+    "scale_16bit",
+    "img_size",
     "in_chans",
-)  # fmt: skip
+)
 
 
 def search(
@@ -201,9 +208,18 @@ class SearchResult:
         plan = Plan(architectures, architectures // 2 if twice is None else twice, bands, seed)
         try:
             return measure_trust(
-                self.run, plan, recipe_changes=recipe, workers=workers, device=device, threads=threads,
-                console=progress_console(quiet), data=data or self.data, data_dir=data_dir, weights=weights, task=self.task,
-            )  # fmt: skip
+                self.run,
+                plan,
+                recipe_changes=recipe,
+                workers=workers,
+                device=device,
+                threads=threads,
+                console=progress_console(quiet),
+                data=data or self.data,
+                data_dir=data_dir,
+                weights=weights,
+                task=self.task,
+            )
         finally:
             self.__dict__.pop("report", None)
 

@@ -33,8 +33,17 @@ RETRAIN_EPOCHS, RETRAIN_EPOCHS_GUIDED, RETRAIN_EPOCHS_FROM_SCRATCH = 15, 8, 30
 LEAST_STEPS = 250  # of a tuning or retraining by default: of few images an epoch is a few steps (results/defaults)
 FEW_IMAGES = 5000  # to train on: with fewer, the tuned dense model is searched as it is (results/defaults)
 ONLY_TRAINING = (
-    "tune_epochs", "epochs", "batch_size", "lr", "weight_decay", "amp", "recipe", "search_fraction", "trials", "sampler",
-)  # fmt: skip
+    "tune_epochs",
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "amp",
+    "recipe",
+    "search_fraction",
+    "trials",
+    "sampler",
+)
 IMAGES = 1000  # scored on, at most, where nothing is trained: more add little and take time
 # What lies there is compared, not its path.
 PLACES = ("data", "data_dir", "download", "search_data", "weights", "class_map")
