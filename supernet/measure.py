@@ -182,12 +182,8 @@ class Parts:
     """Of each kind of edge of a supernet, a module with inputs of zeros."""
 
     def __init__(self, supernet: SuperNet, batch_size: int = 1):
-        self.supernet, self.batch_size, self.block, self.taps = (
-            supernet,
-            batch_size,
-            supernet.blocks[0],
-            tapped(supernet),
-        )
+        self.supernet, self.batch_size = supernet, batch_size
+        self.block, self.taps = supernet.blocks[0], tapped(supernet)
         relative = shared_bias(supernet)  # computed once, with the source
         self.relative = None if relative is None else torch.zeros_like(relative)
         attention, rope = self.block.attn, getattr(supernet, "rope", None)

@@ -60,8 +60,7 @@ class Subnet(TimmViT):
         """
         supernet.space.check(architecture)
         base, options = supernet.base
-        ours = {"base": base, "architecture": str(architecture), "sharing": supernet.sharing}
-        model: Any = timm.create_model("poolshare_vit", **ours, **options)
+        model = cls.from_base(base, str(architecture), supernet.sharing, **options)
         reference = next(supernet.parameters())
         model.to(reference.device, reference.dtype)
         model.load_state_dict(checkpoint_filter_fn(supernet.state_dict(), model))

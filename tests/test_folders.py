@@ -259,11 +259,11 @@ def test_images_that_no_seed_repeats_are_said_and_can_be_continued_with():
 SMALL = {"depth": 1, "embed_dim": 8, "num_heads": 1, "img_size": 16, "in_chans": 1, "num_classes": 10}
 
 
-def exported(out: Path, data: Path) -> Path:
+def exported(out: Path, data: Path, architecture: str = "1", **options: Any) -> Path:
     """A tiny untrained model with the facts of a search on `data`."""
     torch.manual_seed(0)
     opened = open_data(str(data), **GREY)
-    model = randomise(Subnet.from_base("vit_tiny_patch16_224", "1", **SMALL)).eval()
+    model = randomise(Subnet.from_base("vit_tiny_patch16_224", architecture, **SMALL | options)).eval()
     config = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
     facts = FACTS | {"data": str(data), "data_fingerprint": opened.fingerprint, "batch_size": 8}
     save_export(out, model, opened.classes, config, facts)
@@ -330,6 +330,18 @@ def test_few_images_are_retrained_for_250_steps_where_no_epochs_are_given(flat, 
         assert (status, err) == (1, f"error: {epochs} epochs\n")
     with pytest.raises(RunError, match="25 epochs"):
         retrain(model, tmp_path / "out")
+
+
+def test_a_retraining_from_scratch_shares_attention_as_the_export_does(flat, tmp_path, monkeypatch):
+    def stop(model, *_, **__):
+        raise RunError(model.sharing)
+
+    monkeypatch.setattr(retraining, "train_model", stop)
+    for sharing in ("qk", "map"):
+        model = exported(tmp_path / sharing, flat, "1*2", depth=2, sharing=sharing)
+        for from_scratch in (False, True):
+            with pytest.raises(RunError, match=sharing):
+                retrain(model, tmp_path / "out", from_scratch=from_scratch)
 
 
 def test_what_was_set_aside_is_said_even_when_quiet(flat, tmp_path, quick, verb):

@@ -226,6 +226,20 @@ def test_a_budget_that_few_architectures_keep_has_as_many_second_trainings_as_th
     assert found["n"] == found["twice"] == RunFolder.open(tmp_path / "run").read_summary()["space_size"] < 12
 
 
+def test_what_is_trained_alone_shares_attention_as_in_the_search(monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(model, *_, **__):
+        raise Seen(model.sharing)
+
+    monkeypatch.setattr(trust, "train_model", seen)
+    for sharing in ("qk", "map"):
+        job = prepare(SearchConfig(**SMALL, max_run=3, sharing=sharing))
+        with pytest.raises(Seen, match=sharing):
+            trust._train_alone(job, Architecture.parse("64*3"), {}, job.recipe, "key", lambda *_: None)
+
+
 def test_impossible_plans_are_refused():
     with pytest.raises(ConfigError, match="at least 2 architectures"):
         Plan(architectures=4, twice=5)

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import pandas as pd
-import timm
 import torch
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from poolshare.space.band import even_borders
 from poolshare.space.files import held, reading
 from poolshare.space.quantities import check_whole
 from poolshare.supernet.data.splits import Data
-from poolshare.supernet.subnet import checkpoint_filter_fn
+from poolshare.supernet.subnet import Subnet, checkpoint_filter_fn
 from poolshare.supernet.tasks import Task
 from poolshare.supernet.training.loop import Progress, Recipe, check_batches, steps_per_epoch, train_model
 
@@ -247,7 +246,7 @@ def _train_alone(
     seed = random.Random(f"alone {key}").getrandbits(31)
     torch.manual_seed(seed)
     base, options = job.supernet.base
-    model: Any = timm.create_model("poolshare_vit", base=base, architecture=str(architecture), **options)
+    model = Subnet.from_base(base, str(architecture), job.supernet.sharing, **options)
     if job.config.warm:
         model.load_state_dict(checkpoint_filter_fn(untrained, model))
     model.to(job.device)

@@ -175,9 +175,15 @@ def evaluate(
     from ..exported.retrain import evaluate as run_evaluate
 
     result = run_evaluate(
-        exported, data=data, data_dir=data_dir, download=download, workers=workers, device=device, threads=threads,
+        exported,
+        data=data,
+        data_dir=data_dir,
+        download=download,
+        workers=workers,
+        device=device,
+        threads=threads,
         console=progress_console(quiet),
-    )  # fmt: skip
+    )
     if as_json:
         return print_json(result)
     console = PlainConsole()

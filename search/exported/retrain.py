@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from rich.console import Console
 from torch import nn
@@ -184,7 +183,7 @@ def retrain(
 def _untrained(model: Any) -> Any:
     """The same model with random weights."""
     base, options = model.base
-    fresh: Any = timm.create_model("poolshare_vit", base=base, architecture=str(model.architecture), **options)
+    fresh: Any = Subnet.from_base(base, str(model.architecture), model.sharing, **options)
     fresh.pretrained_cfg = fresh.default_cfg = model.pretrained_cfg
     return fresh
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from poolshare.supernet.latency import Latency
 
 # Not decided until the model has been made, and what they are until then.
-BY_MODEL, UNDECIDED = ("head", "levels", "operators", "max_run", "img_size", "in_chans"), (None, "even", "auto")
+BY_MODEL = ("head", "levels", "operators", "max_run", "img_size", "in_chans")
+UNDECIDED = (None, "even", "auto")
 # Of candidates, after the architecture and its score, whose column is called as the metric of the task.
 SUMS = ("correct", "sums")  # right answers, or what else the images contribute
 CANDIDATES = ("total", "macs", "parameters", "generation")
