@@ -8,7 +8,7 @@ Nothing but what a new user gives: data, weights, image size and budget. Every w
 "tuned", the dense model that the search itself makes, and those called "untrained". What a way costs is the time of all
 its phases, its share of the search included, in epochs of the dense model's tuning; from scratch, in seconds alone. Run folders
 are kept in --work; each row is written to results/defaults/results.csv at once, so the same command goes on where it was.
-Data sets are read from POOLSHARE_DATA; --every 4 takes every fourth training image.
+Data sets are read from POOLSHARE_DATA; --every 4 takes every fourth training image of each class, of image folders.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torchvision.datasets import FashionMNIST
 
 from poolshare.search import SearchResult, search
 from poolshare.search.exported.export import load_export, save_export
@@ -43,8 +44,7 @@ DATA: dict[str, dict[str, Any]] = {
     "photos": {"data": "photos", **VIT},
     "eurosat": {"data": "eurosat", **VIT},
     "fashion": {
-        "data": "torch/fashion_mnist",
-        "data_dir": "",
+        "data": "fashion",
         "img_size": 28,
         "in_chans": 1,
         "model_args": {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 6},
@@ -57,12 +57,28 @@ OF_ONE_MODEL = ("format", "runs", "classes", "versions", "architecture", "search
 
 def options_of(name: str, every: int, work: Path) -> dict[str, Any]:
     """What a user of this data set gives."""
-    root, options = Path(os.environ["POOLSHARE_DATA"]), dict(DATA[name])
+    options = dict(DATA[name])
+    if name == "digits":
+        return options
+    root = Path(os.environ["POOLSHARE_DATA"])
+    folder = fashion_folder(root, work) if name == "fashion" else root / name
     if "weights" in options:
-        options |= {"data": str(thinned(root / name, every, work)), "weights": str(root / options["weights"])}
-    if "data_dir" in options:
-        options["data_dir"] = str(root / options["data_dir"])
-    return options
+        options["weights"] = str(root / options["weights"])
+    return options | {"data": str(thinned(folder, every, work))}
+
+
+def fashion_folder(root: Path, work: Path) -> Path:
+    """Fashion-MNIST as an image folder, each image named by its place in the data set."""
+    out = (work / "fashion").resolve()
+    for split, last in (("train", "59999.png"), ("test", "09999.png")):
+        images = FashionMNIST(root, train=split == "train")
+        if any((out / split).glob(f"*/{last}")):
+            continue
+        for number, (image, label) in enumerate(images):
+            place = out / split / str(label) / f"{number:05}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            image.save(place)
+    return out
 
 
 def thinned(folder: Path, every: int, work: Path) -> Path:
@@ -282,6 +298,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
     options = parser.parse_args()
+    if options.every > 1 and "digits" in options.data:
+        parser.error("--every thins image folders; give --data without digits")
     if not options.table:
         measure(options)
     print(table(options.out))
