@@ -53,6 +53,7 @@ def test_the_dashboard_reads_feasibility_and_the_facts_of_every_trial(address):
 
 def test_a_person_sees_them(browser, address):
     page = browser.new_page()
+    page.set_default_timeout(120_000)  # its script is megabytes: on a machine with all cores taken 30 s are too few
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.goto(f"{address}/dashboard/studies/0")
