@@ -699,6 +699,7 @@ def test_a_class_map_gives_the_classes_of_the_head_and_the_labels_follow(weights
         model = timm.create_model("digits_vit", num_classes=12, **given["model_args"])
         save_file(model.state_dict(), tmp_path / "twelve.safetensors")
         given |= {"weights": str(tmp_path / "twelve.safetensors"), "epochs": 0}
+        given |= {"levels": (64, 16), "operators": ("max2d",)}  # so that none is tried out
     job = prepare(checked_config(**given, class_map=str(tmp_path / "map.json")))
     plain = open_data("digits", img_size=8, in_chans=1, mean=[0.5], std=[0.5], search_fraction=0.3)
     assert job.data.classes == tuple(names)

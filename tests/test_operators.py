@@ -43,10 +43,11 @@ def images_for(net, count=3):
 @pytest.mark.parametrize(
     ("kind", "sharing"),
     [
-        ("cls", "qk"),
+        pytest.param("cls", "qk", marks=pytest.mark.slow),
         pytest.param("cls", "map", marks=pytest.mark.slow),
         pytest.param("no cls", "qk", marks=pytest.mark.slow),
-        ("registers", "map"),
+        ("registers", "qk"),
+        pytest.param("registers", "map", marks=pytest.mark.slow),
     ],
 )
 def test_mixed_operators_in_one_supernet_keep_all_equalities(kind, sharing):

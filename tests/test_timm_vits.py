@@ -113,17 +113,17 @@ def probe(name: str, **options: Any) -> str:
     return ""
 
 
-def test_the_readmes_table_holds_for_some_of_each_module():
-    """The slow test makes all of it; here its totals, and what it says of a few models with one block."""
+def test_the_readmes_table_holds_for_one_of_each_module():
+    """The slow test makes all of it; here its totals, and what it says of one model of each with one block."""
     text = (Path(__file__).parents[1] / "supernet" / "README.md").read_text(encoding="utf-8")
     for module in (*SEQUENCE, *OTHERS):
         names = timm.list_models(module=module)
         row = re.search(rf"^\| `{module}` \| (\d+) of {len(names)} \| (.*) \|$", text, re.MULTILINE)
         assert row, module
-        for name in names[:: 1 + len(names) // 2]:
-            reason = probe(name, **({} if module in UNSUPPORTED or "sapiens2" in name else {"depth": 1}))
-            assert shortened(reason) in row[2], name
-            assert reason or row[1] != "0", name
+        name = names[len(names) // 2]
+        reason = probe(name, **({} if module in UNSUPPORTED or "sapiens2" in name else {"depth": 1}))
+        assert shortened(reason) in row[2], name
+        assert reason or row[1] != "0", name
 
 
 def compared_with_readme(refusals: dict[str, dict[str, str]]) -> None:
