@@ -198,6 +198,7 @@ def test_the_run_says_what_each_phase_took_and_gained(found):
     sizes = summary["split_sizes"]
     images = sizes["train"] + sizes["search"]
     epochs = math.ceil(250 / (images // found.run.config.batch_size))  # of the dense model, on all training images
+    assert summary["seconds"]["tuning"] == pytest.approx(read_tuned(found.run).seconds, abs=0.001)  # however short
     seconds = summary["seconds"]["tuning"] / 2 / sizes["train"] * images * epochs
     assert found.report.retraining == (epochs, pytest.approx(seconds), found.report.dense["macs"], pytest.approx(1 / 3))
 

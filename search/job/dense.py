@@ -170,7 +170,7 @@ def phases(
     def phase(name: str, **facts: Any) -> dict[str, Any]:
         spent = seconds.get(name, 0.0)
         cost = {} if math.isnan(epoch) else {"dense_epochs": round(spent / epoch, 2)}
-        return {"seconds": round(spent, 1), **cost, **facts}
+        return {"seconds": round(spent, 3), **cost, **facts}
 
     gain = sum(after - before for before, after in by_both) / max(1, len(by_both))
     return {

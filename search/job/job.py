@@ -462,7 +462,7 @@ def conclude(
         "cheapest": _cheapest(job),
         **({"within_budget": job.allowed.size_text} if job.config.budget else {}),
         **path,
-        "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
         "versions": versions(),
         **more,
     }
